@@ -1,0 +1,62 @@
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= auto
+
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint ruff types imports docs accuracy clean
+
+help:
+	@echo "make demo      run examples/quickstart.py"
+	@echo "make test      run the tests and the docstring examples"
+	@echo "make lint      ruff, mypy and the direction of imports"
+	@echo "make docs      build the documentation into docs/_build"
+	@echo "make accuracy  measure the accuracy figures of the documentation"
+	@echo "make clean     remove the virtual environment and everything built"
+	@echo
+	@echo "Each makes $(VENV) from $(PYTHON) first; set VENV or PYTHON to change that."
+
+demo: $(VENV)/.stamp-test
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.stamp-test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: ruff types imports
+
+ruff: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.stamp-dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.stamp-dev
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.stamp-docs
+	$(BIN)/sphinx-build -W --keep-going -E -b html docs docs/_build/html
+
+accuracy: $(VENV)/.stamp-test
+	$(BIN)/python benchmarks/accuracy.py
+
+clean:
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache \
+	  .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A Python without ensurepip (Debian's without python3-venv) can still fill a new
+# environment with its own pip.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
+
+$(VENV)/.stamp-test: EXTRAS := test,examples
+$(VENV)/.stamp-dev: EXTRAS := dev
+$(VENV)/.stamp-docs: EXTRAS := docs
+
+$(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[$(EXTRAS)]'
+	@touch $@

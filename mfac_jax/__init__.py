@@ -1,0 +1,36 @@
+"""M-FAC in JAX: second-order information at first-order cost."""
+
+from mfac_jax import (
+    algebra,
+    gradients,
+    inverse,
+    kernels,
+    optimizer,
+    pruning,
+    reference,
+    rows,
+    window,
+)
+from mfac_jax.gradients import collect_gradients
+from mfac_jax.inverse import fisher_inverse, inverse_diagonal
+from mfac_jax.optimizer import mfac, mfac_precondition
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "algebra",
+    "collect_gradients",
+    "fisher_inverse",
+    "gradients",
+    "inverse",
+    "inverse_diagonal",
+    "kernels",
+    "mfac",
+    "mfac_precondition",
+    "optimizer",
+    "pruning",
+    "reference",
+    "rows",
+    "window",
+]

@@ -1,0 +1,84 @@
+"""Checks of static arguments: every message says what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def positive_int(value: Any, name: str) -> int:
+    """``value`` as a Python int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        hint = (
+            " It is a size, so it cannot be an array; with optax.inject_hyperparams, "
+            f"name it in static_args={(name,)!r}."
+            if isinstance(value, jax.Array)
+            else ""
+        )
+        raise TypeError(f"{name} must be a Python int, got {type(value).__name__}.{hint}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+    return int(value)
+
+
+def non_negative_int(value: Any, name: str) -> int:
+    """``value`` as a Python int of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be a Python int, got {type(value).__name__}.")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}.")
+    return int(value)
+
+
+def positive_scalar(value: Any, name: str) -> None:
+    """A scalar, finite and greater than 0; the value of a traced one is not looked at."""
+    number = _number(value, name)
+    if number is not None and not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name} must be finite and greater than 0, got {value}.")
+
+
+def unit_interval(value: Any, name: str) -> None:
+    """A scalar in [0, 1]; the value of a traced one is not looked at."""
+    number = _number(value, name)
+    if number is not None and not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}.")
+
+
+def _number(value: Any, name: str) -> float | None:
+    """The value of a scalar; None if it is traced."""
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    if isinstance(value, bool) or not (is_array or isinstance(value, numbers.Real)):
+        raise TypeError(f"{name} must be a number or a scalar array, got {type(value).__name__}.")
+    if is_array:
+        if value.shape != ():
+            raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}.")
+        if not (
+            jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+        ):
+            raise TypeError(f"{name} must be a real number, got {value.dtype.name}.")
+    return None if isinstance(value, jax.core.Tracer) else float(value)
+
+
+def one_of(value: Any, name: str, choices: Sequence[str]) -> None:
+    """One of a few names."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+
+
+def index(value: Any, name: str, size: int) -> None:
+    """An index or array of indices into ``size`` items; traced values are not looked at."""
+    dtype = value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype
+    if not np.issubdtype(dtype, np.integer):
+        raise TypeError(f"{name} must be an integer index, got {dtype}.")
+    if isinstance(value, jax.core.Tracer):
+        return
+    values = np.asarray(value)
+    if values.size and not (values.min() >= 0 and values.max() < size):
+        wrong = values[(values < 0) | (values >= size)].flat[0]
+        raise ValueError(f"{name} must lie in 0..{size - 1}, got {wrong}.")

@@ -1,0 +1,195 @@
+"""How a pytree of parameters maps onto the coordinates of a gradient.
+
+A :class:`Layout` is the static description (tree structure, shapes, dtypes) of
+the parameters a set of gradients belongs to. Coordinates are numbered 0 .. d-1 in
+the order of ``jax.tree.leaves``, each leaf in row-major order. It travels inside
+states as a pytree node without leaves, so that every function can tell a tree that
+does not fit from one that does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+PyTree = Any
+
+
+@jax.tree_util.register_static
+class Layout:
+    """Structure, shapes and dtypes of the parameters; hashable and immutable.
+
+    Attributes:
+        treedef: the tree structure.
+        paths: a readable name for every leaf, for messages.
+        shapes: the leaves' shapes.
+        dtypes: the leaves' dtypes.
+    """
+
+    __slots__ = ("dtypes", "paths", "shapes", "treedef")
+    treedef: Any
+
+    def __init__(self, tree: PyTree, name: str = "params"):
+        """Reads the layout off ``tree``: arrays, tracers or ``ShapeDtypeStruct``.
+
+        Raises:
+            TypeError: a leaf is not a real floating-point array.
+        """
+        leaves, self.treedef = jax.tree_util.tree_flatten_with_path(tree)
+        self.paths = tuple(_path(path) for path, _ in leaves)
+        for path, (_, leaf) in zip(self.paths, leaves, strict=True):
+            _require_real(leaf, f"{name}{path}")
+        self.shapes = tuple(tuple(np.shape(leaf)) for _, leaf in leaves)
+        self.dtypes = tuple(jnp.result_type(leaf) for _, leaf in leaves)
+
+    # A tree without leaves fits any layout: optax.tree.map_params builds a state
+    # from a placeholder that stands for all of the parameters and matches its
+    # structure against the real state.
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Layout):
+            return NotImplemented
+        if not self.shapes or not other.shapes:
+            return True
+        return (
+            self.shapes == other.shapes
+            and self.dtypes == other.dtypes
+            and self.treedef == other.treedef
+        )
+
+    def __hash__(self) -> int:
+        return hash(Layout)
+
+    def __repr__(self) -> str:
+        return f"Layout(d={self.size}, {self.describe()})"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Coordinates of each leaf."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def size(self) -> int:
+        """``d``: the number of coordinates."""
+        return sum(self.sizes)
+
+    def describe(self) -> str:
+        """The leaves with dtype and shape, on one line."""
+        parts = [
+            f"{path or 'value'}: {dtype.name}{list(shape)}"
+            for path, dtype, shape in zip(self.paths, self.dtypes, self.shapes, strict=True)
+        ]
+        return "{" + ", ".join(parts) + "}"
+
+    def check(self, tree: PyTree, name: str) -> list[Any]:
+        """The leaves of ``tree``, once its structure and shapes are known to fit.
+
+        Raises:
+            ValueError: the structure or a shape differs; both are shown.
+            TypeError: a leaf is not a real floating-point array.
+        """
+        leaves, treedef = jax.tree_util.tree_flatten(tree)
+        if not self._fits(tree, treedef):
+            raise ValueError(
+                f"{name} does not have the structure of the parameters this state was made for: "
+                f"expected {self.treedef}, got {treedef}."
+            )
+        for path, shape, leaf in zip(self.paths, self.shapes, leaves, strict=True):
+            if tuple(np.shape(leaf)) != shape:
+                raise ValueError(
+                    f"{name}{path} has the wrong shape: expected {shape}, got {np.shape(leaf)}."
+                )
+            _require_real(leaf, f"{name}{path}")
+        return leaves
+
+    def check_mask(self, mask: PyTree, name: str = "mask") -> list[Array]:
+        """The leaves of a boolean mask, once its structure and shapes are known to fit.
+
+        Raises:
+            ValueError: the structure or a shape differs; both are shown.
+            TypeError: a leaf is not boolean.
+        """
+        leaves, treedef = jax.tree_util.tree_flatten(mask)
+        if not self._fits(mask, treedef):
+            raise ValueError(
+                f"{name} does not have the structure of the parameters: "
+                f"expected {self.treedef}, got {treedef}."
+            )
+        for path, shape, leaf in zip(self.paths, self.shapes, leaves, strict=True):
+            if jnp.result_type(leaf) != jnp.bool_:
+                raise TypeError(f"{name}{path} must be boolean, got {jnp.result_type(leaf).name}.")
+            if np.shape(leaf) not in ((), shape):
+                raise ValueError(
+                    f"{name}{path} has the wrong shape: expected {shape} or (), "
+                    f"got {np.shape(leaf)}."
+                )
+        return [
+            jnp.broadcast_to(leaf, shape) for leaf, shape in zip(leaves, self.shapes, strict=True)
+        ]
+
+    # nnx.Optimizer initializes with variables and updates with the arrays in them, so
+    # trees whose leaves go by the same names fit as well.
+    def _fits(self, tree: PyTree, treedef: Any) -> bool:
+        if treedef == self.treedef:
+            return True
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return tuple(_path(path) for path, _ in leaves) == self.paths
+
+    def flatten(self, tree: PyTree, dtype: jnp.dtype, name: str) -> Float[Array, " d"]:
+        """``tree`` as one vector of ``dtype``."""
+        leaves = self.check(tree, name)
+        if not leaves:
+            return jnp.zeros((0,), dtype)
+        return jnp.concatenate([jnp.ravel(jnp.asarray(leaf)).astype(dtype) for leaf in leaves])
+
+    def unflatten(self, vector: Float[Array, " d"]) -> PyTree:
+        """A vector of ``d`` coordinates as a tree, in the vector's dtype."""
+        parts = jnp.split(vector, np.cumsum(self.sizes)[:-1]) if self.sizes else []
+        leaves = [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return jax.tree_util.tree_unflatten(self.treedef, leaves)
+
+    def is_flat(self, value: PyTree) -> bool:
+        """Whether ``value`` is one vector of all ``d`` coordinates in place of a tree."""
+        is_vector = isinstance(value, jax.Array | np.ndarray) and value.shape == (self.size,)
+        return is_vector and self.treedef != jax.tree_util.tree_structure(0)
+
+    def as_tree(self, value: PyTree, name: str) -> PyTree:
+        """``value`` as a tree of arrays, given as a tree or as one flat vector."""
+        if self.is_flat(value):
+            _require_real(value, name)
+            return self.unflatten(jnp.asarray(value))
+        return jax.tree_util.tree_unflatten(
+            self.treedef, [jnp.asarray(leaf) for leaf in self.check(value, name)]
+        )
+
+    def like(self, tree: PyTree, value: PyTree) -> PyTree:
+        """``tree`` in the form (tree or flat vector) and the dtypes of ``value``."""
+        if self.is_flat(value):
+            return self.flatten(tree, jnp.result_type(value), "result")
+        leaves, treedef = jax.tree_util.tree_flatten(value)
+        converted = [
+            x.astype(jnp.result_type(v)) for x, v in zip(jax.tree.leaves(tree), leaves, strict=True)
+        ]
+        return jax.tree_util.tree_unflatten(treedef, converted)
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    wrapped = path and path[-1] == jax.tree_util.GetAttrKey("value")
+    return jax.tree_util.keystr(path[:-1] if wrapped else path)
+
+
+def _require_real(leaf: Any, name: str) -> None:
+    try:
+        dtype = jnp.result_type(leaf)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an array, got {type(leaf).__name__}.") from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be a real floating-point array, got {dtype.name}{list(np.shape(leaf))}. "
+            "Integer and complex parameters have no gradient row; leave them out, "
+            "for example with optax.masked."
+        )

@@ -1,0 +1,59 @@
+"""Flat coordinates as arguments: checked where they are known, harmless where traced."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int
+
+from mfac_jax import _checks
+
+
+class Pairs(NamedTuple):
+    """Pairs of coordinates, flattened.
+
+    Attributes:
+        rows: i; (k,), in range.
+        columns: j; (k,), in range.
+        valid: whether both were in range as given; (k,).
+        shape: the shape the pairs had (static).
+    """
+
+    rows: Int[Array, " k"]
+    columns: Int[Array, " k"]
+    valid: Bool[Array, " k"]
+    shape: tuple[int, ...]
+
+
+def as_pairs(rows: ArrayLike, columns: ArrayLike, d: int) -> Pairs:
+    """The pairs ``(i, j)`` of coordinates that are broadcast against one another.
+
+    Raises:
+        TypeError: an index is not an integer.
+        ValueError: an index that is not traced lies outside 0 .. d-1.
+    """
+    _checks.index(rows, "rows", d)
+    _checks.index(columns, "columns", d)
+    i, j = jnp.broadcast_arrays(jnp.asarray(rows), jnp.asarray(columns))
+    shape, i, j = i.shape, i.ravel(), j.ravel()
+    valid = (i >= 0) & (i < d) & (j >= 0) & (j < d)
+    return Pairs(jnp.clip(i, 0, d - 1), jnp.clip(j, 0, d - 1), valid, shape)
+
+
+def as_coordinates(coordinates: ArrayLike, d: int) -> Int[Array, " k"]:
+    """A list of coordinates.
+
+    Raises:
+        TypeError: an index is not an integer.
+        ValueError: they are not a list, or one that is not traced lies outside 0 .. d-1.
+    """
+    if np.ndim(coordinates) != 1 or np.size(coordinates) == 0:
+        raise ValueError(
+            "coordinates must be a list of one index or more, got an array of shape "
+            f"{np.shape(coordinates)}."
+        )
+    _checks.index(coordinates, "coordinates", d)
+    return jnp.asarray(coordinates)

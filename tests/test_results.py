@@ -1,0 +1,35 @@
+"""The tables in the documentation are those of the result files."""
+
+import defaults
+import demo
+import pytest
+import report
+from report import ROOT
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "render"),
+    [
+        ("README.md", "quickstart", demo.table),
+        ("docs/defaults.md", "defaults", defaults.table),
+    ],
+)
+def test_table_is_that_of_the_result_file(page, name, render):
+    assert report.read_table(ROOT / page, name) == render(report.load(name)).strip()
+
+
+def test_figure_of_the_demo_is_there():
+    assert demo.FIGURE.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_changed_result_changes_the_table():
+    results = report.load("defaults")
+    results["rows"][0]["loss"][0] += 1.0
+    assert report.read_table(ROOT / "docs/defaults.md", "defaults") != defaults.table(results)
+
+
+def test_missing_markers_are_an_error(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# No table here\n")
+    with pytest.raises(ValueError, match="no markers for 'x'"):
+        report.write_table(page, "x", "| a |")
