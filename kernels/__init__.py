@@ -6,8 +6,9 @@ else in the library works on ``m`` or ``m x m`` numbers, so speed and memory are
 decided here and nowhere else.
 
 Each function accumulates in float32 at least (float64 for float64 blocks), never
-in a reduced-precision matrix-product mode, and reads a low-precision block
-without making a wide copy of it.
+in a reduced-precision matrix-product mode, and is written so that a low-precision
+block is widened a part at a time. (XLA for the CPU in jax 0.10 widens it whole all
+the same in :func:`gram`, :func:`column_square_sums` and :func:`write_row`.)
 """
 
 from mfac_jax.kernels._scans import (
