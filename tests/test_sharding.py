@@ -1,8 +1,8 @@
 """Per-leaf rows follow the sharding of their parameters."""
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -35,8 +35,8 @@ def test_steps_on_shards_equal_steps_on_one_device(shardings):
     for seed in range(6):
         want, plain = step(gradient(seed), plain)
         got, spread = step(jax.device_put(gradient(seed), shardings), spread)
+        chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
         for name, sharding in shardings.items():
-            np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5)
             rows = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
             block = spread.window.rows.blocks[name]
             assert block.sharding.is_equivalent_to(rows, block.ndim)
