@@ -92,12 +92,7 @@ class Layout:
             ValueError: the structure or a shape differs; both are shown.
             TypeError: a leaf is not a real floating-point array.
         """
-        leaves, treedef = jax.tree_util.tree_flatten(tree)
-        if not self._fits(tree, treedef):
-            raise ValueError(
-                f"{name} does not have the structure of the parameters this state was made for: "
-                f"expected {self.treedef}, got {treedef}."
-            )
+        leaves = self._leaves(tree, name)
         for path, shape, leaf in zip(self.paths, self.shapes, leaves, strict=True):
             if tuple(np.shape(leaf)) != shape:
                 raise ValueError(
@@ -113,12 +108,7 @@ class Layout:
             ValueError: the structure or a shape differs; both are shown.
             TypeError: a leaf is not boolean.
         """
-        leaves, treedef = jax.tree_util.tree_flatten(mask)
-        if not self._fits(mask, treedef):
-            raise ValueError(
-                f"{name} does not have the structure of the parameters: "
-                f"expected {self.treedef}, got {treedef}."
-            )
+        leaves = self._leaves(mask, name)
         for path, shape, leaf in zip(self.paths, self.shapes, leaves, strict=True):
             if jnp.result_type(leaf) != jnp.bool_:
                 raise TypeError(f"{name}{path} must be boolean, got {jnp.result_type(leaf).name}.")
@@ -131,13 +121,18 @@ class Layout:
             jnp.broadcast_to(leaf, shape) for leaf, shape in zip(leaves, self.shapes, strict=True)
         ]
 
-    # nnx.Optimizer initializes with variables and updates with the arrays in them, so
-    # trees whose leaves go by the same names fit as well.
-    def _fits(self, tree: PyTree, treedef: Any) -> bool:
-        if treedef == self.treedef:
-            return True
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return tuple(_path(path) for path, _ in leaves) == self.paths
+    def _leaves(self, tree: PyTree, name: str) -> list[Any]:
+        leaves, treedef = jax.tree_util.tree_flatten(tree)
+        if treedef != self.treedef:
+            # nnx.Optimizer initializes with variables and updates with the arrays in
+            # them, so trees whose leaves go by the same names fit as well.
+            named = jax.tree_util.tree_leaves_with_path(tree)
+            if tuple(_path(path) for path, _ in named) != self.paths:
+                raise ValueError(
+                    f"{name} does not have the structure of the parameters: "
+                    f"expected {self.treedef}, got {treedef}."
+                )
+        return leaves
 
     def flatten(self, tree: PyTree, dtype: jnp.dtype, name: str) -> Float[Array, " d"]:
         """``tree`` as one vector of ``dtype``."""

@@ -183,8 +183,8 @@ def share_between_equal_rows(
     that is there twice holds ``1 / (2 n lambda)`` with either sign in the two places;
     they cancel in exact arithmetic and leave nothing but rounding errors here.
     Sharing before and after the solve keeps them from arising: measured on a
-    repeated gradient at ``lambda = 1e-7``, the relative error of the direction falls
-    from 0.4 to 6e-6.
+    gradient that is there three times (n = 128, ``|g|^2 = 2``, ``lambda = 1e-7``), the
+    relative error of the direction falls from 3e-2 to 3e-6.
 
     Equal means that the rows of the Gram matrix are, to the last bit. Gradients that
     only nearly agree are left alone: under a small damping their difference counts.
