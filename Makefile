@@ -5,13 +5,15 @@ WORKERS ?= auto
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint ruff types imports docs accuracy clean
+.PHONY: help demo test aot lint ruff types imports docs bench accuracy clean
 
 help:
 	@echo "make demo      run examples/quickstart.py"
 	@echo "make test      run the tests and the docstring examples"
+	@echo "make aot       compile the kernels for an H200 and a TPU v5e, which need not be there"
 	@echo "make lint      ruff, mypy and the direction of imports"
 	@echo "make docs      build the documentation into docs/_build"
+	@echo "make bench     measure speed and memory, and write the tables and the figure"
 	@echo "make accuracy  measure the accuracy figures of the documentation"
 	@echo "make clean     remove the virtual environment and everything built"
 	@echo
@@ -22,6 +24,10 @@ demo: $(VENV)/.stamp-test
 
 test: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# In an environment of its own: compilers for devices that the tests must not find.
+aot: $(VENV)-aot/.stamp
+	$(VENV)-aot/bin/python -m pytest tests/aot/compile_*.py
 
 lint: ruff types imports
 
@@ -38,11 +44,14 @@ imports: $(VENV)/.stamp-dev
 docs: $(VENV)/.stamp-docs
 	$(BIN)/sphinx-build -W --keep-going -E -b html docs docs/_build/html
 
+bench: $(VENV)/.stamp-bench
+	$(BIN)/python benchmarks/bench.py
+
 accuracy: $(VENV)/.stamp-test
 	$(BIN)/python benchmarks/accuracy.py
 
 clean:
-	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf $(VENV) $(VENV)-aot build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache \
 	  .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -56,7 +65,13 @@ $(BIN)/python:
 $(VENV)/.stamp-test: EXTRAS := test,examples
 $(VENV)/.stamp-dev: EXTRAS := dev
 $(VENV)/.stamp-docs: EXTRAS := docs
+$(VENV)/.stamp-bench: EXTRAS := bench
+$(VENV)/.stamp-aot: EXTRAS := test,aot
 
 $(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)-aot/.stamp: pyproject.toml
+	$(MAKE) VENV=$(VENV)-aot $(VENV)-aot/.stamp-aot
 	@touch $@

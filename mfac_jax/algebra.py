@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+from mfac_jax import _two_words
 
 # The diagonal that is added, relative to each pivot, when A is singular to working
 # precision: eps, then 4 eps and so on until the factor exists.
 _FLOOR_GROWTH = 4.0
-_MAX_ATTEMPTS = 16
+_MAX_ATTEMPTS = 17
 
 
 class Factor(NamedTuple):
@@ -49,34 +51,58 @@ def factor(gram: Float[Array, "n n"], shift: Float[Array, ""]) -> Factor:
     (a row a million times the others) do not disturb one another. A row that is
     zero, with a shift that is zero, is treated as absent.
     """
-    n = gram.shape[0]
-    diagonal = jnp.diagonal(gram) + shift.astype(gram.dtype)
+    lower, size, floor = _scaled_factor(gram, shift)
+    return Factor(jnp.tril(lower) * size[:, None], floor)
+
+
+@jax.jit
+def inverse_root(gram: Float[Array, "*b n n"], shift: Float[Array, ""]) -> Float[Array, "*b n n"]:
+    """``L^-1``, as :func:`inverse_lower` of :func:`factor`, of one matrix or a batch of them.
+
+    ``L`` itself is never written: blocks have as many numbers in it as in their gradients.
+    """
+    lower, size, _ = _scaled_factor(gram, shift)
+    scale = jnp.broadcast_to(jnp.expand_dims(1 / size, -1), gram.shape)
+    scale = jnp.where(_is_diagonal(gram), scale, jnp.zeros_like(scale))
+    return solve_triangular(lower, scale, lower=True)
+
+
+def _is_diagonal(gram: Float[Array, "*b n n"]) -> Bool[Array, "*b n n"]:
+    return jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=bool), gram.shape)
+
+
+def _scaled_factor(
+    gram: Float[Array, "*b n n"], shift: Float[Array, ""]
+) -> tuple[Float[Array, "*b n n"], Float[Array, "*b n"], Float[Array, "*b"]]:
+    """``L`` of ``A`` with a unit diagonal, what it was scaled with, and the floor."""
+    diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1) + shift.astype(gram.dtype)
     size = jnp.sqrt(jnp.where(diagonal > 0, diagonal, jnp.ones_like(diagonal)))
-    scaled = gram / size[:, None] / size[None, :]
-    scaled = jnp.fill_diagonal(scaled, jnp.ones((), gram.dtype), inplace=False)
+    row, column = jnp.expand_dims(1 / size, -1), jnp.expand_dims(1 / size, -2)
     eps = jnp.finfo(gram.dtype).eps
-    eye = jnp.eye(n, dtype=gram.dtype)
 
     def attempt(floor: Array) -> Array:
-        return lax.linalg.cholesky(scaled + floor * eye, symmetrize_input=False)
+        own = jnp.expand_dims(1 + floor, (-2, -1))
+        scaled = jnp.where(_is_diagonal(gram), own, gram * row * column)
+        return lax.linalg.cholesky(scaled, symmetrize_input=False)
 
     def failed(lower: Array) -> Array:
         # A pivot below eps is made of rounding errors; NaN compares as false.
-        return ~jnp.all(jnp.diagonal(lower) ** 2 > eps)
+        return ~jnp.all(jnp.diagonal(lower, axis1=-2, axis2=-1) ** 2 > eps, axis=-1)
 
     def again(carry: tuple[Array, Array, Array]) -> Array:
         lower, _, attempts = carry
-        return failed(lower) & (attempts < _MAX_ATTEMPTS)
+        return jnp.any(failed(lower)) & (attempts < _MAX_ATTEMPTS)
 
-    def grow(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        _, floor, attempts = carry
-        floor = jnp.maximum(_FLOOR_GROWTH * floor, eps)
+    # The floors of a batch grow one by one: what does not fail is factored as before.
+    def attempt_again(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        lower, floor, attempts = carry
+        grown = jnp.where(attempts > 0, jnp.maximum(_FLOOR_GROWTH * floor, eps), floor)
+        floor = jnp.where(failed(lower), grown, floor)
         return attempt(floor), floor, attempts + 1
 
-    none = jnp.zeros((), gram.dtype)
-    start = (attempt(none), none, jnp.zeros((), jnp.int32))
-    lower, floor, _ = lax.while_loop(again, grow, start)
-    return Factor(jnp.tril(lower) * size[:, None], floor)
+    start = (jnp.zeros_like(gram), jnp.zeros_like(gram[..., 0, 0]), jnp.zeros((), jnp.int32))
+    lower, floor, _ = lax.while_loop(again, attempt_again, start)
+    return lower, size, floor
 
 
 def smallest_pivot(factor: Factor) -> Float[Array, ""]:
@@ -121,47 +147,32 @@ def refined_solve(
         ``A^-1 b``; (n,).
     """
     first = solve(factor, rhs)
-    residual = _residual(gram, shift.astype(gram.dtype), first, rhs.astype(gram.dtype))
-    return first + jnp.where(factor.floor > 0, jnp.zeros_like(first), solve(factor, residual))
+    step = solve(factor, residual(gram, shift.astype(gram.dtype), first, rhs.astype(gram.dtype)))
+    return first + jnp.where(factor.floor > 0, jnp.zeros_like(first), step)
 
 
-def _residual(
+def residual(
     gram: Float[Array, "n n"],
     shift: Float[Array, ""],
     solution: Float[Array, " n"],
     rhs: Float[Array, " n"],
 ) -> Float[Array, " n"]:
-    """``b - shift x - K x`` in twice the working precision, rounded at the end."""
-    # Half words multiply exactly, so that it does not matter whether a compiler
-    # fuses the product with the addition that follows.
-    matrix = jnp.concatenate([gram, jnp.broadcast_to(shift, (len(rhs), 1))], axis=1)
-    vector = jnp.broadcast_to(solution, gram.shape)
-    vector = jnp.concatenate([vector, solution[:, None]], axis=1)
-    a, b = _halves(matrix)
-    c, d = _halves(-vector)
-    high = jnp.concatenate([a * c, rhs[:, None]], axis=1)
-    low = jnp.concatenate([a * d + b * c + b * d, jnp.zeros_like(rhs)[:, None]], axis=1)
-    zero = jnp.zeros((), rhs.dtype)
-    total, error = lax.reduce((high, low), (zero, zero), _add_two_words, (1,))
-    return total + error
+    """``b - shift x - K x`` in twice the working precision, rounded once at the end.
 
+    Args:
+        gram: ``K``, symmetric.
+        shift: ``n lambda``.
+        solution: ``x``.
+        rhs: ``b``.
 
-def _halves(x: Array) -> tuple[Array, Array]:
-    """``x`` as the sum of two numbers of half its digits each."""
-    info = jnp.finfo(x.dtype)
-    bits = jnp.dtype(f"uint{info.bits}")
-    mask = jnp.asarray(-1 << (info.nmant // 2 + 1), jnp.dtype(f"int{info.bits}"))
-    raw = lax.bitcast_convert_type(x, bits) & lax.bitcast_convert_type(mask, bits)
-    high = lax.bitcast_convert_type(raw, x.dtype)
-    return high, x - high
-
-
-def _add_two_words(x: tuple[Array, Array], y: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Sum of two unevaluated sums ``high + low`` (Knuth's error-free addition)."""
-    total = x[0] + y[0]
-    virtual = total - x[0]
-    error = (x[0] - (total - virtual)) + (y[0] - virtual)
-    return total, x[1] + y[1] + error
+    Returns:
+        The residual.
+    """
+    # Along columns, for which it takes no transposition of a symmetric matrix.
+    product = _two_words.summed(_two_words.product(gram, -solution[:, None]), axis=0)
+    product = _two_words.add(product, _two_words.product(shift, -solution))
+    high, low = _two_words.add(product, (rhs, jnp.zeros_like(rhs)))
+    return high + low
 
 
 def inverse_lower(factor: Factor) -> Float[Array, "n n"]:

@@ -125,7 +125,7 @@ def collect_gradients(
         ...     return jnp.mean((x @ params["w"] - y) ** 2)
         >>> data = [(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([-1.0, 1.0]))]
         >>> rows = collect_gradients(loss, {"w": jnp.zeros(2)}, data, 3, per_example=True)
-        >>> rows.block
+        >>> rows.columns(0, 2)
         Array([[ 2.,  4.],
                [-6., -8.],
                [ 2.,  4.]], dtype=float32)
@@ -216,7 +216,7 @@ def _write_gradients(
         i: Int[Array, ""], carry: tuple[GradientRows, Bool[Array, " k"]]
     ) -> tuple[GradientRows, Bool[Array, " k"]]:
         rows, finite = carry
-        rows, _, accepted = rows.put(row + i, jax.tree.map(lambda g: g[i], gradients))
+        rows, accepted = rows.write(row + i, jax.tree.map(lambda g: g[i], gradients))
         return rows, finite.at[i].set(accepted)
 
     return jax.lax.fori_loop(0, count, put, (rows, jnp.ones(chunk or 1, bool)))

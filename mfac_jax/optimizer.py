@@ -22,7 +22,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mfac_jax import _checks, window
+from mfac_jax import _checks, carried, window
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.rows import check_storage
 
@@ -31,6 +31,10 @@ ScalarOrSchedule = ArrayLike | Callable[[Int[Array, ""]], ArrayLike]
 DEFAULT_WINDOW_SIZE = 64
 DEFAULT_RELATIVE_DAMPING = 0.01
 
+# From this window size on the inverse of the m x m matrix is carried from step to step;
+# below, factoring it anew takes no longer (the documentation, "Performance").
+CARRY_FROM = 128
+
 
 class MfacState(NamedTuple):
     """State of :func:`mfac_precondition`.
@@ -38,10 +42,14 @@ class MfacState(NamedTuple):
     Attributes:
         count: updates so far, those of rejected gradients included; scalar int32.
         window: the gradients and their Gram matrix.
+        inverse: what makes the m x m step cheap, m^2 numbers; ``None`` where it is cheap
+            without: in small windows, in windows of at least as many gradients as there are
+            parameters, and in float64.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # as in every optax state
     window: window.Window
+    inverse: carried.CarriedInverse | None = None
 
 
 def mfac_precondition(
@@ -52,6 +60,7 @@ def mfac_precondition(
     normalize_by: str = "count",
     storage: str = "flat",
     dtype: DTypeLike | None = None,
+    implementation: str | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients by ``F^-1``, the gradient itself being in the window.
@@ -83,6 +92,8 @@ def mfac_precondition(
             parameter, follows the parameters' sharding).
         dtype: what gradients are stored in; float32 by default, float64 for float64
             parameters; bfloat16 halves the memory.
+        implementation: of the scans over the window: ``"xla"``, ``"mosaic_gpu"`` or
+            ``"mosaic_tpu"``; by default the best one on each platform.
         mask: which weights are alive, a tree of booleans with the structure of the
             parameters or a function from the parameters to one. Gradients enter the
             window, and directions leave it, with zeros elsewhere. When a mask loses
@@ -124,7 +135,7 @@ def mfac_precondition(
     """
     m = _checks.positive_int(window_size, "window_size")
     _checks.one_of(normalize_by, "normalize_by", ("count", "window_size"))
-    check_storage(storage, dtype)
+    check_storage(storage, dtype, implementation)
     if damping is None and relative_damping is None:
         relative_damping = DEFAULT_RELATIVE_DAMPING
     for value, name in ((damping, "damping"), (relative_damping, "relative_damping")):
@@ -132,11 +143,16 @@ def mfac_precondition(
             _checks.positive_scalar(value, name)
 
     def init(params: PyTree) -> MfacState:
-        held = window.init(params, m, storage=storage, dtype=dtype)
+        held = window.init(params, m, storage=storage, dtype=dtype, implementation=implementation)
         # optax.tree.map_params builds a state from a placeholder without leaves.
         if held.rows.layout.shapes:
             _mask_leaves(mask, params, held.rows.layout)
-        return MfacState(count=jnp.zeros((), jnp.int32), window=held)
+        is_carried = CARRY_FROM <= m < held.rows.layout.size and held.gram.dtype == jnp.float32
+        return MfacState(
+            count=jnp.zeros((), jnp.int32),
+            window=held,
+            inverse=carried.empty(m, held.gram.dtype) if is_carried else None,
+        )
 
     def update(
         updates: PyTree, state: MfacState, params: PyTree | None = None, **extra_args: Any
@@ -145,9 +161,14 @@ def mfac_precondition(
         alive = _mask_leaves(mask, params, state.window.rows.layout)
         new_window, info = window.push(state.window, _masked(updates, alive))
         lam = _damping(damping, relative_damping, state.count, new_window)
-        direction = window.ihvp_newest(
-            new_window, lam, denominator=m if normalize_by == "window_size" else None
-        )
+        denominator = m if normalize_by == "window_size" else None
+        inverse = state.inverse
+        if inverse is None:
+            direction = window.ihvp_newest(new_window, lam, denominator=denominator)
+        else:
+            direction, inverse = window.ihvp_newest_carried(
+                new_window, lam, inverse, denominator=denominator
+            )
 
         # Leaf by leaf: the gradients may come in other containers than the parameters.
         gradients, treedef = jax.tree.flatten(updates)
@@ -156,7 +177,7 @@ def mfac_precondition(
             for step, gradient in zip(jax.tree.leaves(direction), gradients, strict=True)
         ]
         direction = _masked(jax.tree.unflatten(treedef, steps), alive)
-        return direction, MfacState(optax.safe_increment(state.count), new_window)
+        return direction, MfacState(optax.safe_increment(state.count), new_window, inverse)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -173,6 +194,7 @@ def mfac(
     normalize_by: str = "count",
     storage: str = "flat",
     dtype: DTypeLike | None = None,
+    implementation: str | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """M-FAC preconditioned SGD: precondition, momentum, weight decay, learning rate.
@@ -189,6 +211,7 @@ def mfac(
         normalize_by: see :func:`mfac_precondition`.
         storage: see there.
         dtype: see there.
+        implementation: see there.
         mask: see there. Weights that are masked out get no weight decay, and nothing
             from a momentum they may have had, either.
 
@@ -216,6 +239,7 @@ def mfac(
             normalize_by=normalize_by,
             storage=storage,
             dtype=dtype,
+            implementation=implementation,
             mask=mask,
         )
     ]

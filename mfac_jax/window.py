@@ -27,7 +27,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from mfac_jax import _checks, algebra
+from mfac_jax import _checks, algebra, carried
 from mfac_jax._layout import PyTree
 from mfac_jax.rows import GradientRows, check_rows, empty_rows
 
@@ -69,6 +69,7 @@ def init(
     *,
     storage: str = "flat",
     dtype: DTypeLike | None = None,
+    implementation: str | None = None,
 ) -> Window:
     """An empty window for gradients of ``params``.
 
@@ -77,13 +78,16 @@ def init(
         window_size: ``m``, any number of gradients from 1 up.
         storage: ``"flat"`` or ``"per_leaf"``; see :func:`mfac_jax.rows.empty_rows`.
         dtype: what the gradients are stored in.
+        implementation: of the scans, by name; by default the best on each platform. See
+            :mod:`mfac_jax.kernels`.
 
     Returns:
         The window: ``m d`` entries of ``dtype`` and ``m^2`` of the accumulation dtype.
 
     Raises:
         TypeError: ``window_size`` is not an int, or a leaf is not real floating point.
-        ValueError: ``window_size`` is below 1 or ``storage`` is unknown.
+        ValueError: ``window_size`` is below 1, or ``storage`` or ``implementation`` is
+            unknown.
 
     Example:
         >>> import jax.numpy as jnp
@@ -94,7 +98,7 @@ def init(
         Array([0.5, 1. , 1. ], dtype=float32)
     """
     m = _checks.positive_int(window_size, "window_size")
-    rows = empty_rows(params, m, storage=storage, dtype=dtype)
+    rows = empty_rows(params, m, storage=storage, dtype=dtype, implementation=implementation)
     return Window(
         rows=rows,
         gram=jnp.zeros((m, m), rows.dtype),
@@ -252,8 +256,7 @@ def ihvp(
     tree = layout.as_tree(vector, "vector")
     factor = algebra.factor(window.gram, n * lam)
     solved = algebra.refined_solve(factor, window.gram, n * lam, rows.dots(tree))
-    inside = rows.combine(solved)
-    out = jax.tree.map(lambda v, s: (v.astype(s.dtype) - s) / lam.astype(s.dtype), tree, inside)
+    out = rows.combine(solved, vector=tree, scale=1 / lam)
     return layout.like(_or_smaller_side(out, window, tree, lam, n, factor), vector)
 
 
@@ -331,6 +334,50 @@ def ihvp_newest(
         denominator=denominator,
         refinements=refinements,
     )
+
+
+def ihvp_newest_carried(
+    window: Window,
+    damping: ArrayLike,
+    inverse: carried.CarriedInverse,
+    *,
+    denominator: ArrayLike | None = None,
+) -> tuple[PyTree, carried.CarriedInverse]:
+    """:func:`ihvp_newest` in O(d m + m^2), with the inverse of ``A`` from the step before.
+
+    For a window that takes one gradient between two calls, under a damping that changes
+    slowly; after anything else the inverse is made anew, O(m^3), and the result is as good.
+    See :mod:`mfac_jax.carried`.
+
+    Args:
+        window: the window.
+        damping: as in :func:`ihvp_combination`.
+        inverse: what the last call returned; :func:`mfac_jax.carried.empty` at first.
+        denominator: as in :func:`ihvp`.
+
+    Returns:
+        ``F^-1 g`` for the gradient that came last, and the inverse for the next call.
+
+    Raises:
+        ValueError: ``damping`` is not positive, or the inverse is of another size.
+    """
+    rows, m = window.rows, window.rows.num_rows
+    if inverse.matrix.shape != (m, m):
+        raise ValueError(
+            f"inverse must be that of a window of {m} gradients, of shape ({m}, {m}); "
+            f"got {inverse.matrix.shape}."
+        )
+    lam, n = _damping(window, damping), _denominator(window, denominator)
+    slot = newest_slot(window)
+    # Gradients equal to the newest share its coefficient, as in ihvp_combination.
+    own = window.gram[slot]
+    equal = jnp.all(window.gram == own[None], axis=1) & (own == own[slot])
+    equal &= jnp.diagonal(window.gram) == own[slot]
+    weights = equal.astype(rows.dtype) / jnp.sum(equal, dtype=rows.dtype)
+    inverse = carried.replace(inverse, window.gram, slot)
+    solved, inverse = carried.solve(inverse, window.gram, n * lam, weights)
+    solved = jnp.where(equal, jnp.sum(weights * solved), solved)
+    return rows.combine(n * solved), inverse
 
 
 def _write(

@@ -123,17 +123,6 @@ def test_a_floored_solve_is_not_refined():
     np.testing.assert_array_equal(refined, algebra.solve(factor, rhs))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.x64
-def test_halves_multiply_exactly(dtype):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=200) * 10.0 ** rng.integers(-12, 12, 200), dtype)
-    high, low = algebra._halves(x)
-    np.testing.assert_array_equal(high + low, x)
-    exact = np.asarray(high, np.longdouble) ** 2
-    np.testing.assert_array_equal(np.asarray(high**2, np.longdouble), exact)
-
-
 @pytest.mark.x64
 def test_float64():
     k = gram("correlated")

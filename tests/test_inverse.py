@@ -1,6 +1,8 @@
 """The static inverse, whole and in blocks, against the dense matrix."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -312,3 +314,23 @@ def test_a_vector_that_does_not_fit_is_refused():
             got.ihvp({"a": PARAMS["a"]})
         with pytest.raises(ValueError, match=r"vector\['b'\].*expected \(15,\), got \(14,\)"):
             got.quadratic_form(PARAMS | {"b": jnp.zeros(14)})
+
+
+MANY_BLOCKS = """
+import jax, jax.numpy as jnp, numpy as np
+from mfac_jax import fisher_inverse, inverse_diagonal, rows
+
+sizes = (128,) * 500 + (100,) * 500 + (64,) * 500
+gradients = np.random.default_rng(0).standard_normal((256, sum(sizes)), np.float32)
+held = rows.as_rows(jnp.asarray(gradients))
+inverse = jax.jit(lambda held: fisher_inverse(held, 0.01, blocks=sizes).diagonal())
+for _ in range(3):
+    whole = jax.block_until_ready(inverse(held))
+    pieces = jax.jit(lambda held: inverse_diagonal(held, 0.01, blocks=sizes))(held)
+np.testing.assert_allclose(whole, pieces, rtol=1e-5)
+"""
+
+
+def test_many_blocks_of_several_sizes_do_not_wait_for_one_another():
+    """A process of its own, which can be stopped: XLA would let them wait forever."""
+    subprocess.run([sys.executable, "-c", MANY_BLOCKS], check=True, timeout=240)

@@ -1,5 +1,7 @@
 """Every scan against float64, at the shapes where a scan can go wrong."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,33 +9,45 @@ import oracles
 import pytest
 
 from mfac_jax import kernels
-from mfac_jax.kernels import _scans
 
-TILE = _scans._TILE
-# (m, *shape): one row, below a tile, many rows, one tile, above and off the tile, leaves.
+TILE = kernels.MAX_TILE
+# (t, m, *shape). One tile: one row, few columns, the widest that is not cut, wider and off
+# the cut, parameters of several axes, a scalar one, none. Several tiles, of both kinds.
+# Enough rows for panels, one too many to share them out evenly.
 SHAPES = [
-    (1, 7),
-    (5, 33),
-    (66, 33),
-    (3, TILE),
-    (3, 2 * TILE + 37),
-    (4, 3, 5),
-    (2, 91, 100),
-    (3,),
-    (3, 0),
+    (1, 1, 7),
+    (1, 5, 33),
+    (1, 3, TILE),
+    (1, 3, 2 * TILE + 37),
+    (1, 4, 3, 5),
+    (1, 2, 91, 100),
+    (1, 3),
+    (1, 3, 0),
+    (3, 5, 128),
+    (2, 4, 3, 5),
+    (2, 513, 24),
 ]
+
+
+def row_shape(shape):
+    return (shape[0], *shape[2:])
+
+
+def as_matrix(block):
+    """(t, m, *shape) as (m, d) in float64."""
+    block = np.moveaxis(np.asarray(block, np.float64), 1, 0)
+    return block.reshape(block.shape[0], -1)
 
 
 def block_of(shape, dtype=jnp.float32, seed=0):
     rng = np.random.default_rng(seed)
     block = jnp.asarray(rng.normal(size=shape), dtype)
-    vector = jnp.asarray(rng.normal(size=shape[1:]), dtype)
-    wide = np.asarray(block, np.float64).reshape(shape[0], -1)
-    return block, vector, wide, np.asarray(vector, np.float64).ravel()
+    vector = jnp.asarray(rng.normal(size=row_shape(shape)), dtype)
+    return block, vector, as_matrix(block), np.asarray(vector, np.float64).ravel()
 
 
 CASES = [(shape, dtype) for shape in SHAPES for dtype in (jnp.float32, jnp.bfloat16)]
-CASES.append(((5, 33), jnp.float16))
+CASES.append(((1, 5, 33), jnp.float16))
 every_case = pytest.mark.parametrize(("shape", "dtype"), CASES)
 
 
@@ -51,18 +65,59 @@ def test_dots(shape, dtype):
     block, vector, wide, flat = block_of(shape, dtype)
     got = jax.jit(kernels.dots)(block, vector)
     assert got.dtype == jnp.float32
-    assert got.shape == shape[:1]
+    assert got.shape == shape[1:2]
     assert_small(np.asarray(got, np.float64) - wide @ flat, total(wide, flat), flat.size)
+
+
+@every_case
+def test_compensated_dots_are_those_of_float64(shape, dtype):
+    block, vector, _, _ = block_of(shape, dtype)
+    # Sums that cancel: the second half of a row is the first with the other sign, nearly.
+    half = block.shape[-1] // 2 if block.ndim > 2 else 0
+    if half:
+        rest = block.shape[-1] - half
+        nudged = -block[..., :rest] * jnp.asarray(1 + 2**-7, dtype)
+        block = block.at[..., half:].set(nudged)
+        vector = vector.at[..., half:].set(vector[..., :rest])
+    wide, flat = as_matrix(block), np.asarray(vector, np.float64).ravel()
+    got = jax.jit(lambda b, v: kernels.dots(b, v, compensated=True))(block, vector)
+    assert got.dtype == jnp.float32
+    want = np.array([math.fsum(row * flat) for row in wide])
+    error = np.abs(np.asarray(got, np.float64) - want)
+    # The rounding of the result, and 2^-40 of what was added up.
+    assert np.all(error <= 2**-23 * np.abs(want) + 2**-40 * np.abs(wide) @ np.abs(flat))
 
 
 @every_case
 def test_combine(shape, dtype):
     block, _, wide, _ = block_of(shape, dtype)
-    c = np.random.default_rng(1).normal(size=shape[0]).astype(np.float32)
+    c = np.random.default_rng(1).normal(size=shape[1]).astype(np.float32)
     got = jax.jit(kernels.combine)(block, jnp.asarray(c))
     assert got.dtype == jnp.float32
-    assert got.shape == shape[1:]
-    assert_small(np.asarray(got, np.float64).ravel() - c @ wide, total(wide, c), shape[0])
+    assert got.shape == row_shape(shape)
+    assert_small(np.asarray(got, np.float64).ravel() - c @ wide, total(wide, c), shape[1])
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_combine_does_before_it_writes(masked, dtype):
+    block, vector, wide, flat = block_of((2, 4, 3, 5))
+    c = np.array([1.0, -2.0, 3.0, 0.5], np.float32)
+    got = kernels.combine(
+        block,
+        jnp.asarray(c),
+        vector=vector,
+        scale=jnp.float32(4.0),
+        mask=vector > 0 if masked else None,
+        dtype=dtype,
+    )
+    want = 4 * (flat - c @ wide) * (flat > 0 if masked else 1)
+    assert got.dtype == (dtype or jnp.float32)
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64).ravel(), want, 2e-2 if dtype else 1e-5, 1e-5
+    )
+    scaled = kernels.combine(block, jnp.asarray(c), scale=jnp.float32(0.5))
+    oracles.assert_close(np.ravel(scaled), c @ wide / 2, length=4)
 
 
 @every_case
@@ -84,37 +139,48 @@ def test_gram_over_a_mask(shape):
 @every_case
 def test_transform(shape, dtype):
     block, _, wide, _ = block_of(shape, dtype)
-    matrix = np.random.default_rng(1).normal(size=(2, shape[0])).astype(np.float32)
+    matrix = np.random.default_rng(1).normal(size=(2, shape[1])).astype(np.float32)
     got = jax.jit(kernels.transform)(block, jnp.asarray(matrix))
     assert got.dtype == jnp.float32
-    assert got.shape == (2, *shape[1:])
-    error = np.asarray(got, np.float64).reshape(2, -1) - matrix @ wide
-    assert_small(error, total(wide, matrix), shape[0])
+    assert got.shape == (shape[0], 2, *shape[2:])
+    assert_small(as_matrix(got) - matrix @ wide, total(wide, matrix), shape[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_lower_triangular_matrix(shape):
+    block, _, wide, _ = block_of(shape)
+    matrix = np.tril(np.random.default_rng(1).normal(size=(shape[1],) * 2)).astype(np.float32)
+    image = matrix @ wide
+    got = kernels.transform(block, jnp.asarray(matrix), lower=True)
+    assert_small(as_matrix(got) - image, total(wide, matrix), shape[1])
+    sums = kernels.column_square_sums(block, jnp.asarray(matrix), lower=True)
+    want = np.sum(image**2, axis=0)
+    assert_small(np.asarray(sums, np.float64).ravel() - want, total(image, image), shape[1])
 
 
 @every_case
 @pytest.mark.parametrize("with_matrix", [False, True])
 def test_column_square_sums(shape, dtype, with_matrix):
     block, _, wide, _ = block_of(shape, dtype)
-    matrix = np.random.default_rng(1).normal(size=(2, shape[0])).astype(np.float32)
+    matrix = np.random.default_rng(1).normal(size=(2, shape[1])).astype(np.float32)
     image = matrix @ wide if with_matrix else wide
     got = jax.jit(kernels.column_square_sums)(block, jnp.asarray(matrix) if with_matrix else None)
     assert got.dtype == jnp.float32
-    assert got.shape == shape[1:]
+    assert got.shape == row_shape(shape)
     error = np.asarray(got, np.float64).ravel() - np.sum(image**2, axis=0)
-    assert_small(error, total(image, image), shape[0])
+    assert_small(error, total(image, image), shape[1])
 
 
 @every_case
 def test_write_row_stores_and_multiplies_what_is_stored(shape, dtype):
     block, _, wide, _ = block_of(shape, dtype)
-    new = jnp.asarray(np.random.default_rng(2).normal(size=shape[1:]), jnp.float32)
-    row = shape[0] - 1
+    new = jnp.asarray(np.random.default_rng(2).normal(size=row_shape(shape)), jnp.float32)
+    row = shape[1] - 1
     out, dots = jax.jit(kernels.write_row)(block, jnp.int32(row), new, jnp.bool_(True))
     assert out.dtype == dtype
     stored = np.asarray(new.astype(dtype), np.float64).ravel()
     wide[row] = stored
-    np.testing.assert_array_equal(np.asarray(out, np.float64).reshape(wide.shape), wide)
+    np.testing.assert_array_equal(as_matrix(out), wide)
     assert_small(np.asarray(dots, np.float64) - wide @ stored, total(wide, stored), stored.size)
 
 
@@ -127,24 +193,23 @@ def test_a_refused_row_leaves_the_block_untouched(shape, dtype, bad):
     np.testing.assert_array_equal(out, block)
 
 
-def test_the_large_and_the_small_way_agree(monkeypatch):
-    block, vector, wide, flat = block_of((64, 33))
-    small = kernels.dots(block, vector)
-    monkeypatch.setattr(_scans, "_SMALL_BLOCK", 0)
-    large = kernels.dots(block, vector)
-    for got in (small, large):
-        assert_small(np.asarray(got, np.float64) - wide @ flat, total(wide, flat), flat.size)
-
-
 @pytest.mark.x64
 def test_float64_blocks_stay_in_float64():
-    block, vector, wide, flat = block_of((3, TILE + 5), jnp.float64)
+    block, vector, wide, flat = block_of((1, 3, TILE + 5), jnp.float64)
     one = jnp.asarray(np.ones((1, 3)))
     np.testing.assert_allclose(kernels.dots(block, vector), wide @ flat, 1e-12)
     np.testing.assert_allclose(kernels.gram(block), wide @ wide.T, 1e-11, 1e-11)
-    np.testing.assert_allclose(kernels.combine(block, one[0]), wide.sum(0), 1e-12, 1e-13)
-    np.testing.assert_allclose(kernels.transform(block, one)[0], wide.sum(0), 1e-12, 1e-13)
-    np.testing.assert_allclose(kernels.column_square_sums(block), (wide**2).sum(0), 1e-12)
+    np.testing.assert_allclose(kernels.combine(block, one[0])[0], wide.sum(0), 1e-12, 1e-13)
+    np.testing.assert_allclose(kernels.transform(block, one)[0, 0], wide.sum(0), 1e-12, 1e-13)
+    np.testing.assert_allclose(kernels.column_square_sums(block)[0], (wide**2).sum(0), 1e-12)
+
+
+@pytest.mark.parametrize(("row", "written"), [(-1, 4), (-5, 0), (-9, 0), (4, 4), (5, 4), (99, 4)])
+def test_rows_out_of_range_are_the_nearest(row, written):
+    block, new = jnp.ones((2, 5, 3)), jnp.full((2, 3), 2.0)
+    got, dots = kernels.write_row(block, jnp.int32(row), new, jnp.bool_(True))
+    np.testing.assert_array_equal(got, block.at[:, written].set(2.0))
+    np.testing.assert_array_equal(dots, jnp.full(5, 12.0).at[written].set(24.0))
 
 
 OLD_XLA = pytest.mark.skipif(
@@ -152,23 +217,31 @@ OLD_XLA = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("shape", [(8, 16 * TILE), (8, 64, 2048)])
+@pytest.mark.parametrize("shape", [(1, 8, 16 * TILE), (1, 8, 64, 2048), (16, 8, TILE)])
 @pytest.mark.parametrize(
     "scan",
     [
         "dots",
         "combine",
+        "write_row",
         pytest.param("gram", marks=OLD_XLA),
         pytest.param("column_square_sums", marks=OLD_XLA),
     ],
 )
 def test_a_low_precision_block_is_not_widened_whole(scan, shape):
     arguments = {
-        "dots": (jax.ShapeDtypeStruct(shape[1:], jnp.float32),),
-        "combine": (jax.ShapeDtypeStruct(shape[:1], jnp.float32),),
+        "dots": (jax.ShapeDtypeStruct(row_shape(shape), jnp.float32),),
+        "combine": (jax.ShapeDtypeStruct(shape[1:2], jnp.float32),),
+        "write_row": (
+            jax.ShapeDtypeStruct((), jnp.int32),
+            jax.ShapeDtypeStruct(row_shape(shape), jnp.float32),
+            jax.ShapeDtypeStruct((), bool),
+        ),
     }
     block = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    lowered = jax.jit(getattr(kernels, scan)).lower(block, *arguments.get(scan, ()))
+    donated = 0 if scan == "write_row" else ()
+    jitted = jax.jit(getattr(kernels, scan), donate_argnums=donated)
+    lowered = jitted.lower(block, *arguments.get(scan, ()))
     # In float32 the block takes 4 MiB, and a tile of it 256 KiB.
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 2**21
 
@@ -179,5 +252,6 @@ def test_dots_of_correlated_rows_are_as_accurate_as_the_window_needs():
         np.float32
     )
     want = rows.astype(np.float64) @ rows[-1].astype(np.float64)
-    got = jax.jit(kernels.dots)(jnp.asarray(rows), jnp.asarray(rows[-1]))
+    tiles = rows.reshape(128, 4, 5000)
+    got = jax.jit(kernels.dots)(jnp.asarray(np.moveaxis(tiles, 1, 0)), jnp.asarray(tiles[-1]))
     assert np.mean(np.abs(np.asarray(got, np.float64) / want - 1)) < 1.2e-7

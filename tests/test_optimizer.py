@@ -261,7 +261,7 @@ def test_a_mask_restricts_gradients_and_directions(as_function):
     assert_directions(got, expected, condition)
     assert np.all(got[:, ~keep] == 0)
     assert state.window.rejected == 0
-    assert np.all(np.asarray(state.window.rows.block)[:, ~keep] == 0)
+    assert np.all(np.asarray(state.window.rows.columns(0, D))[:, ~keep] == 0)
 
 
 def test_masked_weights_get_no_weight_decay_and_no_momentum():

@@ -1,5 +1,6 @@
 """The tables in the documentation are those of the result files."""
 
+import compiled
 import defaults
 import demo
 import pytest
@@ -12,6 +13,7 @@ from report import ROOT
     [
         ("README.md", "quickstart", demo.table),
         ("docs/defaults.md", "defaults", defaults.table),
+        ("docs/implementations.md", "compiled", compiled.table),
     ],
 )
 def test_table_is_that_of_the_result_file(page, name, render):

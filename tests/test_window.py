@@ -394,6 +394,30 @@ def test_vmap_over_windows():
         oracles.assert_close(got[k], want, length=D, condition=condition)
 
 
+@pytest.mark.parametrize("kind", ["independent", "correlated"])
+def test_ten_thousand_pushes_leave_no_drift(kind):
+    """Every entry of ``K`` is computed once from stored gradients: errors cannot add up."""
+    m, d, pushes = 8, 40, 10_000
+    g = jnp.asarray(oracles.gradients(kind, 64, d))
+    steps = jnp.arange(pushes) * 37 % 64
+
+    # One program for both runs, so that it rounds alike.
+    @jax.jit
+    def run(first):
+        start = window.init(jnp.zeros(d), m)
+        return jax.lax.fori_loop(first, pushes, lambda i, w: window.push(w, g[steps[i]])[0], start)
+
+    long = run(0)
+    # 10,000 is a multiple of m: the slots are the same, and so is every bit.
+    np.testing.assert_array_equal(long.gram, run(pushes - m).gram)
+    held = np.asarray(g, np.float64)[np.asarray(steps[-m:])]
+    oracles.assert_close(long.gram, held @ held.T, length=d)
+    got = window.ihvp_newest(long, LAM)
+    oracles.assert_close(
+        got, oracles.inverse(held, LAM) @ held[-1], length=d, condition=oracles.condition(held, LAM)
+    )
+
+
 def test_vmap_over_vectors():
     g, vs = some(3), some(5, 1)
     w = filled(g, 3)

@@ -5,7 +5,7 @@ answers, whole or block by block, with the products, entries, determinant and sa
 of ``F^-1``; :func:`inverse_diagonal` goes for the diagonal alone, in a tile of memory.
 """
 
-from mfac_jax.inverse._blocks import BlockInverse, map_blocks
+from mfac_jax.inverse._blocks import BlockInverse, block_ihvp, map_blocks
 from mfac_jax.inverse._create import fisher_inverse, inverse_diagonal
 from mfac_jax.inverse._partition import BlockRun, Blocks, block_runs
 from mfac_jax.inverse._whole import WholeInverse
@@ -15,6 +15,7 @@ __all__ = [
     "BlockRun",
     "Blocks",
     "WholeInverse",
+    "block_ihvp",
     "block_runs",
     "fisher_inverse",
     "inverse_diagonal",

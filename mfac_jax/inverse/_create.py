@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from mfac_jax import _checks, algebra
 from mfac_jax._layout import PyTree
-from mfac_jax.inverse._blocks import BlockInverse, invert_blocks, map_blocks
+from mfac_jax.inverse._blocks import BlockInverse, block_diagonal, map_blocks
 from mfac_jax.inverse._partition import BlockRun, Blocks, block_runs
 from mfac_jax.inverse._whole import WholeInverse
 from mfac_jax.rows import GradientRows, check_rows
@@ -100,7 +100,7 @@ def inverse_diagonal(
 
     diagonal = jax.tree.map(
         entry,
-        rows.column_square_sums(algebra.inverse_lower(factor)),
+        rows.column_square_sums(algebra.inverse_lower(factor), lower=True),
         rows.column_square_sums(),
     )
     if mask is None:
@@ -124,7 +124,7 @@ def _block_diagonal(
     ) -> Float[Array, "b B"]:
         if keep is not None:
             batch = jnp.where(keep[:, None], batch, jnp.zeros_like(batch))
-        return invert_blocks(batch, damping).diagonal()
+        return block_diagonal(batch, damping, rows.implementation)
 
     vectors = []
     if mask is not None and runs:

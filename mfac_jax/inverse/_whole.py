@@ -48,7 +48,7 @@ class WholeInverse:
         factor = algebra.factor(rows.gram(), n * damping)
         squares = rows.column_square_sums()
         return cls(
-            whitened=rows.transform(algebra.inverse_lower(factor)),
+            whitened=rows.transform(algebra.inverse_lower(factor), lower=True),
             factor=factor,
             fisher_diagonal=damping + rows.layout.flatten(squares, rows.dtype, "squares") / n,
             damping=damping,
@@ -73,8 +73,8 @@ class WholeInverse:
         """
         layout = self.whitened.layout
         tree = layout.as_tree(vector, "vector")
-        inside = self.whitened.combine(self.whitened.dots(tree))
-        out = jax.tree.map(lambda v, s: (v.astype(s.dtype) - s) / self.damping, tree, inside)
+        dots = self.whitened.dots(tree)
+        out = self.whitened.combine(dots, vector=tree, scale=1 / self.damping)
         return layout.like(out, vector)
 
     def diagonal(self) -> PyTree:

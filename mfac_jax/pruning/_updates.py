@@ -35,11 +35,16 @@ from jaxtyping import Array, Bool, Float
 
 from mfac_jax import algebra
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.inverse import BlockRun, Blocks, block_runs, inverse_diagonal, map_blocks
+from mfac_jax.inverse import (
+    BlockRun,
+    Blocks,
+    block_ihvp,
+    block_runs,
+    inverse_diagonal,
+    map_blocks,
+)
 from mfac_jax.pruning._inputs import as_damping, as_static
 from mfac_jax.rows import GradientRows, check_rows
-
-Vector = Float[Array, " B"]
 
 
 def joint_update(
@@ -265,17 +270,19 @@ def _compensate(
     flat_x = layout.flatten(x, rows.dtype, "x")
     flat_over = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(over)])
 
-    def block(gradients: Float[Array, "n B"], here: Bool[Array, " B"], part: Vector) -> Vector:
-        dots = jnp.dot(gradients, part, precision="highest")
-        kept = jnp.where(here[None], gradients, jnp.zeros_like(gradients))
-        if kept.shape[1] > n:
-            solved = _solve_gram(jnp.dot(kept, kept.T, precision="highest"), n * damping, dots)
-            return jnp.dot(solved, kept, precision="highest")
-        fisher = jnp.dot(kept.T, kept, precision="highest") / n
-        rhs = jnp.dot(dots, kept, precision="highest") / n
-        return algebra.solve(algebra.factor(fisher, damping), rhs)
+    def block(
+        gradients: Float[Array, "b n B"], here: Bool[Array, "b B"], part: Float[Array, "b B"]
+    ) -> Float[Array, "b B"]:
+        dots = jnp.einsum("bnj,bj->bn", gradients, part, precision="highest")
+        kept = jnp.where(here[:, None], gradients, jnp.zeros_like(gradients))
+        if kept.shape[2] > n:
+            gram = jnp.einsum("bnj,bmj->bnm", kept, kept, precision="highest")
+            dots = jax.vmap(_solve_gram, (0, None, 0))(gram, n * damping, dots)
+            return jnp.einsum("bn,bnj->bj", dots, kept, precision="highest")
+        rhs = jnp.einsum("bn,bnj->bj", dots, kept, precision="highest") / n
+        return block_ihvp(kept, rhs, damping, rows.implementation)
 
-    return layout.unflatten(map_blocks(rows, runs, jax.vmap(block), flat_over, flat_x))
+    return layout.unflatten(map_blocks(rows, runs, block, flat_over, flat_x))
 
 
 def _solve_gram(

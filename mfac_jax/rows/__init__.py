@@ -4,7 +4,7 @@ Everything above asks the rows for products and never for the array behind them
 (:class:`GradientRows`), so a new way of storing gradients is one new file here.
 """
 
-from mfac_jax.rows._base import GradientRows, check_rows
+from mfac_jax.rows._base import GradientRows, Implementation, check_rows
 from mfac_jax.rows._create import as_rows, check_storage, empty_rows
 from mfac_jax.rows._flat import FlatRows
 from mfac_jax.rows._per_leaf import PerLeafRows
@@ -13,6 +13,7 @@ from mfac_jax.rows._selected import SelectedRows
 __all__ = [
     "FlatRows",
     "GradientRows",
+    "Implementation",
     "PerLeafRows",
     "SelectedRows",
     "as_rows",

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax._layout import Layout, PyTree
 
 Self = TypeVar("Self", bound="GradientRows")
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Implementation:
+    """Which implementation ``put``, ``dots`` and ``combine`` of rows use.
+
+    Static, a pytree node without leaves.
+
+    Attributes:
+        name: one of ``mfac_jax.kernels.IMPLEMENTATIONS``, or ``None`` for the best one
+            on each platform.
+    """
+
+    name: str | None = None
 
 
 @runtime_checkable
@@ -23,6 +40,11 @@ class GradientRows(Protocol):
     @property
     def layout(self) -> Layout:
         """The parameters the gradients belong to."""
+        ...
+
+    @property
+    def implementation(self) -> Implementation:
+        """Of the scans."""
         ...
 
     @property
@@ -46,6 +68,10 @@ class GradientRows(Protocol):
         """
         ...
 
+    def write(self: Self, row: Int[Array, ""], gradient: PyTree) -> tuple[Self, Bool[Array, ""]]:
+        """:meth:`put` without ``G g``: no scan."""
+        ...
+
     def clear(self: Self, row: Int[Array, ""]) -> Self:
         """Sets a row to zero."""
         ...
@@ -54,8 +80,14 @@ class GradientRows(Protocol):
         """``G v``."""
         ...
 
-    def combine(self, coefficients: Float[Array, " m"]) -> PyTree:
-        """``G^T c``."""
+    def combine(
+        self,
+        coefficients: Float[Array, " m"],
+        *,
+        vector: PyTree | None = None,
+        scale: Float[Array, ""] | None = None,
+    ) -> PyTree:
+        """``G^T c``, or ``v - G^T c``, times ``scale``; in one pass."""
         ...
 
     def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
@@ -66,11 +98,16 @@ class GradientRows(Protocol):
         """The rows with zeros where ``mask`` is false."""
         ...
 
-    def transform(self, matrix: Float[Array, "k m"]) -> GradientRows:
-        """``M G`` as rows of its own, in the accumulation dtype."""
+    def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> GradientRows:
+        """``M G`` as rows of its own, in the accumulation dtype.
+
+        ``lower`` says that ``M`` is lower triangular, which saves time.
+        """
         ...
 
-    def column_square_sums(self, matrix: Float[Array, "k m"] | None = None) -> PyTree:
+    def column_square_sums(
+        self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
+    ) -> PyTree:
         """``diag((M G)^T (M G))``, without storing ``M G``; ``M = I`` if not given."""
         ...
 

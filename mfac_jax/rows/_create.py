@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from mfac_jax import _checks
+from mfac_jax import _checks, kernels
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.rows._base import GradientRows
-from mfac_jax.rows._flat import FlatRows
+from mfac_jax.rows._base import GradientRows, Implementation
+from mfac_jax.rows._flat import FlatRows, tiling
 from mfac_jax.rows._per_leaf import PerLeafRows
 
 STORAGES = ("flat", "per_leaf")
@@ -27,17 +27,20 @@ def empty_rows(
     *,
     storage: str = "flat",
     dtype: DTypeLike | None = None,
+    implementation: str | None = None,
 ) -> GradientRows:
     """``num_rows`` zero rows for gradients of ``params``.
 
     Args:
         params: arrays, or anything with a shape and dtype, of the parameters.
         num_rows: ``m``, the number of rows.
-        storage: ``"flat"`` for one (m, d) block, or ``"per_leaf"`` for a block
-            ``(m, *shape)`` a parameter, sharded as the parameter is if that has a
-            ``NamedSharding``.
+        storage: ``"flat"`` for one block, (t, m, k): m rows of t tiles; or ``"per_leaf"``
+            for a block ``(m, *shape)`` a parameter, sharded as the parameter is if that
+            has a ``NamedSharding``.
         dtype: what the rows are stored in: float32, bfloat16 or float64. By default
             float64 for float64 parameters and float32 for all others.
+        implementation: of the scans, ``"xla"``, ``"mosaic_gpu"`` or ``"mosaic_tpu"``; by
+            default the best one on each platform. See :mod:`mfac_jax.kernels`.
 
     Returns:
         The rows.
@@ -45,28 +48,35 @@ def empty_rows(
     Raises:
         TypeError: ``num_rows`` is not an int, ``dtype`` is not a dtype, or a leaf is not
             real floating point.
-        ValueError: ``num_rows`` is below 1, or ``storage`` or ``dtype`` is none of these.
+        ValueError: ``num_rows`` is below 1, or ``storage``, ``dtype`` or
+            ``implementation`` is none of these.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from mfac_jax import rows
         >>> rows.empty_rows({"w": jnp.zeros((2, 3))}, 4).block.shape
-        (4, 6)
+        (1, 4, 6)
     """
     m = _checks.positive_int(num_rows, "num_rows")
-    check_storage(storage, dtype)
+    check_storage(storage, dtype, implementation)
     layout = Layout(params)
     chosen = _storage_dtype(layout, dtype)
     if storage == "flat":
-        return FlatRows(jnp.zeros((m, layout.size), chosen), layout)
+        count, width = tiling(layout.size)
+        block = jnp.zeros((count, m, width), chosen)
+        return FlatRows(block, layout, Implementation(implementation))
     blocks = jax.tree.map(
         lambda leaf: jnp.zeros((m, *jnp.shape(leaf)), chosen, device=_sharding(leaf)), params
     )
-    return PerLeafRows(blocks, jnp.zeros(m, bool), layout)
+    return PerLeafRows(blocks, jnp.zeros(m, bool), layout, Implementation(implementation))
 
 
 def as_rows(
-    gradients: PyTree, params: PyTree | None = None, *, storage: str = "flat"
+    gradients: PyTree,
+    params: PyTree | None = None,
+    *,
+    storage: str = "flat",
+    implementation: str | None = None,
 ) -> GradientRows:
     """Rows from gradients that are stacked along a leading axis.
 
@@ -75,13 +85,15 @@ def as_rows(
         params: the parameters; needed when ``gradients`` is one (n, d) array for a
             tree of parameters. By default the tree of one row of ``gradients``.
         storage: as in :func:`empty_rows`.
+        implementation: as in :func:`empty_rows`.
 
     Returns:
         The rows, in the dtype of the gradients (the widest of them for ``"flat"``).
 
     Raises:
         TypeError: a leaf is not real floating point.
-        ValueError: leading axes differ, there is no row, or ``params`` do not fit.
+        ValueError: leading axes differ, there is no row, ``params`` do not fit, or
+            ``implementation`` is unknown.
 
     Example:
         >>> import jax.numpy as jnp
@@ -90,6 +102,7 @@ def as_rows(
         4
     """
     _checks.one_of(storage, "storage", STORAGES)
+    kernels.check_implementation(implementation)
     stacked = Layout(gradients, "gradients")
     counts = {shape[0] if shape else None for shape in stacked.shapes}
     if len(counts) != 1 or counts & {None, 0}:
@@ -113,10 +126,12 @@ def as_rows(
             f"got rows of {row_layout.describe()}."
         )
     if storage == "per_leaf":
-        return PerLeafRows(jax.tree.map(jnp.asarray, gradients), jnp.zeros(n, bool), layout)
+        blocks = jax.tree.map(jnp.asarray, gradients)
+        return PerLeafRows(blocks, jnp.zeros(n, bool), layout, Implementation(implementation))
     leaves = [jnp.asarray(leaf).reshape(n, -1) for leaf in jax.tree.leaves(gradients)]
     dtype = functools.reduce(np.promote_types, [leaf.dtype for leaf in leaves])
-    return FlatRows(jnp.concatenate([leaf.astype(dtype) for leaf in leaves], axis=1), layout)
+    matrix = jnp.concatenate([leaf.astype(dtype) for leaf in leaves], axis=1)
+    return FlatRows.of(matrix, layout, Implementation(implementation))
 
 
 def _sharding(leaf: Any) -> NamedSharding | None:
@@ -127,14 +142,16 @@ def _sharding(leaf: Any) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
 
-def check_storage(storage: Any, dtype: DTypeLike | None) -> None:
-    """``storage`` and ``dtype`` are ones that :func:`empty_rows` knows.
+def check_storage(storage: Any, dtype: DTypeLike | None, implementation: Any) -> None:
+    """The arguments are ones that :func:`empty_rows` knows.
 
     Raises:
         TypeError: ``dtype`` is not a dtype.
-        ValueError: there is no such storage or rows cannot be stored in ``dtype``.
+        ValueError: there is no such storage or implementation, or rows cannot be stored
+            in ``dtype``.
     """
     _checks.one_of(storage, "storage", STORAGES)
+    kernels.check_implementation(implementation)
     if dtype is None:
         return
     try:
@@ -143,6 +160,10 @@ def check_storage(storage: Any, dtype: DTypeLike | None) -> None:
         raise TypeError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.") from error
     if chosen.name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {chosen.name}.")
+    if chosen == jnp.float64 and implementation not in (None, "xla"):
+        raise ValueError(
+            f"implementation={implementation!r} needs float32 or bfloat16 gradients, got float64."
+        )
     if chosen == jnp.float64 and jnp.result_type(float) != chosen:
         raise ValueError("dtype float64 needs jax_enable_x64, which is off.")
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax import kernels
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.rows._base import is_small_enough
+from mfac_jax.rows._base import Implementation, is_small_enough
 
 
 class PerLeafRows(NamedTuple):
@@ -29,11 +29,13 @@ class PerLeafRows(NamedTuple):
         blocks: the tree of the parameters with a leaf ``(m, *shape)`` for each of theirs.
         slots: m zero bytes; they say how many rows there are when there is no leaf.
         layout: the parameters the gradients belong to (static).
+        implementation: of the scans (static).
     """
 
     blocks: PyTree
     slots: Bool[Array, " m"]
     layout: Layout
+    implementation: Implementation = Implementation()
 
     @property
     def num_rows(self) -> int:
@@ -48,16 +50,25 @@ class PerLeafRows(NamedTuple):
         self, row: Int[Array, ""], gradient: PyTree
     ) -> tuple[PerLeafRows, Float[Array, " m"], Bool[Array, ""]]:
         blocks, treedef = jax.tree.flatten(self.blocks)
-        leaves = self.layout.check(gradient, "gradient")
-        stored = [jnp.asarray(g).astype(b.dtype) for b, g in zip(blocks, leaves, strict=True)]
-        norm = self._total(lambda g: jnp.sum(g.astype(self.dtype) ** 2), stored)
-        accepted = is_small_enough(norm, self.num_rows)
+        stored, accepted = self._gradient(gradient)
         pairs = [
-            kernels.write_row(b, row, g, accepted) for b, g in zip(blocks, stored, strict=True)
+            kernels.write_row(
+                b[None], row, g[None], accepted, implementation=self.implementation.name
+            )
+            for b, g in zip(blocks, stored, strict=True)
         ]
         dots = self._total(lambda pair: pair[1], pairs, (self.num_rows,))
-        blocks = jax.tree.unflatten(treedef, [block for block, _ in pairs])
+        blocks = jax.tree.unflatten(treedef, [block[0] for block, _ in pairs])
         return self._replace(blocks=blocks), dots, accepted
+
+    def write(self, row: Int[Array, ""], gradient: PyTree) -> tuple[PerLeafRows, Bool[Array, ""]]:
+        blocks, treedef = jax.tree.flatten(self.blocks)
+        stored, accepted = self._gradient(gradient)
+        written = [
+            kernels.set_row(b[None], row, g[None], accepted)[0]
+            for b, g in zip(blocks, stored, strict=True)
+        ]
+        return self._replace(blocks=jax.tree.unflatten(treedef, written)), accepted
 
     def clear(self, row: Int[Array, ""]) -> PerLeafRows:
         return self._replace(blocks=jax.tree.map(lambda b: b.at[row].set(0), self.blocks))
@@ -65,19 +76,44 @@ class PerLeafRows(NamedTuple):
     def dots(self, vector: PyTree) -> Float[Array, " m"]:
         pairs = zip(jax.tree.leaves(self.blocks), self.layout.check(vector, "vector"), strict=True)
         return self._total(
-            lambda pair: kernels.dots(pair[0], jnp.asarray(pair[1])), list(pairs), (self.num_rows,)
+            lambda pair: kernels.dots(
+                pair[0][None],
+                jnp.asarray(pair[1])[None],
+                implementation=self.implementation.name,
+            ),
+            list(pairs),
+            (self.num_rows,),
         )
 
-    def combine(self, coefficients: Float[Array, " m"]) -> PyTree:
-        return jax.tree.map(
-            lambda b: kernels.combine(b, coefficients).astype(self.dtype), self.blocks
-        )
+    def combine(
+        self,
+        coefficients: Float[Array, " m"],
+        *,
+        vector: PyTree | None = None,
+        scale: Float[Array, ""] | None = None,
+    ) -> PyTree:
+        blocks, treedef = jax.tree.flatten(self.blocks)
+        vectors: list[Array | None] = [None] * len(blocks)
+        if vector is not None:
+            vectors = [jnp.asarray(v)[None] for v in self.layout.check(vector, "vector")]
+        combined = [
+            kernels.combine(
+                b[None],
+                coefficients,
+                vector=v,
+                scale=scale,
+                dtype=self.dtype,
+                implementation=self.implementation.name,
+            )[0]
+            for b, v in zip(blocks, vectors, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, combined)
 
     def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
         blocks = jax.tree.leaves(self.blocks)
         masks = [None] * len(blocks) if mask is None else self.layout.check_mask(mask)
         return self._total(
-            lambda pair: kernels.gram(*pair),
+            lambda pair: kernels.gram(pair[0][None], None if pair[1] is None else pair[1][None]),
             list(zip(blocks, masks, strict=True)),
             (self.num_rows, self.num_rows),
         )
@@ -90,17 +126,23 @@ class PerLeafRows(NamedTuple):
         ]
         return self._replace(blocks=jax.tree.unflatten(treedef, kept))
 
-    def transform(self, matrix: Float[Array, "k m"]) -> PerLeafRows:
+    def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> PerLeafRows:
         return self._replace(
             blocks=jax.tree.map(
-                lambda b: kernels.transform(b, matrix).astype(self.dtype), self.blocks
+                lambda b: kernels.transform(b[None], matrix, lower=lower)[0].astype(self.dtype),
+                self.blocks,
             ),
             slots=jnp.zeros(matrix.shape[0], bool),
         )
 
-    def column_square_sums(self, matrix: Float[Array, "k m"] | None = None) -> PyTree:
+    def column_square_sums(
+        self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
+    ) -> PyTree:
         return jax.tree.map(
-            lambda b: kernels.column_square_sums(b, matrix).astype(self.dtype), self.blocks
+            lambda b: kernels.column_square_sums(b[None], matrix, lower=lower)[0].astype(
+                self.dtype
+            ),
+            self.blocks,
         )
 
     def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
@@ -126,6 +168,14 @@ class PerLeafRows(NamedTuple):
                 inside = (local >= 0) & (local < width)
                 out = jnp.where(inside[None], values.astype(self.dtype), out)
         return out
+
+    def _gradient(self, gradient: PyTree) -> tuple[list[Array], Bool[Array, ""]]:
+        """The leaves of a gradient as they are stored, and whether it is accepted."""
+        leaves = self.layout.check(gradient, "gradient")
+        blocks = jax.tree.leaves(self.blocks)
+        stored = [jnp.asarray(g).astype(b.dtype) for b, g in zip(blocks, leaves, strict=True)]
+        norm = self._total(lambda g: jnp.sum(g.astype(self.dtype) ** 2), stored)
+        return stored, is_small_enough(norm, self.num_rows)
 
     def _total(
         self, term: Callable[[Any], Array], items: list[Any], shape: tuple[int, ...] = ()

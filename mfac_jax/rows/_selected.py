@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.rows._base import GradientRows
+from mfac_jax.rows._base import GradientRows, Implementation
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +41,10 @@ class SelectedRows:
         return cls(rows, keep, Layout(leaves))
 
     @property
+    def implementation(self) -> Implementation:
+        return self.base.implementation
+
+    @property
     def num_rows(self) -> int:
         return self.base.num_rows
 
@@ -56,6 +60,11 @@ class SelectedRows:
         base, dots, accepted = self.base.put(row, self._widen(leaves))
         return SelectedRows(base, self.keep, self.layout), dots, accepted
 
+    def write(self, row: Int[Array, ""], gradient: PyTree) -> tuple[SelectedRows, Bool[Array, ""]]:
+        leaves = [jnp.asarray(leaf) for leaf in self.layout.check(gradient, "gradient")]
+        base, accepted = self.base.write(row, self._widen(leaves))
+        return SelectedRows(base, self.keep, self.layout), accepted
+
     def clear(self, row: Int[Array, ""]) -> SelectedRows:
         return SelectedRows(self.base.clear(row), self.keep, self.layout)
 
@@ -63,8 +72,17 @@ class SelectedRows:
         leaves = [jnp.asarray(leaf) for leaf in self.layout.check(vector, "vector")]
         return self.base.dots(self._widen(leaves))
 
-    def combine(self, coefficients: Float[Array, " m"]) -> PyTree:
-        return self._narrow(self.base.combine(coefficients))
+    def combine(
+        self,
+        coefficients: Float[Array, " m"],
+        *,
+        vector: PyTree | None = None,
+        scale: Float[Array, ""] | None = None,
+    ) -> PyTree:
+        if vector is not None:
+            leaves = self.layout.check(vector, "vector")
+            vector = self._widen([jnp.asarray(leaf) for leaf in leaves])
+        return self._narrow(self.base.combine(coefficients, vector=vector, scale=scale))
 
     def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
         return self.base.gram(self._widen_mask(mask))
@@ -72,11 +90,14 @@ class SelectedRows:
     def restrict(self, mask: PyTree) -> SelectedRows:
         return SelectedRows(self.base.restrict(self._widen_mask(mask)), self.keep, self.layout)
 
-    def transform(self, matrix: Float[Array, "k m"]) -> SelectedRows:
-        return SelectedRows(self.base.transform(matrix), self.keep, self.layout)
+    def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> SelectedRows:
+        base = self.base.transform(matrix, lower=lower)
+        return SelectedRows(base, self.keep, self.layout)
 
-    def column_square_sums(self, matrix: Float[Array, "k m"] | None = None) -> PyTree:
-        return self._narrow(self.base.column_square_sums(matrix))
+    def column_square_sums(
+        self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
+    ) -> PyTree:
+        return self._narrow(self.base.column_square_sums(matrix, lower=lower))
 
     def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
         if not isinstance(start, int):

@@ -1,0 +1,254 @@
+"""Speed: every operation against its floor on this machine, and against the alternatives.
+
+    python benchmarks/bench.py [--device cpu|gpu|tpu] [--quick] [--output DIR] [--tables]
+
+Measures the machine, then the operations at the named workloads, the n x n step, whole
+training steps and time against d. Writes ``results/bench-DEVICE.json``, the tables of
+``docs/performance.md`` and of the README, and the figures; ``--tables`` only does the
+latter, from the files that are there. ``--quick`` takes small sizes and seconds and writes
+nothing unless ``--output`` names a folder, which then gets the result, tables and figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Memory is taken from a GPU as it is needed, nearly all of it, so that PyTorch finds some.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+
+import bench_tables
+import figures
+import jax
+import machine
+import numpy as np
+import operations
+import report
+import small_step
+import timing
+import training_step
+import workloads
+from tqdm import tqdm
+from workloads import DoesNotFit, Workload
+
+from mfac_jax import carried
+
+PAGE = report.ROOT / "docs" / "performance.md"
+README = report.ROOT / "README.md"
+ASSETS = report.ROOT / "docs" / "assets"
+TABLES = {
+    "bench": bench_tables.bars,
+    "bench-machines": bench_tables.machines,
+    "bench-operations": bench_tables.operations,
+    "bench-blocks": bench_tables.blocks,
+    "bench-small-steps": bench_tables.small_steps,
+    "bench-training": bench_tables.training,
+    "bench-scaling": bench_tables.scaling,
+    "bench-figures": bench_tables.figures,
+}
+_STEPS_A_CALL = 8
+
+# Enough for the steadier clock of an accelerator, where compilation takes the time.
+_ACCELERATOR_SECONDS = 0.5
+
+
+class Sizes(NamedTuple):
+    """How much is measured.
+
+    Attributes:
+        seconds: about how long each program is measured.
+        workloads: the windows.
+        sides: m of the n x n steps, and sides of the matrix products.
+        d: coordinates of the windows beside the n x n steps.
+        scaling: the numbers of coordinates, and m.
+        optimizers: of the training steps.
+        batch: of the training steps.
+        network: width of the first stage and blocks a stage.
+        largest: bytes that are read and copied to measure the machine.
+    """
+
+    seconds: float
+    workloads: tuple[Workload, ...]
+    sides: tuple[int, ...]
+    d: int
+    scaling: tuple[tuple[int, ...], int]
+    optimizers: tuple[str, ...]
+    batch: int
+    network: tuple[int, int]
+    largest: int
+
+
+FULL = Sizes(
+    seconds=0.5,
+    workloads=workloads.FULL,
+    sides=(64, 128, 256, 512, 1024),
+    d=workloads.RESNET20,
+    scaling=((100_000, 300_000, 1_000_000, 3_000_000, 10_000_000), 32),
+    optimizers=tuple(training_step.OPTIMIZERS),
+    batch=training_step.BATCH,
+    network=(16, 3),
+    largest=2**32,
+)
+QUICK = Sizes(
+    seconds=0.02,
+    workloads=workloads.QUICK,
+    sides=(16,),
+    d=20_000,
+    scaling=((10_000, 40_000), 4),
+    optimizers=(training_step.BASELINE, "M-FAC, m = 64"),
+    batch=4,
+    network=(4, 1),
+    largest=2**22,
+)
+
+
+def measure(sizes: Sizes) -> dict[str, Any]:
+    """Everything, as it goes into the result file."""
+    start = time.perf_counter()
+    environment = machine.environment()
+    results: dict[str, Any] = {
+        "slug": machine.slug(environment),
+        "environment": environment,
+        "operations": [],
+        "left_out": [],
+    }
+    parts = len(sizes.workloads) + len(sizes.sides) + len(sizes.scaling[0]) + 2
+    with tqdm(total=parts, desc="machine", disable=None) as bar:
+        results["machine"] = machine.measure(sizes.seconds / 2, sizes.sides, sizes.largest)
+        bar.update()
+        bandwidth = results["machine"]["read_bandwidth"]
+        for w in sizes.workloads:
+            bar.set_description(w.name)
+            try:
+                data = workloads.Data(w)
+            except DoesNotFit as reason:
+                results["left_out"].append(
+                    {"name": w.name, "block": w.block, "reason": str(reason)}
+                )
+            else:
+                for record in operations.measure(w, data, bandwidth, sizes.seconds):
+                    results["operations"].append(record)
+                    bar.set_postfix_str(record["operation"])
+                del data
+            bar.update()
+        results["small_steps"] = []
+        for m in sizes.sides:
+            bar.set_description(f"n x n step, m = {m}")
+            results["small_steps"].append(_small_step(Workload("", sizes.d, m), sizes.seconds))
+            bar.update()
+        results["scaling"] = _scaling(sizes, bar)
+        bar.set_description("training steps")
+        results["training"] = training_step.measure(
+            8 * sizes.seconds, sizes.optimizers, sizes.batch, *sizes.network
+        )
+        bar.update()
+    environment["minutes"] = round((time.perf_counter() - start) / 60, 1)
+    return results
+
+
+def _small_step(w: Workload, seconds: float) -> dict[str, Any]:
+    """The ways to take it, and the whole step that it is a part of."""
+    data = workloads.Data(w)
+    gram = data.windows[0].gram
+    shift = jax.numpy.asarray(w.m * workloads.DAMPING, gram.dtype)
+    start = small_step.age(gram, shift)
+    again = workloads.compile_program(small_step.refactor_steps(_STEPS_A_CALL), (gram, shift))
+    along = workloads.compile_program(small_step.carry_along_steps(_STEPS_A_CALL), (start, shift))
+    newest = jax.numpy.zeros(w.m, gram.dtype).at[0].set(1)
+    _, inverse = carried.solve(carried.empty(w.m, gram.dtype), gram, shift, newest)
+    arguments = (gram, inverse, shift)
+    kept = workloads.compile_program(small_step.carry_inverse_steps(_STEPS_A_CALL), arguments)
+    small = timing.interleave(
+        {
+            "refactor": lambda: again(gram, shift),
+            "carry factor": lambda: along(start, shift),
+            "carry inverse": lambda: kept(*arguments),
+        },
+        seconds,
+    )
+    for cell in small.values():
+        for key in ("median", "low", "high"):
+            cell[key] /= _STEPS_A_CALL
+    return {"m": w.m, "d": w.d, "times": small | _push_direction(data, seconds)}
+
+
+def _push_direction(data: workloads.Data, seconds: float) -> dict[str, Any]:
+    inputs = [(vector,) for vector in data.vectors]
+    states = operations.OptimizerStates(data.windows)
+    arguments = (states[0], *inputs[0])
+    program = workloads.compile_program(operations.push_direction, arguments, (0,))
+    run = timing.in_turn(program, states, inputs, donates=True)
+    return timing.interleave({"push + direction": run}, seconds)
+
+
+def _scaling(sizes: Sizes, bar: tqdm) -> dict[str, Any]:
+    sides, m = sizes.scaling
+    points = []
+    for d in sides:
+        bar.set_description(f"push + direction, d = {d:,}")
+        data = workloads.Data(Workload("", d, m))
+        points.append({"d": d, "time": _push_direction(data, sizes.seconds)["push + direction"]})
+        bar.update()
+    logarithms = np.log([[point["d"], point["time"]["median"]] for point in points])
+    slope, intercept = np.polyfit(*logarithms.T, 1)
+    return {"m": m, "points": points, "slope": float(slope), "intercept": float(intercept)}
+
+
+def result_files(folder: Path = report.RESULTS) -> list[dict[str, Any]]:
+    """All results, the CPU's first."""
+    files = [json.loads(path.read_text()) for path in sorted(folder.glob("bench-*.json"))]
+    return sorted(files, key=lambda r: r["environment"]["platform"] != "cpu")
+
+
+def write_tables(files: Sequence[dict[str, Any]]) -> None:
+    """The tables of the documentation and the README, and the figures."""
+    for name, table in TABLES.items():
+        report.write_table(PAGE, name, table(files))
+    report.write_table(README, "bench", TABLES["bench"](files))
+    for results in files:
+        figures.draw(results, ASSETS / f"roofline-{results['slug']}.png")
+
+
+def write_output(folder: Path, results: dict[str, Any]) -> None:
+    """Result, tables and figure in a folder of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"bench-{results['slug']}.json").write_text(json.dumps(results, indent=1) + "\n")
+    tables = [f"## {name}\n\n{table([results])}" for name, table in TABLES.items()]
+    (folder / "tables.md").write_text("\n\n".join(tables) + "\n")
+    figures.draw(results, folder / f"roofline-{results['slug']}.png")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures and renders."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="JAX's choice by default")
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--output", type=Path, help="a folder for all that is written")
+    parser.add_argument("--tables", action="store_true", help="only render the result files")
+    args = parser.parse_args(argv)
+    if args.device is not None:
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(args.device, args.device))
+    if not args.tables:
+        sizes = QUICK if args.quick else FULL
+        if jax.default_backend() != "cpu":
+            sizes = sizes._replace(seconds=min(sizes.seconds, _ACCELERATOR_SECONDS))
+        results = measure(sizes)
+        print(bench_tables.machines([results]))
+        if args.output is not None:
+            write_output(args.output, results)
+            return
+        if args.quick:
+            return
+        report.save(f"bench-{results['slug']}", results)
+    write_tables(result_files())
+
+
+if __name__ == "__main__":
+    machine.keep_freed_memory()
+    main()

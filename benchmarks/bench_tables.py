@@ -1,0 +1,440 @@
+"""The tables of the benchmark, from its result files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import workloads
+
+from mfac_jax.optimizer import CARRY_FROM
+
+Results = dict[str, Any]
+
+NAMES = {
+    "diagonal": "inverse diagonal",
+    "static": "static precomputation",
+}
+
+
+def machines(files: Sequence[Results]) -> str:
+    """A machine a row: what it is and what it can do."""
+    return _table(
+        ["device", "cores", "free memory", "reads", "copies", "matrix products", "software"],
+        [
+            [
+                _device(r),
+                str(r["environment"]["cores"]),
+                f"{r['environment']['free_memory_gib']} GiB",
+                f"{r['machine']['read_bandwidth'] / 1e9:,.1f} GB/s",
+                f"{r['machine']['copy_bandwidth'] / 1e9:,.1f} GB/s",
+                f"{r['machine']['matrix_rate'] / 1e9:,.0f} GFLOP/s",
+                _software(r),
+            ]
+            for r in files
+        ],
+    )
+
+
+def operations(files: Sequence[Results]) -> str:
+    """Whole windows: a table a device."""
+    return _for_each(files, _operations)
+
+
+def blocks(files: Sequence[Results]) -> str:
+    """The block-wise inverse: a table a device."""
+    return _for_each(files, _blocks)
+
+
+def small_steps(files: Sequence[Results]) -> str:
+    """The n x n step: a table a device."""
+    return _for_each(files, _small_steps)
+
+
+def training(files: Sequence[Results]) -> str:
+    """Training steps: a table a device."""
+    return _for_each(files, _training)
+
+
+def scaling(files: Sequence[Results]) -> str:
+    """Time against d: a table a device."""
+    return _for_each(files, _scaling)
+
+
+def figures(files: Sequence[Results]) -> str:
+    """The figures: one a device."""
+    return "\n\n".join(
+        f"![Roofline and time against d on {_device(r)}](assets/roofline-{r['slug']}.png)"
+        for r in files
+    )
+
+
+def bars(files: Sequence[Results]) -> str:
+    """What was asked for and what was measured: a table a device."""
+    if not files:
+        return "No machine has been measured yet."
+    return _for_each(files, _bars)
+
+
+def _for_each(files: Sequence[Results], table: Callable[[Results], str]) -> str:
+    return "\n\n".join(f"{table(r)}\n\n{_setting(r)}" for r in files)
+
+
+def _operations(r: Results) -> str:
+    records = [record for record in r["operations"] if record["block"] is None]
+    others = [name for name in _contenders(records) if name.startswith("library, ")]
+    head = {name: name.removeprefix("library, ").upper() + " on the same rows" for name in others}
+    columns = {**head, "plain": "plain XLA", "sequential": "sequential, JAX"}
+    columns["PyTorch"] = "sequential, PyTorch"
+    lines = [
+        [
+            record["workload"],
+            NAMES.get(record["operation"], record["operation"]),
+            *_library(record, r),
+            *[_alternative(record, name) for name in columns],
+        ]
+        for record in records
+    ]
+    width = len(columns) + 4
+    lines += [
+        [w["name"], *["-"] * (width - 2), w["reason"]] for w in r["left_out"] if not w["block"]
+    ]
+    return _table(["workload", "operation", "time", "of the floor", *columns.values()], lines)
+
+
+def _blocks(r: Results) -> str:
+    columns = {
+        "plain": "plain XLA",
+        "sequential": "sequential, JAX, all blocks at once",
+        "block by block": "sequential, JAX, block by block",
+        "PyTorch": "sequential, PyTorch",
+    }
+    lines = [
+        [
+            record["workload"],
+            NAMES.get(record["operation"], record["operation"]),
+            *_library(record, r),
+            *[_alternative(record, name) for name in columns],
+        ]
+        for record in r["operations"]
+        if record["block"] is not None
+    ]
+    lines += [[w["name"], *["-"] * 6, w["reason"]] for w in r["left_out"] if w["block"]]
+    return _table(["workload", "operation", "time", "of the floor", *columns.values()], lines)
+
+
+def _small_steps(r: Results) -> str:
+    lines = []
+    for step in r["small_steps"]:
+        times = step["times"]
+        whole = times["push + direction"]["median"]
+        lines.append(
+            [
+                str(step["m"]),
+                _time(times["refactor"]),
+                _time(times["carry factor"]),
+                _time(times["carry inverse"]),
+                "the last" if step["m"] >= CARRY_FROM else "the first",
+                _time(times["push + direction"]),
+                f"{100 * _own_small_step(step)['median'] / whole:.1f} %",
+            ]
+        )
+    return _table(
+        [
+            "m",
+            "factored again",
+            "factor carried along",
+            "inverse carried along",
+            "the library takes",
+            f"push + direction, d = {r['small_steps'][0]['d']:,}",
+            "share of the n x n step",
+        ],
+        lines,
+    )
+
+
+def _own_small_step(step: Results) -> Results:
+    return step["times"]["carry inverse" if step["m"] >= CARRY_FROM else "refactor"]
+
+
+def _training(r: Results) -> str:
+    lines = [
+        [
+            name,
+            _time(optimizer["time"]),
+            f"{100 * _overhead(r, name):+.1f} %",
+            f"{optimizer['state_bytes'] / 2**20:.1f} MiB",
+        ]
+        for name, optimizer in r["training"]["optimizers"].items()
+    ]
+    return _table(["optimizer", "a step", "over SGD + momentum", "state"], lines)
+
+
+def _scaling(r: Results) -> str:
+    lines = [
+        [
+            f"{point['d']:,}",
+            _time(point["time"]),
+            f"{1e9 * point['time']['median'] / point['d']:.2f}",
+        ]
+        for point in r["scaling"]["points"]
+    ]
+    slope = f"Slope of log time against log d: {r['scaling']['slope']:.3f}."
+    return _table(["d", "push + direction", "ns a coordinate"], lines) + f"\n\n{slope}"
+
+
+class Bar(NamedTuple):
+    """A bar and how it is read off the results.
+
+    Attributes:
+        what: in words.
+        wanted: in words.
+        measured: from the results to words, and whether the bar is met; None for
+            results without it.
+    """
+
+    what: str
+    wanted: str
+    measured: Callable[[Results], tuple[str, bool] | None]
+
+
+def _bars(r: Results) -> str:
+    lines = []
+    for bar in _bars_of(r):
+        found = bar.measured(r)
+        measured, met = ("not measured", False) if found is None else found
+        verdict = "-" if bar.wanted == "-" or found is None else "met" if met else "**not met**"
+        lines.append([bar.what, bar.wanted, measured, verdict])
+    return _table(["what", "wanted", "measured", ""], lines)
+
+
+def _bars_of(r: Results) -> list[Bar]:
+    d20, d50 = workloads.RESNET20, workloads.RESNET50
+    common = [
+        Bar("slowest operation against plain XLA", "<= 1 x", _slowest),
+        Bar("slope of log time against log d, push + direction", "-", _slope),
+    ]
+    if r["environment"]["platform"] == "cpu":
+        return [
+            Bar(
+                "push + direction against two plain matrix-vector products, the worst of all "
+                "float32 windows",
+                "<= 1.25 x",
+                lambda r: _worst_ratio(r, "push + direction", most=1.25),
+            ),
+            Bar(
+                "static precomputation against the paper's sequential one, ResNet-20, n = 512",
+                ">= 7 x",
+                lambda r: _gain(r, d20, 512, None, 7.0),
+            ),
+            Bar(
+                "block-wise (B = 128) against the same for blocks, ResNet-20, n = 256",
+                ">= 8 x",
+                lambda r: _gain(r, d20, 256, workloads.BLOCK, 8.0),
+            ),
+            *common,
+            Bar(
+                "training step of ResNet-20 with M-FAC, m = 512, over SGD + momentum",
+                "-",
+                lambda r: _training_overhead(r, None),
+            ),
+        ]
+    if r["environment"]["platform"] == "gpu":
+        return [
+            Bar(
+                "push + direction, ResNet-50, m = 512, of the read bandwidth",
+                ">= 90 %",
+                lambda r: _fraction(r, "push + direction", d50, 512, 0.90),
+            ),
+            Bar(
+                "the same, bfloat16",
+                ">= 85 %",
+                lambda r: _fraction(r, "push + direction", d50, 512, 0.85, "bfloat16"),
+            ),
+            Bar("n x n step, m = 512", "<= 100 µs", lambda r: _small_step(r, 512, 1e-4)),
+            Bar(
+                "static precomputation, ResNet-20, n = 1,024, of the rate of matrix products",
+                ">= 60 %",
+                lambda r: _fraction(r, "static", d20, 1024, 0.60),
+            ),
+            Bar(
+                "the same against the paper's sequential one",
+                ">= 20 x",
+                lambda r: _gain(r, d20, 1024, None, 20.0),
+            ),
+            *common,
+            Bar(
+                "training step of ResNet-20 with M-FAC, m = 512, over SGD + momentum",
+                "<= 5 %",
+                lambda r: _training_overhead(r, 0.05),
+            ),
+        ]
+    return common
+
+
+def _find(
+    r: Results, operation: str, d: int, m: int, block: int | None, dtype: str = "float32"
+) -> Results | None:
+    for record in r["operations"]:
+        key = tuple(record[name] for name in ("operation", "d", "m", "block", "dtype"))
+        if key == (operation, d, m, block, dtype) and "median" in record["times"]["library"]:
+            return record
+    return None
+
+
+def _worst_ratio(r: Results, operation: str, *, most: float) -> tuple[str, bool] | None:
+    ratios = [
+        (record["times"]["library"]["median"] / record["times"]["plain"]["median"], record)
+        for record in r["operations"]
+        if record["operation"] == operation
+        and record["dtype"] == "float32"
+        and all("median" in record["times"][name] for name in ("library", "plain"))
+    ]
+    if not ratios:
+        return None
+    ratio, record = max(ratios, key=lambda pair: pair[0])
+    return f"{ratio:.2f} x ({record['workload']})", ratio <= most
+
+
+def _gain(r: Results, d: int, m: int, block: int | None, least: float) -> tuple[str, bool] | None:
+    record = _find(r, "static", d, m, block)
+    if record is None:
+        return None
+    own = record["times"]["library"]["median"]
+    labels = {"sequential": "JAX", "PyTorch": "PyTorch"}
+    gains = {
+        label: record["times"][name]["median"] / own
+        for name, label in labels.items()
+        if "median" in record["times"].get(name, {})
+    }
+    if not gains:
+        return None
+    words = "; ".join(f"{gain:.1f} x ({label})" for label, gain in gains.items())
+    return words, min(gains.values()) >= least
+
+
+def _fraction(
+    r: Results, operation: str, d: int, m: int, least: float, dtype: str = "float32"
+) -> tuple[str, bool] | None:
+    record = _find(r, operation, d, m, None, dtype)
+    if record is None:
+        return None
+    fraction = floor_seconds(record, r) / record["times"]["library"]["median"]
+    return f"{100 * fraction:.0f} %", fraction >= least
+
+
+def _small_step(r: Results, m: int, most: float) -> tuple[str, bool] | None:
+    for step in r["small_steps"]:
+        if step["m"] == m:
+            time = _own_small_step(step)
+            return _time(time), time["median"] <= most
+    return None
+
+
+def _training_overhead(r: Results, most: float | None) -> tuple[str, bool] | None:
+    name = "M-FAC, m = 512"
+    if name not in r["training"]["optimizers"]:
+        return None
+    overhead = _overhead(r, name)
+    return f"{100 * overhead:+.1f} %", most is None or overhead <= most
+
+
+def _slope(r: Results) -> tuple[str, bool]:
+    return f"{r['scaling']['slope']:.3f}", True
+
+
+def _slowest(r: Results) -> tuple[str, bool] | None:
+    """Not met where the quartiles of the two do not touch; push + direction has its own bar."""
+    worst, met = None, True
+    for record in r["operations"]:
+        times = record["times"]
+        comparable = all("median" in times[name] for name in ("library", "plain"))
+        if record["operation"] == "push + direction" or not comparable:
+            continue
+        ratio = times["library"]["median"] / times["plain"]["median"]
+        met = met and times["library"]["low"] <= times["plain"]["high"]
+        if worst is None or ratio > worst[0]:
+            worst = ratio, f"{record['operation']}, {record['workload']}"
+    return None if worst is None else (f"{worst[0]:.2f} x ({worst[1]})", met)
+
+
+def _overhead(r: Results, name: str) -> float:
+    optimizers = r["training"]["optimizers"]
+    own, baseline = optimizers[name]["time"], optimizers[r["training"]["baseline"]]["time"]
+    return own["median"] / baseline["median"] - 1
+
+
+def floor_seconds(record: Results, r: Results) -> float:
+    """The least time the operation's bytes or flops take on the machine."""
+    machine = r["machine"]
+    return max(
+        record["bytes"] / machine["read_bandwidth"], record["flops"] / machine["matrix_rate"]
+    )
+
+
+def _library(record: Results, r: Results) -> list[str]:
+    time = record["times"]["library"]
+    if "left_out" in time:
+        return [time["left_out"], "-"]
+    return [_time(time), f"{100 * floor_seconds(record, r) / time['median']:.0f} %"]
+
+
+def _alternative(record: Results, name: str) -> str:
+    """Time, and as a multiple of the library's."""
+    time, own = record["times"].get(name), record["times"]["library"]
+    if time is None:
+        return "-"
+    if "left_out" in time:
+        return time["left_out"]
+    ratio = "" if "left_out" in own else f" ({time['median'] / own['median']:.2f} x)"
+    return _seconds(time["median"]) + ratio
+
+
+def _contenders(records: Sequence[Results]) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record["times"]))
+
+
+def _time(time: Results) -> str:
+    """Median and quartiles."""
+    unit, factor = _unit(time["median"])
+    low, median, high = (_digits(factor * time[key]) for key in ("low", "median", "high"))
+    return f"{median} {unit} ({low}-{high})"
+
+
+def _seconds(value: float) -> str:
+    unit, factor = _unit(value)
+    return f"{_digits(factor * value)} {unit}"
+
+
+def _unit(value: float) -> tuple[str, float]:
+    if value >= 1:
+        return "s", 1.0
+    return ("ms", 1e3) if value >= 1e-3 else ("µs", 1e6)
+
+
+def _digits(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _device(r: Results) -> str:
+    where = r["environment"]
+    return where["processor"] if where["platform"] == "cpu" else where["device"]
+
+
+def _software(r: Results) -> str:
+    where = r["environment"]
+    torch = f", PyTorch {where['torch']}" if where["torch"] else ""
+    return f"jax {where['jax']}, Python {where['python']}{torch}"
+
+
+def _setting(r: Results) -> str:
+    return (
+        f"{_device(r)}, {r['environment']['cores']} cores, {_software(r)}, "
+        f"{r['environment']['date']}."
+    )
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

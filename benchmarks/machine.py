@@ -1,0 +1,124 @@
+"""What the machine can do: how fast it reads, copies and multiplies matrices."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import report
+import timing
+import workloads
+from jax import lax
+
+
+def environment() -> dict[str, Any]:
+    """Where and when something was measured, and with what."""
+    memory = workloads.free_memory()
+    return report.environment() | {
+        "platform": jax.devices()[0].platform,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "free_memory_gib": None if memory is None else round(memory / 2**30, 1),
+        "jaxlib": metadata.version("jaxlib"),
+        "torch": _version("torch"),
+    }
+
+
+def slug(environment: dict[str, Any]) -> str:
+    """The device in a file name: ``cpu``, ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+
+
+def keep_freed_memory() -> None:
+    """Tells the C library (glibc) to keep what is freed for the next array.
+
+    It would hand large arrays back, and every result would cost the page faults of memory
+    that is new: for a vector of 100 MB here as much as a scan over 64 of them.
+    """
+    m_arena_max, m_mmap_max, m_trim_threshold = -8, -4, -1
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(m_arena_max, 1)
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)
+
+
+def measure(seconds: float, sides: tuple[int, ...], largest: int) -> dict[str, Any]:
+    """Bandwidths in bytes a second and the float32 rate of matrix products in flops.
+
+    The fastest of several ways counts, so that the floors are what the machine can do
+    and not what one program makes of it.
+    """
+    free = workloads.free_memory()
+    size = largest if free is None else min(largest, free // 16)
+    matrix = jnp.ones((size // 4 // 8192, 8192))
+    vector = jnp.ones(8192)
+    size = matrix.nbytes
+
+    read = {
+        "sum": lambda x, _: jnp.sum(x),
+        "row sums": lambda x, _: jnp.sum(x, axis=1),
+        "maximum": lambda x, _: jnp.max(x),
+        "matrix-vector product": lambda x, v: jnp.dot(x, v, precision="highest"),
+    }
+    runs = {}
+    for name, function in read.items():
+        program = workloads.compile_program(function, (matrix, vector))
+        runs[name] = functools.partial(program, matrix, vector)
+    reads = timing.interleave(runs, seconds)
+
+    # Into memory that is there already: fresh memory costs page faults on a CPU.
+    states = [(matrix, jnp.zeros_like(matrix))]
+    copy = workloads.compile_program(lambda s: ((s[0], -s[0]), s[1][0, 0]), (states[0],), (0,))
+    copies = timing.interleave({"copy": timing.in_turn(copy, states, [()], True)}, seconds)["copy"]
+    del states, runs, matrix
+
+    products = []
+    for n in sides:
+        d = size // 64 // n
+        rows, square = jnp.ones((n, d)), jnp.ones((n, n))
+        shapes = {
+            "n x d by d x n": (lambda g, _: jnp.dot(g, g.T, precision=lax.Precision.HIGHEST)),
+            "n x n by n x d": (lambda g, s: jnp.dot(s, g, precision=lax.Precision.HIGHEST)),
+        }
+        runs = {
+            name: functools.partial(
+                workloads.compile_program(function, (rows, square)), rows, square
+            )
+            for name, function in shapes.items()
+        }
+        for name, time in timing.interleave(runs, seconds).items():
+            rate = 2 * n * n * d / time["median"]
+            products.append({"n": n, "d": d, "shape": name, "time": time, "rate": rate})
+    return {
+        "bytes": size,
+        "read": reads,
+        "copy": copies,
+        "products": products,
+        "read_bandwidth": size / min(time["median"] for time in reads.values()),
+        "copy_bandwidth": 2 * size / copies["median"],
+        "matrix_rate": max(product["rate"] for product in products),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,222 @@
+"""The named workloads, what an operation on them must at least cost, and their data."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mfac_jax import rows, window
+
+RESNET20, RESNET50, TRANSFORMER = 272_474, 25_557_032, 110_000_000
+BLOCK = 128
+
+# Gradients have norm one; the factor of A is then taken without trouble.
+DAMPING = 1e-2
+
+# What is left beside the gradients for vectors, results and everyone else.
+_HEADROOM = 1.3
+
+# Windows that are smaller than this come several times and take turns, or a cache would
+# be measured: eight times the largest cache of the machines in mind.
+_ALL_SETS, _MOST_SETS = 2**28, 64
+
+
+class Workload(NamedTuple):
+    """A window or a set of gradients.
+
+    Attributes:
+        model: whose gradients.
+        d: coordinates.
+        m: gradients.
+        dtype: what they are stored in.
+        block: coordinates in a block, for the block-wise inverse.
+        only_steps: whether only the operations of the optimizer are measured.
+    """
+
+    model: str
+    d: int
+    m: int
+    dtype: str = "float32"
+    block: int | None = None
+    only_steps: bool = False
+
+    @property
+    def name(self) -> str:
+        """For the result file and the tables."""
+        stored = "" if self.dtype == "float32" else f", {self.dtype}"
+        blocks = f", blocks of {self.block}" if self.block else ""
+        return f"{self.model}, m = {self.m}{stored}{blocks}"
+
+    @property
+    def nbytes(self) -> int:
+        """Of the gradients."""
+        return self.m * self.d * jnp.dtype(self.dtype).itemsize
+
+
+class Floor(NamedTuple):
+    """What an operation cannot do without.
+
+    Attributes:
+        bytes: read from and written to memory.
+        flops: multiplications and additions.
+    """
+
+    bytes: float
+    flops: float
+
+
+FULL = (
+    Workload("ResNet-20", RESNET20, 512),
+    Workload("ResNet-20", RESNET20, 1024),
+    Workload("ResNet-50", RESNET50, 64),
+    Workload("ResNet-50", RESNET50, 256),
+    Workload("ResNet-50", RESNET50, 512),
+    Workload("ResNet-50", RESNET50, 512, "bfloat16", only_steps=True),
+    Workload("transformer, 110 M", TRANSFORMER, 64, "bfloat16", only_steps=True),
+    *(Workload("ResNet-20", RESNET20, n, block=BLOCK) for n in (64, 128, 256, 512, 1024)),
+)
+# Few rows: the sequential recursion is cut into as many as eight loops to compile.
+QUICK = (Workload("tiny", 20_000, 4), Workload("tiny", 2_000, 4, block=4))
+
+
+def floor(operation: str, w: Workload) -> Floor:
+    """The floor of an operation: section by section of ``docs/performance.md``."""
+    m, d, size = w.m, w.d, w.nbytes
+    wide = 4 * m * d
+    if w.block is not None:
+        b = w.block
+        side = min(m, b)
+        flops = m * b * d if b <= m else 2 * m * m * d
+        flops += 2 / 3 * side**3 * d / b
+        answer = 4 * d * (side if operation == "static" else 1)
+        return Floor(size + answer, flops)
+    return {
+        "dots": Floor(size, 2 * m * d),
+        "push": Floor(size, 2 * m * d),
+        "combine": Floor(size, 2 * m * d),
+        "push + direction": Floor(2 * size, 4 * m * d),
+        "gram": Floor(size, m * m * d),
+        "whiten": Floor(size + wide, m * m * d),
+        "diagonal": Floor(2 * size, 2 * m * m * d),
+        "static": Floor(2 * size + wide, 2 * m * m * d),
+    }[operation]
+
+
+def free_memory() -> int | None:
+    """Bytes that are free where JAX puts its arrays; None where nobody says."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats is not None and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    if device.platform != "cpu":
+        return None
+    info = Path("/proc/meminfo")
+    if info.exists():
+        fields = dict(line.split(":") for line in info.read_text().splitlines())
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class DoesNotFit(Exception):
+    """Memory is too small."""
+
+    def __init__(self, needed: float, free: float):
+        super().__init__(
+            f"does not fit: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free"
+        )
+
+
+def require(needed: float) -> None:
+    """Raises :class:`DoesNotFit` where fewer bytes than ``needed`` are free."""
+    free = free_memory()
+    if free is not None and needed > free:
+        raise DoesNotFit(needed, free)
+
+
+class Data:
+    """The arrays of a workload, in as many sets as keep them out of the caches.
+
+    Attributes:
+        windows: full windows of the library.
+        plain: what the alternatives work on: gradients (m, d), dot products and the
+            slot of the oldest gradient; none until :meth:`make_plain`.
+        vectors: gradients and vectors to multiply with.
+        coefficients: for ``G^T c``.
+    """
+
+    def __init__(self, w: Workload):
+        """Raises :class:`DoesNotFit` where memory is too small for the gradients."""
+        require(_HEADROOM * w.nbytes)
+        self.workload = w
+        self.sets = min(max(_ALL_SETS // w.nbytes, 1), _MOST_SETS)
+        # From NumPy, which need not compile a program for every shape.
+        rng = np.random.default_rng(0)
+        base = rng.standard_normal(2 * w.d, np.float32) / np.float32(np.sqrt(w.d))
+        self.vectors = [jnp.asarray(base[i * (w.d // 4) : i * (w.d // 4) + w.d]) for i in range(4)]
+        self.coefficients = jnp.asarray(rng.standard_normal(w.m, np.float32))
+        self._base = jnp.asarray(base, w.dtype)
+        make = compile_program(functools.partial(_window, w=w), (self._base,))
+        # Waited for: what is still being made would be measured with the first program.
+        self.windows = jax.block_until_ready([make(self._base) for _ in range(self.sets)])
+        self.plain: list[tuple[jax.Array, jax.Array, jax.Array]] = []
+
+    def make_plain(self) -> None:
+        """Makes the arrays of the alternatives, unless they are there."""
+        w = self.workload
+        if not self.plain:
+            require(self.sets * w.nbytes * 1.05)
+            dots = [jnp.array(held.gram) for held in self.windows]
+            slot = jnp.zeros((), jnp.int32)
+            plain = [(_matrix(self._base, w), k, jnp.copy(slot)) for k in dots]
+            self.plain = jax.block_until_ready(plain)
+
+    def drop_plain(self) -> None:
+        """Lets them go."""
+        self.plain = []
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _matrix(base: jax.Array, w: Workload) -> jax.Array:
+    """Rows that are pieces of one long random vector: made at the speed of a copy."""
+
+    def write(i: jax.Array, matrix: jax.Array) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(matrix, _row(base, i, w), i, 0)
+
+    return lax.fori_loop(0, w.m, write, jnp.zeros((w.m, w.d), w.dtype))
+
+
+def _row(base: jax.Array, i: jax.Array, w: Workload) -> jax.Array:
+    return lax.dynamic_slice_in_dim(base, i * (w.d // w.m), w.d)
+
+
+def _window(base: jax.Array, w: Workload) -> window.Window:
+    """The same rows in a window."""
+    empty = rows.empty_rows(jax.ShapeDtypeStruct((w.d,), jnp.float32), w.m, dtype=w.dtype)
+    filled = lax.fori_loop(0, w.m, lambda i, held: held.write(i, _row(base, i, w))[0], empty)
+    return window.from_rows(filled)
+
+
+def implementations() -> Sequence[str]:
+    """What to measure beside the default: XLA where the default is a kernel."""
+    return () if jax.default_backend() == "cpu" else ("xla",)
+
+
+def compile_program(
+    function: Callable[..., Any], arguments: Sequence[Any], donate: Sequence[int] = ()
+) -> Callable[..., Any]:
+    """Compiles for these arguments; raises :class:`DoesNotFit` for want of memory."""
+    lowered = jax.jit(function, donate_argnums=tuple(donate)).lower(*arguments)
+    program = lowered.compile()
+    memory = program.memory_analysis()
+    if memory is not None:
+        fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        require(1.05 * (memory.temp_size_in_bytes + fresh))
+    return program

@@ -1,0 +1,289 @@
+"""How gradients reach the registers of a Hopper GPU: patches, and the stream of them.
+
+``G`` comes in *patches*, which the copy engine (TMA) brings into shared memory several
+steps ahead of their use. A patch is a *row block* (32 rows) by a *slab* (128 or 256
+columns), and its entries are spread over the 128 threads of a thread block in *register
+tiles* of 32 by 128.
+
+The copy engine wants rows that start at multiples of 16 bytes, which those of a lone
+tile of ``G`` need not do. But ``q`` rows together always take such a multiple for some
+``q <= 8``, and a copy may start at any column, so ``G`` is seen as ``(m / q, q k)``, and a
+row block is every ``q``-th row. Where ``q`` does not divide ``m``, ``G`` is seen as one flat
+array, and each row of a patch is a copy of its own. In both views a patch at the end of a
+row runs on into the next row, and what lies there has to be masked. Copies from beyond
+the end of ``G`` bring zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+# Patches in flight. Six of 16 KiB take 100 KiB, the most that leaves room for two thread
+# blocks on a multiprocessor (227 KiB); by Little's law 4.8 TB/s at a latency of 1 us need
+# 36 KiB on each.
+_STAGES = 6
+
+# Rows of a patch: a piece of v travels with every patch, so fewer would add to the traffic
+# from the L2 cache (3 to 6 % of it at 32); more would want more registers for the sums.
+ROWS = 32
+
+# Bytes of a row of a patch: 128 float32 or 256 bfloat16, the most that one copy can move.
+_SLAB_BYTES = 512
+
+LANES = 128  # columns of a register tile: four for each of the 32 threads of a warp
+
+# Threads of a warp lie along a row, four columns each (16-byte accesses without bank
+# conflicts); each of the four warps has eight rows, so sums along a row stay in a warp.
+LAYOUT = plgpu.Layout.TILED(
+    plgpu.Tiling(((ROWS, LANES), (ROWS // 4, LANES), (4,))),
+    warp_dims=(-5,),
+    lane_dims=(-2,),
+    vector_dim=-1,
+)
+PER_ROW = LAYOUT.reduce(1)
+PER_COLUMN = LAYOUT.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How the copy engine sees ``G``, and the patches it is read in."""
+
+    t: int
+    m: int
+    k: int
+    slab: int  # columns of a patch
+    interleave: int  # q: a row block takes every q-th row
+    flat: bool  # one axis of m k entries
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: DTypeLike) -> View:
+        *tiles, m, k = shape
+        itemsize = np.dtype(dtype).itemsize
+        interleave = next(q for q in (1, 2, 4, 8) if q * k * itemsize % 16 == 0)
+        flat = m % interleave != 0
+        slab = _SLAB_BYTES // itemsize
+        return cls(math.prod(tiles), m, k, slab, 1 if flat else interleave, flat)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.flat:
+            return (self.m * self.k,)
+        rows = (self.m // self.interleave, self.interleave * self.k)
+        return rows if self.t == 1 else (self.t, *rows)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """That of a row, of which the copy engine wants no axis of one."""
+        return (self.k,) if self.t == 1 else (self.t, self.k)
+
+    @property
+    def bleeds(self) -> bool:
+        """Whether patches at the end of a row hold more than zeros beyond it."""
+        return self.flat or self.interleave > 1
+
+    @property
+    def slabs(self) -> int:
+        """Slabs of a tile."""
+        return pl.cdiv(self.k, self.slab)
+
+    @property
+    def groups(self) -> int:
+        """Row blocks of each of the ``q`` interleaved sets of rows."""
+        return pl.cdiv(self.m // self.interleave, ROWS)
+
+    @property
+    def row_blocks(self) -> int:
+        return self.interleave * self.groups
+
+    @property
+    def copies(self) -> int:
+        """Copies that bring one patch."""
+        return ROWS if self.flat else 1
+
+    def copy(
+        self,
+        block_ref: Any,
+        patch_ref: Any,
+        barrier: Any,
+        where: tuple[Array, Array, Array],
+    ) -> None:
+        """Starts to bring the patch at ``where``: tile, row block, first column."""
+        tile, row_block, column = where
+        if not self.flat:
+            which, group = div_rem(row_block, self.groups)
+            columns = pl.ds(which * self.k + column, self.slab)
+            rows_ref = block_ref if self.t == 1 else block_ref.at[tile]
+            source = rows_ref.at[pl.ds(group * ROWS, ROWS), columns]
+            plgpu.copy_gmem_to_smem(source, patch_ref, barrier)
+            return
+
+        @loop(0, ROWS)
+        def _(i: Array) -> None:
+            row = jnp.minimum(row_block * ROWS + i, self.m)
+            source = block_ref.at[pl.ds(row * self.k + column, self.slab)]
+            plgpu.copy_gmem_to_smem(source, patch_ref.at[i], barrier)
+
+    def columns(self, row_ref: Any, tile: Array, column: Array, size: int) -> Any:
+        """``size`` columns of a row."""
+        part = pl.ds(column, size)
+        return row_ref.at[part] if self.t == 1 else row_ref.at[tile, part]
+
+    def by_row(self, values: Float[Array, " rows"]) -> Float[Array, " m"]:
+        """From the order of row blocks to the order of rows."""
+        parts = values.reshape(self.interleave, self.groups * ROWS)
+        return parts[:, : self.m // self.interleave].T.reshape(self.m)
+
+    def by_row_block(self, values: Float[Array, " m"]) -> Float[Array, " rows"]:
+        """From the order of rows to that of row blocks, zeros where there is no row."""
+        parts = values.reshape(self.m // self.interleave, self.interleave).T
+        rest = self.groups * ROWS - parts.shape[1]
+        return jnp.pad(parts, ((0, 0), (0, rest))).reshape(-1)
+
+
+def loop(first: int | Array, last: int | Array) -> Callable[[Callable[..., None]], None]:
+    """Runs the decorated function for ``first, .., last - 1``."""
+
+    def run(step: Callable[..., None]) -> None:
+        start, stop = (np.int32(n) if isinstance(n, int) else n for n in (first, last))
+        lax.fori_loop(start, stop, lambda i, _: step(i), None)
+
+    return run
+
+
+def div_rem(number: Array, divisor: int) -> tuple[Array, Array]:
+    return lax.div(number, np.int32(divisor)), lax.rem(number, np.int32(divisor))
+
+
+def store(ref: Any, value: Array) -> None:
+    """``ref[...] = value`` for values so few that coalescing does not matter."""
+    if hasattr(plgpu, "store"):  # from jax 0.12 on, where assignment insists on coalescing
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def per_column(ref: Any, part: Any) -> Array:
+    """A value for each column, as float32."""
+    return plgpu.layout_cast(ref[part], PER_COLUMN).astype(jnp.float32)
+
+
+def tile_of(values: Array, axis: int) -> Array:
+    """A register tile from a value for each row (``axis`` 0) or column (1)."""
+    wide = lax.broadcast_in_dim(values, (ROWS, LANES), (axis,))
+    return plgpu.layout_cast(wide, LAYOUT)
+
+
+def zeros(dtype: DTypeLike) -> Array:
+    return plgpu.layout_cast(jnp.zeros((ROWS, LANES), dtype), LAYOUT)
+
+
+def index(axis: int) -> Array:
+    """Row or column numbers of a register tile."""
+    return plgpu.broadcasted_iota(jnp.int32, (ROWS, LANES), axis, layout=LAYOUT)
+
+
+def parts(view: View) -> list[Any]:
+    """The columns of a patch, as many at a time as a register tile has."""
+    return [pl.ds(start, LANES) for start in range(0, view.slab, LANES)]
+
+
+class Stream:
+    """Patches of ``G``, and with each a piece of a vector, fetched ahead of their use.
+
+    ``locate(step)`` says where they are: what :meth:`View.copy` wants, and the piece.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        block_ref: Any,
+        scratch: Sequence[Any],
+        steps: Array,
+        locate: Callable[[Array], tuple[tuple[Array, Array, Array], Any]],
+    ) -> None:
+        self._view, self._block_ref = view, block_ref
+        self._patch_ref, self._piece_ref, self._barrier = scratch
+        self._steps, self._locate = steps, locate
+        loop(0, _STAGES)(self._fetch)
+
+    @staticmethod
+    def scratch(view: View, dtype: DTypeLike, piece: int, piece_dtype: DTypeLike) -> list[Any]:
+        return [
+            plgpu.SMEM((_STAGES, ROWS, view.slab), dtype),
+            plgpu.SMEM((_STAGES, piece), piece_dtype),
+            plgpu.Barrier(num_arrivals=view.copies + 1, num_barriers=_STAGES),
+        ]
+
+    def _fetch(self, step: Array) -> None:
+        @pl.when(step < self._steps)
+        def _() -> None:
+            slot = div_rem(step, _STAGES)[1]
+            barrier = self._barrier.at[slot]
+            where, piece = self._locate(step)
+            self._view.copy(self._block_ref, self._patch_ref.at[slot], barrier, where)
+            plgpu.copy_gmem_to_smem(piece, self._piece_ref.at[slot], barrier)
+
+    def take(self, step: Array) -> tuple[Any, Any]:
+        """Waits for the patch and the piece of a step."""
+        slot = div_rem(step, _STAGES)[1]
+        plgpu.barrier_wait(self._barrier.at[slot])
+        return self._patch_ref.at[slot], self._piece_ref.at[slot]
+
+    def free(self, step: Array) -> None:
+        """Lets later ones take the place of the patch and the piece of a step."""
+        plgpu.commit_smem()  # what was read here was read before a copy writes here
+        self._fetch(step + np.int32(_STAGES))
+
+
+def share(total: int, blocks: int) -> tuple[Array, Array]:
+    """The pieces of work, first and one past the last, of this thread block."""
+    return share_of(lax.axis_index("block").astype(jnp.int32), total, blocks)
+
+
+def share_of(block: Array, total: int, blocks: int) -> tuple[Array, Array]:
+    """That of one of ``blocks``; the first ones get one piece more. Products stay below total."""
+    each, more = divmod(total, blocks)
+    first = block * np.int32(each) + jnp.minimum(block, np.int32(more))
+    return first, first + np.int32(each) + (block < more).astype(jnp.int32)
+
+
+def launch(
+    body: Callable[..., None],
+    name: str,
+    blocks: int,
+    out: jax.ShapeDtypeStruct,
+    scratch: Sequence[Any],
+    interpret: bool,
+) -> Callable[..., Any]:
+    def scoped(*refs: Any) -> None:
+        with jax.enable_x64(False):  # indices are of 32 bits
+            pl.run_scoped(functools.partial(body, *refs), *scratch)
+
+    # InterpretGPUParams is there from jax 0.11 on.
+    return pl.kernel(
+        scoped,
+        out_type=out,
+        mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",)),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        name=name,
+        interpret=vars(plgpu)["InterpretGPUParams"]() if interpret else False,
+    )
+
+
+def varying(*operands: Array) -> jax.sharding.ManualAxisType:
+    """How what is computed from ``operands`` varies over the mesh of a ``shard_map``."""
+    axes = [jax.typeof(operand).manual_axis_type.varying for operand in operands]
+    return jax.sharding.ManualAxisType(varying=frozenset().union(*axes))

@@ -1,0 +1,346 @@
+"""The scans in plain ``jax.numpy``: the default where no kernel is better, and the oracle.
+
+Accuracy decides their form. A matrix-vector product on the CPU adds up a row in one
+long chain (relative error 2e-6 at d = 270,000, 3e-4 at 5 million). A block in tiles is
+one batched product, as fast and, being short chains, accurate to 5e-8. A block that is
+one wide tile, a large parameter of its own, is multiplied and added up in lanes instead.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from mfac_jax import _two_words
+
+# Columns a tile has at the most. 8,192 float32 columns of 512 rows are 16 MiB: small
+# against any window worth tiling, large enough that a tile's matrix product runs
+# at full speed (measured on two CPU cores: 2,048 to 8,192 within 5 %).
+MAX_TILE = 8192
+
+# From this many rows on, symmetric and triangular products are done in four panels of
+# rows, 10/16 of the operations. Panels of fewer than 128 rows leave a matrix unit idle.
+_PANELS = 4
+_MIN_ROWS_FOR_PANELS = 512
+
+# Rows that one product of combine adds up: a CPU reads 64 to 128 of them from end to end 4 %
+# slower than it could, 512 or all 1,024 of them 20 to 30 % (measured on two cores).
+_ROWS_OF_A_SUM = 128
+
+# Columns that a compensated sum works on at a time: sums of 512 rows in two words are
+# 2 MiB then and stay in a CPU's cache from one step to the next.
+_LANES = 512
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype products of ``dtype`` are accumulated in: float32 at least."""
+    return np.promote_types(dtype, np.float32)
+
+
+def _zeros(block: Array, shape: tuple[int, ...]) -> Array:
+    """Zeros to add products of ``block`` to: under ``shard_map`` they vary as it does."""
+    return jnp.zeros_like(block, shape=shape, dtype=accumulation_dtype(block.dtype))
+
+
+def _matrices(block: Float[Array, "t m *shape"]) -> Float[Array, "t m k"]:
+    return block.reshape(*block.shape[:2], math.prod(block.shape[2:]))
+
+
+def _has_explicit_axes(block: Array) -> bool:
+    """Whether the type says that the block is spread, which products want repeated."""
+    return any(part is not None for part in jax.typeof(block).sharding.spec)
+
+
+def dots(
+    block: Float[Array, "t m *shape"],
+    vector: Float[Array, "t *shape"],
+    *,
+    compensated: bool = False,
+) -> Float[Array, " m"]:
+    """``G v``: the dot product of every row with ``vector``."""
+    acc = accumulation_dtype(block.dtype)
+    vector = vector.astype(acc)
+    if compensated:
+        return _compensated_dots(_matrices(block), vector.reshape(block.shape[0], -1))
+    axes = tuple(range(2, block.ndim))
+    is_long = block.ndim == 3 and block.shape[2] > MAX_TILE
+    if block.dtype == acc and not is_long and not _has_explicit_axes(block):
+        # No reshape: it would gather a leaf that is sharded.
+        contract = (axes, tuple(axis - 1 for axis in axes))
+        parts = lax.dot_general(block, vector, (contract, ((0,), (0,))), precision="highest")
+    else:
+        # One fused loop: the widening is in it, where a product would want a wide copy
+        # first, and it may run over columns that an explicit mesh axis spreads.
+        parts = jnp.sum(block.astype(acc) * vector[:, None], axis=axes)
+    return jnp.sum(parts, axis=0)
+
+
+def combine(
+    block: Float[Array, "t m *shape"],
+    coefficients: Float[Array, " m"],
+    *,
+    vector: Float[Array, "t *shape"] | None = None,
+    scale: Float[Array, ""] | None = None,
+    mask: Bool[Array, "t *shape"] | None = None,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "t *shape"]:
+    """``G^T c``, or ``(v - G^T c) scale``; 0 where ``mask`` is false; in ``dtype``."""
+    acc = accumulation_dtype(block.dtype)
+    t, m = block.shape[:2]
+    weights = coefficients.astype(acc)
+    if block.dtype == acc and not _has_explicit_axes(block):
+        rows = next(r for r in range(min(m, _ROWS_OF_A_SUM), 0, -1) if m % r == 0)
+        rows = rows if 2 * rows > _ROWS_OF_A_SUM else m
+        parts = block.reshape(t, m // rows, rows, *block.shape[2:])
+        weights = jnp.broadcast_to(weights.reshape(-1, rows), parts.shape[:3])
+        contract = (((2,), (2,)), ((0, 1), (0, 1)))
+        out = lax.dot_general(weights, parts, contract, precision="highest")
+        out = jnp.sum(out, axis=1)
+    else:
+        weights = weights.reshape(1, m, *[1] * (block.ndim - 2))
+        out = jnp.sum(block.astype(acc) * weights, axis=1)  # fused, as in dots
+    return finish(out, vector, scale, mask, dtype)
+
+
+def finish(
+    combined: Float[Array, "*k"],
+    vector: Float[Array, "*k"] | None,
+    scale: Float[Array, ""] | None,
+    mask: Bool[Array, "*k"] | None,
+    dtype: DTypeLike | None,
+) -> Float[Array, "*k"]:
+    """What :func:`combine` does to a sum of rows before it is written."""
+    out = combined if vector is None else vector.astype(combined.dtype) - combined
+    if scale is not None:
+        out = out * scale.astype(out.dtype)
+    if mask is not None:
+        out = jnp.where(mask, out, jnp.zeros((), out.dtype))
+    return out if dtype is None else out.astype(dtype)
+
+
+def write_row(
+    block: Float[Array, "t m *shape"],
+    row: Int[Array, ""],
+    vector: Float[Array, "t *shape"],
+    where: Bool[Array, ""],
+    *,
+    compensated: bool = False,
+) -> tuple[Float[Array, "t m *shape"], Float[Array, " m"]]:
+    """Writes ``vector`` into ``row`` and returns the block and that row's ``G g``.
+
+    Where ``where`` is false the block comes back as it was and the dot products mean
+    nothing. Otherwise they are those of the row as it is stored, so that a
+    low-precision block and its Gram matrix describe the same gradients.
+    """
+    block = set_row(block, row, vector, where)
+    return block, dots(block, vector.astype(block.dtype), compensated=compensated)
+
+
+def set_row(
+    block: Float[Array, "t m *shape"],
+    row: Int[Array, ""],
+    vector: Float[Array, "t *shape"],
+    where: Bool[Array, ""],
+) -> Float[Array, "t m *shape"]:
+    """The block with ``vector`` in ``row`` where ``where`` is true."""
+    stored = vector.astype(block.dtype)
+
+    def write(block: Array) -> Array:
+        return lax.dynamic_update_index_in_dim(block, stored, row, axis=1)
+
+    # On a CPU a branch: XLA there fuses the select into both the write and the dot products
+    # and then copies the whole block twice to keep them apart. Elsewhere a select: on a GPU
+    # XLA copies the block into the branches.
+    def write_or_not(block: Array) -> Array:
+        return lax.cond(where, write, lambda block: block, block)
+
+    def write_old_or_new(block: Array) -> Array:
+        old = lax.dynamic_index_in_dim(block, row, axis=1, keepdims=False)
+        new = jnp.where(where, stored, old)
+        return lax.dynamic_update_index_in_dim(block, new, row, axis=1)
+
+    return lax.platform_dependent(block, cpu=write_or_not, default=write_old_or_new)
+
+
+def gram(
+    block: Float[Array, "t m *shape"], mask: Bool[Array, "t *shape"] | None = None
+) -> Float[Array, "m m"]:
+    """``G G^T``, or ``G_S G_S^T`` over the coordinates where ``mask`` is true.
+
+    Only the lower half is computed where that saves time.
+    """
+    m = block.shape[1]
+    ends = _panel_ends(m)
+
+    def step(totals: list[Array], tile: Array, keep: list[Array]) -> tuple[list[Array], list[Any]]:
+        for part in keep:
+            tile = jnp.where(part[None], tile, jnp.zeros((), tile.dtype))
+        products = [
+            jnp.dot(tile[start:end], tile[:end].T, precision="highest") for start, end in ends
+        ]
+        return [total + product for total, product in zip(totals, products, strict=True)], []
+
+    zeros = [_zeros(block, (end - start, end)) for start, end in ends]
+    totals, _ = _scan_tiles(step, zeros, block, [] if mask is None else [mask])
+    if len(totals) == 1:
+        return totals[0]
+    lower = jnp.concatenate([jnp.pad(p, ((0, 0), (0, m - p.shape[1]))) for p in totals])
+    return jnp.tril(lower) + jnp.tril(lower, -1).T
+
+
+def transform(
+    block: Float[Array, "t m *shape"], matrix: Float[Array, "k m"], *, lower: bool = False
+) -> Float[Array, "t k *shape"]:
+    """``M G``, in the accumulation dtype.
+
+    Args:
+        block: ``G``.
+        matrix: ``M``.
+        lower: whether ``M`` is square and lower triangular, which saves time.
+    """
+    acc = accumulation_dtype(block.dtype)
+    matrix = matrix.astype(acc)
+    if block.shape[0] == 1:
+        return jnp.tensordot(matrix, block[0].astype(acc), 1, precision="highest")[None]
+    tiles = _matrices(block)
+
+    # Panels are written where they belong: put together first they would be copied twice.
+    def write(t: Int[Array, ""], image: Array) -> Array:
+        tile = lax.dynamic_index_in_dim(tiles, t, keepdims=False).astype(acc)
+        for start, panel in _panels(matrix, tile, lower):
+            image = lax.dynamic_update_slice(image, panel[None], (t, start, 0))
+        return image
+
+    shape = (tiles.shape[0], matrix.shape[0], tiles.shape[2])
+    image = lax.fori_loop(0, tiles.shape[0], write, _zeros(block, shape))
+    return image.reshape(block.shape[0], matrix.shape[0], *block.shape[2:])
+
+
+def column_square_sums(
+    block: Float[Array, "t m *shape"],
+    matrix: Float[Array, "k m"] | None = None,
+    *,
+    lower: bool = False,
+) -> Float[Array, "t *shape"]:
+    """``diag((M G)^T (M G))``, a tile at a time: ``M G`` is never stored.
+
+    Without ``matrix`` it is the identity; ``lower`` is as in :func:`transform`.
+    """
+    wide = None if matrix is None else matrix.astype(accumulation_dtype(block.dtype))
+
+    def step(carry: None, tile: Array, _: list[Array]) -> tuple[None, list[Array]]:
+        image = tile if wide is None else _product(wide, tile, lower)
+        return carry, [jnp.sum(image * image, axis=0)]
+
+    _, (sums,) = _scan_tiles(step, None, block, [])
+    return sums.reshape(block.shape[0], *block.shape[2:])
+
+
+def _panel_ends(m: int) -> list[tuple[int, int]]:
+    """The rows ``[start, end)`` of each panel."""
+    count = _PANELS if m >= _MIN_ROWS_FOR_PANELS else 1
+    return list(itertools.pairwise(m * i // count for i in range(count + 1)))
+
+
+def _product(
+    matrix: Float[Array, "k m"], tile: Float[Array, "m t"], lower: bool
+) -> Float[Array, "k t"]:
+    return jnp.concatenate([panel for _, panel in _panels(matrix, tile, lower)])
+
+
+def _panels(
+    matrix: Float[Array, "k m"], tile: Float[Array, "m t"], lower: bool
+) -> list[tuple[int, Float[Array, "_ t"]]]:
+    """The product in panels of rows, each with its first row; one unless ``lower``."""
+    if not lower:
+        return [(0, jnp.dot(matrix, tile, precision="highest"))]
+    return [
+        (start, jnp.dot(matrix[start:end, :end], tile[:end], precision="highest"))
+        for start, end in _panel_ends(matrix.shape[0])
+    ]
+
+
+def _scan_tiles(
+    step: Callable[[Any, Array, list[Array]], tuple[Any, list[Array]]],
+    carry: Any,
+    block: Float[Array, "t m *shape"],
+    vectors: list[Array],
+) -> tuple[Any, list[Array]]:
+    """Scans ``step(carry, tile, parts) -> (carry, outputs)`` over the tiles of a block.
+
+    A tile is (m, k) in the accumulation dtype, and only one is wide at a time. ``parts``
+    are those pieces of ``vectors``, (t, *shape), that lie over it. Outputs are (k,) a
+    tile and come back as (t, *): the tiles that one wide tile is cut into put together.
+    """
+    acc = accumulation_dtype(block.dtype)
+    count = block.shape[0]
+    matrices = _matrices(block)
+    flat = [vector.reshape(count, -1) for vector in vectors]
+    if count > 1:
+        # By number: tiles that a scan hands out are copied once more (15 % of a gram's time).
+        def body(carry: Any, t: Int[Array, ""]) -> tuple[Any, list[Array]]:
+            tile, *parts = (
+                lax.dynamic_index_in_dim(x, t, keepdims=False) for x in (matrices, *flat)
+            )
+            return step(carry, tile.astype(acc), parts)
+
+        return lax.scan(body, carry, jnp.arange(count))
+
+    matrix, rows = matrices[0], [vector[0] for vector in flat]
+    full, rest = divmod(matrix.shape[1], MAX_TILE)
+    outputs: list[list[Array]] = []
+
+    def cut(carry: Any, i: Int[Array, ""]) -> tuple[Any, list[Array]]:
+        tile = lax.dynamic_slice_in_dim(matrix, i * MAX_TILE, MAX_TILE, axis=1)
+        parts = [lax.dynamic_slice_in_dim(row, i * MAX_TILE, MAX_TILE) for row in rows]
+        return step(carry, tile.astype(acc), parts)
+
+    if full:
+        carry, out = lax.scan(cut, carry, jnp.arange(full))
+        outputs.append([o.reshape(1, -1) for o in out])
+    if rest or not full:
+        start = full * MAX_TILE
+        carry, out = step(carry, matrix[:, start:].astype(acc), [row[start:] for row in rows])
+        outputs.append([o[None] for o in out])
+    return carry, [jnp.concatenate(parts, axis=1) for parts in zip(*outputs, strict=True)]
+
+
+def _compensated_dots(
+    block: Float[Array, "t m k"], vector: Float[Array, "t k"]
+) -> Float[Array, " m"]:
+    """``G v`` as if accumulated in twice the precision, rounded once at the end."""
+    acc = accumulation_dtype(block.dtype)
+    count, m, k = block.shape
+    steps, rest = divmod(k, _LANES)
+
+    def add(sums: tuple[Array, Array], tile: Array, part: Array) -> tuple[Array, Array]:
+        return _two_words.add(sums, _two_words.product(tile.astype(acc), part[None]))
+
+    def over_tile(sums: tuple[Array, Array], t: Int[Array, ""]) -> tuple[tuple[Array, Array], None]:
+        matrix = lax.dynamic_index_in_dim(block, t, keepdims=False)
+        row = lax.dynamic_index_in_dim(vector, t, keepdims=False)
+
+        def over_lanes(i: Int[Array, ""], sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            tile = lax.dynamic_slice_in_dim(matrix, i * _LANES, _LANES, axis=1)
+            return add(sums, tile, lax.dynamic_slice_in_dim(row, i * _LANES, _LANES))
+
+        if steps:
+            sums = lax.fori_loop(0, steps, over_lanes, sums)
+        if rest:
+            padding = ((0, 0), (0, _LANES - rest))
+            tile = jnp.pad(matrix[:, steps * _LANES :], padding)
+            sums = add(sums, tile, jnp.pad(row[steps * _LANES :], padding[1:]))
+        return sums, None
+
+    zeros = _zeros(block, (m, _LANES))
+    sums, _ = lax.scan(over_tile, (zeros, zeros), jnp.arange(count))
+    return _two_words.total(sums, axis=1)

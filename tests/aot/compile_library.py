@@ -1,0 +1,96 @@
+"""Compiles what users call, as they call it, for an H200 and for TPUs that need not be there.
+
+Run it by name, in an environment that ``compile_cuda.py`` and ``compile_tpu.py`` can use.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from mfac_jax import mfac_precondition
+from mfac_jax.inverse import inverse_diagonal
+from mfac_jax.rows import empty_rows
+
+jax.config.update("jax_platforms", "cpu")
+
+H200 = Path(__file__).parent / "h200.textproto"
+D = 272_474  # ResNet-20
+
+
+@pytest.fixture(scope="module", params=["cuda", "tpu"])
+def devices(request):
+    if request.param == "tpu":
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    else:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="", target_config=H200.read_text(), topology="1x1x1"
+        )
+    return topology.devices
+
+
+def on(sharding, tree):
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
+def compile_update(sharding, m, dtype=None, **options):
+    tx = mfac_precondition(m, dtype=dtype, **options)
+    params = {"w": jax.ShapeDtypeStruct((D,), jnp.float32)}
+    state = jax.eval_shape(tx.init, params)
+    update = jax.jit(tx.update, donate_argnums=1)
+    return update.lower(on(sharding, params), on(sharding, state)).compile()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_step_of_the_optimizer_runs_the_kernels_in_place(devices, dtype):
+    compiled = compile_update(SingleDeviceSharding(devices[0]), 256, dtype)
+    text = compiled.as_text()
+    assert "mfac_write_row" in text
+    assert "mfac_combine" in text
+    memory, window = compiled.memory_analysis(), 256 * D * jnp.dtype(dtype).itemsize
+    assert memory.alias_size_in_bytes >= window
+    assert memory.temp_size_in_bytes < window / 8
+
+
+def test_xla_asked_for_runs_no_kernel(devices):
+    compiled = compile_update(SingleDeviceSharding(devices[0]), 256, implementation="xla")
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    for name in ("mfac_dots", "mfac_write_row", "mfac_combine"):
+        assert name not in text
+    window = 256 * D * 4
+    assert memory.alias_size_in_bytes >= window
+    assert memory.temp_size_in_bytes < window / 8
+
+
+def test_the_diagonal_of_blocks(devices):
+    device = SingleDeviceSharding(devices[0])
+    rows = on(device, jax.eval_shape(lambda: empty_rows(jnp.zeros(128 * 16384), 64)))
+    compiled = jax.jit(lambda rows: inverse_diagonal(rows, 1e-5, blocks=128)).lower(rows).compile()
+    has_kernel = "mfac_block_inverse_diagonal" in compiled.as_text()
+    assert has_kernel == (devices[0].platform == "tpu")
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 128 * 16384 * 4 / 4
+
+
+def test_steps_on_several_devices(devices):
+    """XLA spreads replicated and sharded windows by itself, and gathers no gradient."""
+    if len(devices) == 1:
+        pytest.skip("the description of a GPU is of one")
+    mesh = Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,))
+    compile_update(NamedSharding(mesh, PartitionSpec()), 64)
+    tx = mfac_precondition(64, storage="per_leaf")
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    params = {"w": jax.ShapeDtypeStruct((4, 2**16), jnp.float32, sharding=sharding)}
+    state = jax.eval_shape(tx.init, params)
+    blocks = NamedSharding(mesh, PartitionSpec(None, "x"))
+    placed = on(NamedSharding(mesh, PartitionSpec()), state)
+    rows = placed.window.rows._replace(blocks=on(blocks, state.window.rows.blocks))
+    placed = placed._replace(window=placed.window._replace(rows=rows))
+    text = jax.jit(tx.update).lower(params, placed).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
