@@ -5,12 +5,13 @@ WORKERS ?= auto
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test aot lint ruff types imports docs bench accuracy clean
+.PHONY: help demo test aot compiled lint ruff types imports docs bench accuracy clean
 
 help:
 	@echo "make demo      run examples/quickstart.py"
 	@echo "make test      run the tests and the docstring examples"
 	@echo "make aot       compile the kernels for an H200 and a TPU v5e, which need not be there"
+	@echo "make compiled  write what the compiler for an H200 reports of the kernels (jax 0.12)"
 	@echo "make lint      ruff, mypy and the direction of imports"
 	@echo "make docs      build the documentation into docs/_build"
 	@echo "make bench     measure speed and memory, and write the tables and the figure"
@@ -28,6 +29,9 @@ test: $(VENV)/.stamp-test
 # In an environment of its own: compilers for devices that the tests must not find.
 aot: $(VENV)-aot/.stamp
 	$(VENV)-aot/bin/python -m pytest tests/aot/compile_*.py
+
+compiled: $(VENV)-aot/.stamp
+	$(VENV)-aot/bin/python benchmarks/compiled.py
 
 lint: ruff types imports
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -19,12 +21,13 @@ from mfac_jax import mfac
 
 BATCH = 128
 BASELINE = "SGD + momentum"
+WINDOW_SIZES = {f"M-FAC, m = {m}": m for m in (64, 512)}
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     BASELINE: lambda: optax.sgd(0.1, momentum=0.9),
     "Adam": lambda: optax.adam(1e-3),
-    "M-FAC, m = 64": lambda: mfac(0.1, 64),
-    "M-FAC, m = 512": lambda: mfac(0.1, 512),
 }
+for _name, _size in WINDOW_SIZES.items():
+    OPTIMIZERS[_name] = functools.partial(mfac, 0.1, _size)
 
 
 class Residual(nnx.Module):
@@ -85,6 +88,24 @@ def _kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.asarray(rng.normal(size=shape) * np.sqrt(2 / math.prod(shape[:-1])), dtype)
 
 
+def _fill(tx: Any, name: str, gradient: Any, params: Any) -> Any:
+    """A state as it is in the middle of training: a window is full.
+
+    Of gradients that differ from ``gradient`` by noise of its own size.
+    """
+    flat, unravel = jax.flatten_util.ravel_pytree(gradient)
+
+    @jax.jit
+    def push(i: jax.Array, state: Any) -> Any:
+        noise = jax.random.normal(jax.random.key(i), flat.shape) * jnp.std(flat)
+        return tx.update(unravel(flat + noise), state, params)[1]
+
+    state = tx.init(params)
+    for i in range(WINDOW_SIZES.get(name, 0)):
+        state = push(i, state)
+    return state
+
+
 def measure(
     seconds: float,
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS),
@@ -106,6 +127,7 @@ def measure(
         losses = optax.softmax_cross_entropy_with_integer_labels(model(x), y)
         return losses.mean(), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
+    grads_of = jax.jit(lambda *args: jax.grad(loss_fn, has_aux=True)(*args)[0])
     runs: dict[str, timing.Run] = {}
     records: dict[str, dict[str, Any]] = {}
     for name in optimizers:
@@ -119,7 +141,7 @@ def measure(
             return (optax.apply_updates(params, updates), statistics, state), loss
 
         start = jax.tree.map(jnp.copy, (params, statistics))
-        state = tx.init(params)
+        state = _fill(tx, name, grads_of(params, statistics, *batches[0]), params)
         records[name] = {"state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state))}
         held = [(*start, state)]
         program = workloads.compile_program(step, (held[0], *batches[0]), (0,))

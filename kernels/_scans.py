@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from mfac_jax.kernels import _dispatch, _xla
+from mfac_jax.kernels import _dispatch, _xla, _xla_blocks
 
 
 def dots(
@@ -114,7 +112,6 @@ def block_inverse_diagonal(
     damping: Float[Array, ""],
     size: int,
     *,
-    plain_form: Callable[..., Float[Array, " d"]],
     implementation: str | None = None,
 ) -> Float[Array, " d"]:
     """``diag(F^-1)`` of the Fisher cut into blocks of ``size`` coordinates.
@@ -126,19 +123,18 @@ def block_inverse_diagonal(
         block: ``G``; whole blocks of columns.
         damping: ``lambda > 0``.
         size: columns a block has.
-        plain_form: the same function of ``(block, damping, size)``, for other platforms;
-            one object whatever the call, since programs are cached by it.
         implementation: as in :func:`dots`.
 
     Returns:
         The diagonal, positive.
 
     Raises:
-        ValueError: as :func:`dots`.
+        ValueError: as :func:`dots`, or the blocks are not whole.
         NotImplementedError: as :func:`dots`.
     """
+    _check_blocks(block, size)
     operands: dict[str, Array | None] = {"block": block, "damping": damping}
-    name = "block_inverse_diagonal"
+    name, plain_form = "block_inverse_diagonal", _xla_blocks.block_inverse_diagonal
     return _dispatch.run(name, implementation, plain_form, operands, size=size)
 
 
@@ -148,13 +144,19 @@ def block_ihvp(
     damping: Float[Array, ""],
     size: int,
     *,
-    plain_form: Callable[..., Float[Array, " d"]],
     implementation: str | None = None,
 ) -> Float[Array, " d"]:
     """``F^-1 v`` with the Fisher cut into blocks of ``size`` coordinates.
 
     The other arguments, the result's meaning and the errors are those of
-    :func:`block_inverse_diagonal`; ``plain_form`` takes ``(block, vector, damping, size)``.
+    :func:`block_inverse_diagonal`.
     """
+    _check_blocks(block, size)
     operands: dict[str, Array | None] = {"block": block, "vector": vector, "damping": damping}
+    plain_form = _xla_blocks.block_ihvp
     return _dispatch.run("block_ihvp", implementation, plain_form, operands, size=size)
+
+
+def _check_blocks(block: Float[Array, "n d"], size: int) -> None:
+    if size < 1 or block.shape[1] % size:
+        raise ValueError(f"block must be whole blocks of size={size} columns, got {block.shape}.")

@@ -2,6 +2,7 @@
 
 from mfac_jax import (
     algebra,
+    carried,
     gradients,
     inverse,
     kernels,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "algebra",
+    "carried",
     "collect_gradients",
     "fisher_inverse",
     "gradients",

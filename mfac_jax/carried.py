@@ -1,19 +1,21 @@
 """The inverse of ``A`` carried from one step of the optimizer to the next, in O(n^2).
 
 ``A = shift I + K`` changes little from step to step: one gradient is replaced, which
-changes one row and column of ``K``, and the shift ``n lambda`` moves by a few per cent at
-the most. So the state holds ``P``, the inverse of ``shift_0 I + K`` for a shift of before:
+changes one row and column of ``K``, and the shift ``n lambda`` moves a little. So the state
+holds ``P``, the inverse of ``shift_0 I + K`` for a shift of before:
 
 - a replaced gradient changes ``P`` in closed form: its slot leaves by a Schur
   complement, the new row and column join by another (:func:`replace`);
-- ``A x = b`` is solved by a few steps of ``x <- x + w P (b - A x)``, the last ones with a
+- ``A x = b`` is solved by a few steps of ``x <- x + w P (b - A x)``, the last one with a
   residual in twice the precision (:func:`solve`). With ``w = 2 / (1 + shift / shift_0)``
   the error shrinks by ``|shift - shift_0| / (shift + shift_0)`` in each.
 
-The last step's own length says whether they converged. If not, because the shift moved
-too far, because rounding errors have gathered in ``P`` or because the window was changed
+Each solution is checked, by its own residual and by the length of the last step. If the
+shift moved too far, if rounding errors have gathered in ``P`` or if the window was changed
 by other means, ``A`` is factored and ``P`` made anew, O(n^3): whatever ``P`` is, a
-solution that is returned is a solution. Nothing here can drift.
+solution that is returned is one to within rounding. Nothing here can drift.
+
+Under ``vmap`` both ways are taken in every step, since a batch may need either.
 
 The paper rebuilds its triangular coefficients in O(n^3) after every replaced gradient.
 """
@@ -30,9 +32,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax import algebra
 
-# Steps with a plain residual and with a wide one. A shift 20 % away makes 0.1^5 of them,
-# which is what the tolerance, in units of eps, lets pass: the last step took most of it.
-_PLAIN_STEPS, _WIDE_STEPS = 4, 1
+# Steps with a plain residual, before one with a wide one. The tolerance, in units of eps, lets
+# a shift pass that has moved by up to 17 % down or 20 % up: 0.1^5 for each of the steps.
+_PLAIN_STEPS = 4
 _TOLERANCE = 64.0
 
 # P is made where the factor is at least that far from singular. Below, its rounding errors
@@ -57,6 +59,42 @@ def empty(n: int, dtype: DTypeLike = jnp.float32) -> CarriedInverse:
     return CarriedInverse(jnp.zeros((n, n), dtype), jnp.ones((), dtype))
 
 
+def newest(
+    inverse: CarriedInverse,
+    gram: Float[Array, "n n"],
+    slot: Int[Array, ""],
+    shift: Float[Array, ""],
+) -> tuple[Float[Array, " n"], CarriedInverse]:
+    """``A^-1 e`` for the gradient in ``slot``, the only one that changed since the last call.
+
+    Gradients that equal it to the last bit share its coefficient, which is right for every
+    combination of the gradients; see :func:`mfac_jax.algebra.share_between_equal_rows`.
+
+    Args:
+        inverse: what the last call returned; :func:`empty` at first.
+        gram: ``K``.
+        slot: scalar int.
+        shift: ``n lambda > 0``.
+
+    Returns:
+        The coefficients; (n,); and the inverse for the next call.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import carried
+        >>> gram, shift = jnp.array([[1.0, 0.5], [0.5, 1.0]]), jnp.float32(1.0)
+        >>> coefficients, inverse = carried.newest(carried.empty(2), gram, jnp.int32(0), shift)
+        >>> coefficients
+        Array([ 0.533, -0.133], dtype=float32)
+    """
+    own = gram[slot]
+    equal = jnp.all(gram == own[None], axis=1) & (own == own[slot])
+    equal &= jnp.diagonal(gram) == own[slot]
+    weights = equal.astype(gram.dtype) / jnp.sum(equal, dtype=gram.dtype)
+    solved, inverse = solve(replace(inverse, gram, slot), gram, shift, weights)
+    return jnp.where(equal, jnp.sum(weights * solved), solved), inverse
+
+
 def replace(
     carried: CarriedInverse, gram: Float[Array, "n n"], slot: Int[Array, ""]
 ) -> CarriedInverse:
@@ -66,16 +104,23 @@ def replace(
     ``u = P' k`` where ``P' = P - p p^T / p_slot`` is the inverse without the slot,
 
         P_new = P' + (u - e) (u - e)^T / (shift + K_slot,slot - k . u).
+
+    Where ``P`` has no such slot, being empty, or the last factor is not positive, the
+    result is empty.
     """
     own = jnp.arange(gram.shape[0], dtype=jnp.int32) == slot
+    zero, one = jnp.zeros((), gram.dtype), jnp.ones((), gram.dtype)
     old, row = carried.matrix[slot], gram[slot]
-    beside = jnp.where(own, jnp.zeros_like(row), row)
-    leaving = old * lax.rsqrt(old[slot])
+    beside = jnp.where(own, zero, row)
+    leaving = old * lax.rsqrt(jnp.where(old[slot] > 0, old[slot], one))
     rest = _product(carried.matrix, beside) - leaving * _product(leaving, beside)
-    joining = jnp.where(own, -jnp.ones_like(row), rest)
-    joining *= lax.rsqrt(carried.shift + row[slot] - _product(beside, rest))
-    matrix = carried.matrix - jnp.outer(leaving, leaving) + jnp.outer(joining, joining)
-    return carried._replace(matrix=matrix)
+    pivot = carried.shift + row[slot] - _product(beside, jnp.where(own, zero, rest))
+    joining = jnp.where(own, -one, rest) * lax.rsqrt(jnp.where(pivot > 0, pivot, one))
+    left = carried.matrix - jnp.outer(leaving, leaving)
+    left = jnp.where(own[:, None] | own[None, :], zero, left)  # which it is but for rounding
+    matrix = left + jnp.outer(joining, joining)
+    is_fit = (old[slot] > 0) & (pivot > 0)
+    return carried._replace(matrix=jnp.where(is_fit, matrix, jnp.zeros_like(matrix)))
 
 
 def solve(
@@ -115,16 +160,19 @@ def _iterate(
     def correction(residual: Float[Array, " n"]) -> Float[Array, " n"]:
         return weight * _product(carried.matrix, residual)
 
-    solution = step = correction(rhs)
+    solution = correction(rhs)
     for _ in range(_PLAIN_STEPS):
-        step = correction(rhs - shift * solution - _product(gram, solution))
-        solution += step
-    for _ in range(_WIDE_STEPS):
-        step = correction(algebra.residual(gram, shift, solution, rhs))
-        solution += step
+        solution += correction(rhs - shift * solution - _product(gram, solution))
+    residual = algebra.residual(gram, shift, solution, rhs)
+    step = correction(residual)
     tolerance = _TOLERANCE * jnp.finfo(rhs.dtype).eps
-    # NaN compares as false, and so does a solution of zero, which an empty P gives.
-    return solution, jnp.max(jnp.abs(step)) < tolerance * jnp.max(jnp.abs(solution))
+    # |A_ij| <= sizes_i sizes_j. NaN compares as false, and so does a solution of zero, which an
+    # empty P gives.
+    sizes = jnp.sqrt(jnp.diagonal(gram) + shift)
+    most = tolerance * jnp.sum(sizes * jnp.abs(solution))
+    solves = jnp.max(jnp.abs(residual) / sizes) < most
+    converged = jnp.max(jnp.abs(step)) < tolerance * jnp.max(jnp.abs(solution))
+    return solution + step, solves & converged
 
 
 def _anew(

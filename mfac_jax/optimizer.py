@@ -42,14 +42,14 @@ class MfacState(NamedTuple):
     Attributes:
         count: updates so far, those of rejected gradients included; scalar int32.
         window: the gradients and their Gram matrix.
-        inverse: what makes the m x m step cheap, m^2 numbers; ``None`` where it is cheap
-            without: in small windows, in windows of at least as many gradients as there are
-            parameters, and in float64.
+        inverse: what makes the m x m step cheap, m^2 numbers; ``None`` in small windows,
+            where it is cheap without, and of size 1, unused, in float64 and where there are
+            no more parameters than gradients.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # as in every optax state
     window: window.Window
-    inverse: carried.CarriedInverse | None = None
+    inverse: carried.CarriedInverse | None
 
 
 def mfac_precondition(
@@ -147,12 +147,11 @@ def mfac_precondition(
         # optax.tree.map_params builds a state from a placeholder without leaves.
         if held.rows.layout.shapes:
             _mask_leaves(mask, params, held.rows.layout)
-        is_carried = CARRY_FROM <= m < held.rows.layout.size and held.gram.dtype == jnp.float32
-        return MfacState(
-            count=jnp.zeros((), jnp.int32),
-            window=held,
-            inverse=carried.empty(m, held.gram.dtype) if is_carried else None,
-        )
+        inverse = None
+        if m >= CARRY_FROM:  # for any parameters, since optax.tree.map_params passes none
+            is_used = m < held.rows.layout.size and held.gram.dtype == jnp.float32
+            inverse = carried.empty(m if is_used else 1)
+        return MfacState(jnp.zeros((), jnp.int32), held, inverse)
 
     def update(
         updates: PyTree, state: MfacState, params: PyTree | None = None, **extra_args: Any
@@ -163,7 +162,7 @@ def mfac_precondition(
         lam = _damping(damping, relative_damping, state.count, new_window)
         denominator = m if normalize_by == "window_size" else None
         inverse = state.inverse
-        if inverse is None:
+        if inverse is None or len(inverse.matrix) != m:
             direction = window.ihvp_newest(new_window, lam, denominator=denominator)
         else:
             direction, inverse = window.ihvp_newest_carried(

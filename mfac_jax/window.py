@@ -345,9 +345,9 @@ def ihvp_newest_carried(
 ) -> tuple[PyTree, carried.CarriedInverse]:
     """:func:`ihvp_newest` in O(d m + m^2), with the inverse of ``A`` from the step before.
 
-    For a window that takes one gradient between two calls, under a damping that changes
-    slowly; after anything else the inverse is made anew, O(m^3), and the result is as good.
-    See :mod:`mfac_jax.carried`.
+    For a float32 window of fewer gradients than parameters that takes one gradient between
+    two calls, under a damping that changes slowly. After anything else the inverse is made
+    anew, O(m^3), and the result is as good. See :mod:`mfac_jax.carried`.
 
     Args:
         window: the window.
@@ -359,25 +359,25 @@ def ihvp_newest_carried(
         ``F^-1 g`` for the gradient that came last, and the inverse for the next call.
 
     Raises:
-        ValueError: ``damping`` is not positive, or the inverse is of another size.
+        ValueError: ``damping`` is not positive, or the inverse has another size or dtype.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import carried, window
+        >>> w, _ = window.push(window.init(jnp.zeros(3), 2), jnp.array([1.0, 0.0, 0.0]))
+        >>> direction, inverse = window.ihvp_newest_carried(w, 1.0, carried.empty(2))
+        >>> direction
+        Array([0.5, 0. , 0. ], dtype=float32)
     """
-    rows, m = window.rows, window.rows.num_rows
-    if inverse.matrix.shape != (m, m):
+    gram, m = window.gram, window.rows.num_rows
+    if inverse.matrix.shape != (m, m) or inverse.matrix.dtype != gram.dtype:
         raise ValueError(
-            f"inverse must be that of a window of {m} gradients, of shape ({m}, {m}); "
-            f"got {inverse.matrix.shape}."
+            f"inverse must be that of a window of {m} gradients, {gram.dtype} of shape "
+            f"({m}, {m}); got {inverse.matrix.dtype} of shape {inverse.matrix.shape}."
         )
     lam, n = _damping(window, damping), _denominator(window, denominator)
-    slot = newest_slot(window)
-    # Gradients equal to the newest share its coefficient, as in ihvp_combination.
-    own = window.gram[slot]
-    equal = jnp.all(window.gram == own[None], axis=1) & (own == own[slot])
-    equal &= jnp.diagonal(window.gram) == own[slot]
-    weights = equal.astype(rows.dtype) / jnp.sum(equal, dtype=rows.dtype)
-    inverse = carried.replace(inverse, window.gram, slot)
-    solved, inverse = carried.solve(inverse, window.gram, n * lam, weights)
-    solved = jnp.where(equal, jnp.sum(weights * solved), solved)
-    return rows.combine(n * solved), inverse
+    coefficients, inverse = carried.newest(inverse, gram, newest_slot(window), n * lam)
+    return window.rows.combine(n * coefficients), inverse
 
 
 def _write(

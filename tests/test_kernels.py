@@ -204,6 +204,28 @@ def test_float64_blocks_stay_in_float64():
     np.testing.assert_allclose(kernels.column_square_sums(block)[0], (wide**2).sum(0), 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("n", "size"), [(1, 1), (12, 5), (12, 12), (5, 12)])
+def test_blocks_on_both_sides(n, size, dtype):
+    rng = np.random.default_rng(0)
+    block = jnp.asarray(rng.normal(size=(n, 3 * size)), dtype)
+    vector = jnp.asarray(rng.normal(size=3 * size), jnp.float32)
+    wide = np.asarray(block, np.float64)
+    parts = [oracles.inverse(wide[:, i * size : (i + 1) * size], 0.1) for i in range(3)]
+    want = np.concatenate([np.diagonal(part) for part in parts])
+    got = kernels.block_inverse_diagonal(block, jnp.float32(0.1), size)
+    assert got.dtype == jnp.float32
+    oracles.assert_close(got, want, length=n, condition=100)
+    want = np.concatenate([p @ v for p, v in zip(parts, np.split(vector, 3), strict=True)])
+    got = kernels.block_ihvp(block, vector, jnp.float32(0.1), size)
+    oracles.assert_close(got, want, length=n, condition=100)
+
+
+def test_blocks_that_are_not_whole_are_refused():
+    with pytest.raises(ValueError, match=r"whole blocks of size=4 columns, got \(2, 6\)"):
+        kernels.block_inverse_diagonal(jnp.ones((2, 6)), jnp.float32(1), 4)
+
+
 @pytest.mark.parametrize(("row", "written"), [(-1, 4), (-5, 0), (-9, 0), (4, 4), (5, 4), (99, 4)])
 def test_rows_out_of_range_are_the_nearest(row, written):
     block, new = jnp.ones((2, 5, 3)), jnp.full((2, 3), 2.0)

@@ -237,7 +237,6 @@ def block_diagonal(
         matrix,
         damping,
         size,
-        plain_form=_plain_diagonal,
         implementation=_of_blocks(implementation),
     )
     return flat.reshape(count, size)
@@ -257,29 +256,9 @@ def block_ihvp(
         vectors.reshape(-1),
         damping,
         size,
-        plain_form=_plain_ihvp,
         implementation=_of_blocks(implementation),
     )
     return flat.reshape(count, size)
-
-
-def _plain_diagonal(
-    block: Float[Array, "n d"], damping: Float[Array, ""], size: int
-) -> Float[Array, " d"]:
-    return invert_blocks(_batch(block, size), damping).diagonal().reshape(-1)
-
-
-def _plain_ihvp(
-    block: Float[Array, "n d"], vector: Float[Array, " d"], damping: Float[Array, ""], size: int
-) -> Float[Array, " d"]:
-    batch = _batch(block, size)
-    fisher = jnp.einsum("bni,bnj->bij", batch, batch, precision="highest") / batch.shape[1]
-    factor = jax.vmap(algebra.factor, (0, None))(fisher, damping)
-    return jax.vmap(algebra.solve)(factor, vector.reshape(-1, size)).reshape(-1)
-
-
-def _batch(block: Float[Array, "n d"], size: int) -> Float[Array, "b n B"]:
-    return jnp.moveaxis(block.reshape(block.shape[0], -1, size), 1, 0)
 
 
 @jax.tree_util.register_dataclass

@@ -67,7 +67,7 @@ def inverse_diagonal(
 ) -> PyTree:
     """``diag(F^-1)`` alone, a tile or some blocks at a time.
 
-    The memory beside the gradients is a fraction of theirs.
+    The memory beside many gradients is a fraction of theirs.
 
     Args:
         rows: ``G``; n gradients of d entries.
