@@ -175,26 +175,28 @@ def _small_step(w: Workload, seconds: float) -> dict[str, Any]:
     for cell in small.values():
         for key in ("median", "low", "high"):
             cell[key] /= _STEPS_A_CALL
-    return {"m": w.m, "d": w.d, "times": small | _push_direction(data, seconds)}
+    whole = timing.interleave({"push + direction": _push_direction(data)}, seconds)
+    return {"m": w.m, "d": w.d, "times": small | whole}
 
 
-def _push_direction(data: workloads.Data, seconds: float) -> dict[str, Any]:
+def _push_direction(data: workloads.Data) -> timing.Run:
     inputs = [(vector,) for vector in data.vectors]
     states = operations.OptimizerStates(data.windows)
     arguments = (states[0], *inputs[0])
     program = workloads.compile_program(operations.push_direction, arguments, (0,))
-    run = timing.in_turn(program, states, inputs, donates=True)
-    return timing.interleave({"push + direction": run}, seconds)
+    return timing.in_turn(program, states, inputs, donates=True)
 
 
 def _scaling(sizes: Sizes, bar: tqdm) -> dict[str, Any]:
+    """All sizes turn by turn, so that a machine that slows down does so for all of them."""
     sides, m = sizes.scaling
-    points = []
+    runs = {}
     for d in sides:
         bar.set_description(f"push + direction, d = {d:,}")
-        data = workloads.Data(Workload("", d, m))
-        points.append({"d": d, "time": _push_direction(data, sizes.seconds)["push + direction"]})
+        runs[d] = _push_direction(workloads.Data(Workload("", d, m)))
         bar.update()
+    times = timing.interleave({str(d): run for d, run in runs.items()}, sizes.seconds)
+    points = [{"d": d, "time": times[str(d)]} for d in sides]
     logarithms = np.log([[point["d"], point["time"]["median"]] for point in points])
     slope, intercept = np.polyfit(*logarithms.T, 1)
     return {"m": m, "points": points, "slope": float(slope), "intercept": float(intercept)}

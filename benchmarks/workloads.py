@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -121,8 +122,37 @@ def free_memory() -> int | None:
     info = Path("/proc/meminfo")
     if info.exists():
         fields = dict(line.split(":") for line in info.read_text().splitlines())
-        return 1024 * int(fields["MemAvailable"].split()[0])
+        return 1024 * int(fields["MemAvailable"].split()[0]) + _kept()
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class _Mallinfo(ctypes.Structure):
+    """``struct mallinfo2`` of glibc."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    )
+
+
+def _kept() -> int:
+    """Bytes that the C library has freed and keeps for the next array."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = _Mallinfo
+    return mallinfo().fordblks
 
 
 class DoesNotFit(Exception):

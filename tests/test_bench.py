@@ -101,7 +101,7 @@ def test_a_bar_that_is_not_met_says_so():
     for record in results["operations"]:
         if record["operation"] == "push + direction" and record["m"] == 512:
             record["times"]["library"]["median"] = 10 * record["times"]["plain"]["median"]
-    assert "| 10.00 x | **not met** |" in bench_tables.bars([results])
+    assert "| 10.00 x (ResNet-20, m = 512) | **not met** |" in bench_tables.bars([results])
 
 
 @of_measured_machines
