@@ -309,7 +309,7 @@ def _gain(r: Results, d: int, m: int, block: int | None, least: float) -> tuple[
     }
     if not gains:
         return None
-    words = "; ".join(f"{gain:.1f} x ({label})" for label, gain in gains.items())
+    words = "; ".join(f"{gain:.2f} x ({label})" for label, gain in gains.items())
     return words, min(gains.values()) >= least
 
 

@@ -31,8 +31,8 @@ ScalarOrSchedule = ArrayLike | Callable[[Int[Array, ""]], ArrayLike]
 DEFAULT_WINDOW_SIZE = 64
 DEFAULT_RELATIVE_DAMPING = 0.01
 
-# From this window size on the inverse of the m x m matrix is carried from step to step;
-# below, factoring it anew takes no longer (the documentation, "Performance").
+# From this window size on the inverse of the m x m matrix is carried from step to step.
+# Below, the whole m x m step is hardly any of a step (the documentation, "Performance").
 CARRY_FROM = 128
 
 
