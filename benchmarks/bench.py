@@ -27,6 +27,7 @@ import bench_tables
 import figures
 import jax
 import machine
+import memory
 import numpy as np
 import operations
 import report
@@ -89,7 +90,7 @@ FULL = Sizes(
     workloads=workloads.FULL,
     sides=(64, 128, 256, 512, 1024),
     d=workloads.RESNET20,
-    scaling=((100_000, 300_000, 1_000_000, 3_000_000, 10_000_000), 32),
+    scaling=((100_000, 300_000, 1_000_000, 3_000_000, 10_000_000), 128),
     optimizers=tuple(training_step.OPTIMIZERS),
     batch=training_step.BATCH,
     network=(16, 3),
@@ -252,5 +253,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    machine.keep_freed_memory()
+    memory.keep_freed_memory()
     main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import platform
@@ -13,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import memory
 import report
 import timing
 import workloads
@@ -21,14 +21,14 @@ from jax import lax
 
 def environment() -> dict[str, Any]:
     """Where and when something was measured, and with what."""
-    memory = workloads.free_memory()
+    free = memory.free_memory()
     return report.environment() | {
         "platform": jax.devices()[0].platform,
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
-        "free_memory_gib": None if memory is None else round(memory / 2**30, 1),
+        "free_memory_gib": None if free is None else round(free / 2**30, 1),
         "jaxlib": metadata.version("jaxlib"),
         "torch": _version("torch"),
     }
@@ -39,27 +39,13 @@ def slug(environment: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
 
 
-def keep_freed_memory() -> None:
-    """Tells the C library (glibc) to keep what is freed for the next array.
-
-    It would hand large arrays back, and every result would cost the page faults of memory
-    that is new: for a vector of 100 MB here as much as a scan over 64 of them.
-    """
-    m_arena_max, m_mmap_max, m_trim_threshold = -8, -4, -1
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(m_arena_max, 1)
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, -1)
-
-
 def measure(seconds: float, sides: tuple[int, ...], largest: int) -> dict[str, Any]:
     """Bandwidths in bytes a second and the float32 rate of matrix products in flops.
 
     The fastest of several ways counts, so that the floors are what the machine can do
     and not what one program makes of it.
     """
-    free = workloads.free_memory()
+    free = memory.free_memory()
     size = largest if free is None else min(largest, free // 16)
     matrix = jnp.ones((size // 4 // 8192, 8192))
     vector = jnp.ones(8192)

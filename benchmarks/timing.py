@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import memory
 
 Run = Callable[[], Any]
 
@@ -111,6 +112,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def _time(run: Run, calls: int) -> float:
+    memory.make_room()
     start = time.perf_counter()
     jax.block_until_ready([run() for _ in range(calls)])
     return (time.perf_counter() - start) / calls

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import memory
 import numpy as np
 from jax import lax
 
@@ -22,8 +20,9 @@ BLOCK = 128
 # Gradients have norm one; the factor of A is then taken without trouble.
 DAMPING = 1e-2
 
-# What is left beside the gradients for vectors, results and everyone else.
-_HEADROOM = 1.3
+# What is left beside the gradients: float32 vectors, arguments and results and what an
+# allocator makes of them.
+_VECTORS = 24
 
 # Windows that are smaller than this come several times and take turns, or a cache would
 # be measured: eight times the largest cache of the machines in mind.
@@ -111,50 +110,6 @@ def floor(operation: str, w: Workload) -> Floor:
     }[operation]
 
 
-def free_memory() -> int | None:
-    """Bytes that are free where JAX puts its arrays; None where nobody says."""
-    device = jax.devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats is not None and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    if device.platform != "cpu":
-        return None
-    info = Path("/proc/meminfo")
-    if info.exists():
-        fields = dict(line.split(":") for line in info.read_text().splitlines())
-        return 1024 * int(fields["MemAvailable"].split()[0]) + _kept()
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-class _Mallinfo(ctypes.Structure):
-    """``struct mallinfo2`` of glibc."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        )
-    )
-
-
-def _kept() -> int:
-    """Bytes that the C library has freed and keeps for the next array."""
-    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if mallinfo is None:
-        return 0
-    mallinfo.restype = _Mallinfo
-    return mallinfo().fordblks
-
-
 class DoesNotFit(Exception):
     """Memory is too small."""
 
@@ -166,7 +121,7 @@ class DoesNotFit(Exception):
 
 def require(needed: float) -> None:
     """Raises :class:`DoesNotFit` where fewer bytes than ``needed`` are free."""
-    free = free_memory()
+    free = memory.free_memory()
     if free is not None and needed > free:
         raise DoesNotFit(needed, free)
 
@@ -184,7 +139,7 @@ class Data:
 
     def __init__(self, w: Workload):
         """Raises :class:`DoesNotFit` where memory is too small for the gradients."""
-        require(_HEADROOM * w.nbytes)
+        require(1.05 * w.nbytes + 4 * _VECTORS * w.d)
         self.workload = w
         self.sets = min(max(_ALL_SETS // w.nbytes, 1), _MOST_SETS)
         # From NumPy, which need not compile a program for every shape.
@@ -193,9 +148,9 @@ class Data:
         self.vectors = [jnp.asarray(base[i * (w.d // 4) : i * (w.d // 4) + w.d]) for i in range(4)]
         self.coefficients = jnp.asarray(rng.standard_normal(w.m, np.float32))
         self._base = jnp.asarray(base, w.dtype)
-        make = compile_program(functools.partial(_window, w=w), (self._base,))
+        make = (_pushing if w.only_steps else _filling)(self._base, w)
         # Waited for: what is still being made would be measured with the first program.
-        self.windows = jax.block_until_ready([make(self._base) for _ in range(self.sets)])
+        self.windows = jax.block_until_ready([make() for _ in range(self.sets)])
         self.plain: list[tuple[jax.Array, jax.Array, jax.Array]] = []
 
     def make_plain(self) -> None:
@@ -227,11 +182,37 @@ def _row(base: jax.Array, i: jax.Array, w: Workload) -> jax.Array:
     return lax.dynamic_slice_in_dim(base, i * (w.d // w.m), w.d)
 
 
-def _window(base: jax.Array, w: Workload) -> window.Window:
-    """The same rows in a window."""
-    empty = rows.empty_rows(jax.ShapeDtypeStruct((w.d,), jnp.float32), w.m, dtype=w.dtype)
-    filled = lax.fori_loop(0, w.m, lambda i, held: held.write(i, _row(base, i, w))[0], empty)
-    return window.from_rows(filled)
+def _filling(base: jax.Array, w: Workload) -> Callable[[], window.Window]:
+    """What makes a window of the same rows."""
+
+    def fill(base: jax.Array) -> window.Window:
+        empty = rows.empty_rows(_like(w), w.m, dtype=w.dtype)
+        full = lax.fori_loop(0, w.m, lambda i, held: held.write(i, _row(base, i, w))[0], empty)
+        return window.from_rows(full)
+
+    return functools.partial(compile_program(fill, (base,)), base)
+
+
+def _pushing(base: jax.Array, w: Workload) -> Callable[[], window.Window]:
+    """The same a row at a time, for which rows that are not float32 are never all widened."""
+
+    def push(held: window.Window, base: jax.Array, i: jax.Array) -> window.Window:
+        return window.push(held, _row(base, i, w).astype(jnp.float32))[0]
+
+    empty = jax.eval_shape(lambda: window.init(_like(w), w.m, dtype=w.dtype))
+    program = compile_program(push, (empty, base, jnp.zeros((), jnp.int32)), donate=(0,))
+
+    def make() -> window.Window:
+        held = window.init(_like(w), w.m, dtype=w.dtype)
+        for i in range(w.m):
+            held = program(held, base, jnp.int32(i))
+        return held
+
+    return make
+
+
+def _like(w: Workload) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((w.d,), jnp.float32)
 
 
 def implementations() -> Sequence[str]:
@@ -245,8 +226,9 @@ def compile_program(
     """Compiles for these arguments; raises :class:`DoesNotFit` for want of memory."""
     lowered = jax.jit(function, donate_argnums=tuple(donate)).lower(*arguments)
     program = lowered.compile()
-    memory = program.memory_analysis()
-    if memory is not None:
-        fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        require(1.05 * (memory.temp_size_in_bytes + fresh))
+    sizes = program.memory_analysis()
+    if sizes is not None:
+        fresh = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        # Twice: a new result may have to be made while the last one leaves no hole that fits.
+        require(2.1 * (sizes.temp_size_in_bytes + fresh))
     return program

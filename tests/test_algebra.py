@@ -54,6 +54,52 @@ def test_a_floor_only_where_the_matrix_is_singular():
     assert scaled_error(singular.lower, floored) < oracles.tolerance(np.float32, N)
 
 
+@pytest.mark.parametrize("n", [1, 16, 17, 31, 33, 100, 129, 512])
+@pytest.mark.parametrize("kind", ["independent", "correlated", "one row 1e6", "low rank"])
+def test_triangles_are_inverted_as_well_as_by_a_solve(kind, n):
+    k = jnp.asarray(gram(kind, n, 2 * n), jnp.float32)
+    factor = algebra.factor(k, jnp.float32(0))  # floored where the rank is low
+    inverse = algebra.inverse_lower(factor)
+    np.testing.assert_array_equal(inverse, np.tril(inverse))
+    exact = np.asarray(factor.lower, np.float64)
+    want = np.linalg.inv(exact)
+    solved = jax.scipy.linalg.solve_triangular(factor.lower, jnp.eye(n), lower=True)
+    for residual in (
+        lambda x: exact @ x - np.eye(n),
+        lambda x: x @ exact - np.eye(n),
+        lambda x: x - want,
+    ):
+        ours, theirs = (np.asarray(x, np.float64) for x in (inverse, solved))
+        allowed = 4 * np.linalg.norm(residual(theirs)) + 1e-6 * np.linalg.norm(residual(0 * want))
+        assert np.linalg.norm(residual(ours)) <= allowed
+
+
+@pytest.mark.parametrize("n", [3, 17, 100])
+def test_a_batch_of_triangles_is_inverted_as_one_by_one(n):
+    grams = jnp.stack(
+        [jnp.asarray(gram("correlated", n, 2 * n, seed), jnp.float32) for seed in range(3)]
+    )
+    batch = algebra.inverse_root(grams, SHIFT)
+    for k, root in zip(grams, batch, strict=True):
+        alone = algebra.inverse_lower(algebra.factor(k, SHIFT))
+        np.testing.assert_allclose(
+            root, alone, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(alone)))
+        )
+    np.testing.assert_allclose(
+        jax.vmap(algebra.inverse_root, (0, None))(grams, SHIFT),
+        batch,
+        rtol=1e-4,
+        atol=1e-5 * float(jnp.max(jnp.abs(batch))),
+    )
+
+
+@pytest.mark.x64
+def test_triangles_of_double_precision():
+    lower = np.tril(np.random.default_rng(0).normal(size=(70, 70))) / 8 + 2 * np.eye(70)
+    inverse = algebra.inverse_lower(algebra.Factor(jnp.asarray(lower), jnp.float64(0)))
+    np.testing.assert_allclose(inverse @ lower, np.eye(70), atol=1e-13)
+
+
 @pytest.mark.parametrize("kind", ["duplicated", "low rank"])
 @pytest.mark.parametrize("shift", [0.0, 1e-12, 1e-6])
 def test_singular_matrices_always_factor(kind, shift):

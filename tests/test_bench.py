@@ -107,7 +107,7 @@ def test_a_bar_that_is_not_met_says_so():
 @of_measured_machines
 @pytest.mark.jax_defaults
 def test_a_workload_beyond_memory_is_named(monkeypatch):
-    monkeypatch.setattr(workloads, "free_memory", lambda: 1000)
+    monkeypatch.setattr(workloads.memory, "free_memory", lambda: 1000)
     with pytest.raises(workloads.DoesNotFit) as error:
         Data(WHOLE)
     (results, *_) = bench.result_files()
@@ -118,9 +118,18 @@ def test_a_workload_beyond_memory_is_named(monkeypatch):
 
 
 @pytest.mark.jax_defaults
+def test_a_window_is_the_same_filled_or_pushed():
+    w = Workload("test", 700, 4, "bfloat16")
+    pushed, filled = (Data(w._replace(only_steps=steps)).windows[0] for steps in (True, False))
+    np.testing.assert_array_equal(pushed.rows.columns(0, 700), filled.rows.columns(0, 700))
+    np.testing.assert_allclose(pushed.gram, filled.gram, rtol=1e-6, atol=1e-6)
+    assert len(set(pushed.stamps.tolist())) == 4
+
+
+@pytest.mark.jax_defaults
 def test_an_alternative_beyond_memory_is_left_out(monkeypatch):
     data = Data(Workload("test", 700, 4))
-    monkeypatch.setattr(workloads, "free_memory", lambda: data.workload.nbytes)
+    monkeypatch.setattr(workloads.memory, "free_memory", lambda: data.workload.nbytes)
     records = {r["operation"]: r["times"] for r in operations.measure(data.workload, data, 1e9, 0)}
     assert records["dots"]["library"]["median"] > 0
     assert records["dots"]["plain"]["left_out"].startswith("does not fit")

@@ -133,7 +133,7 @@ def test_traced_entries_out_of_range_are_nan(blocks):
     np.testing.assert_array_equal(np.isnan(got), [False, True, True, True])
 
 
-@pytest.mark.parametrize("blocks", [None, 32, 128, 1024])
+@pytest.mark.parametrize("blocks", [None, 32, 64, 128, 1024])
 def test_a_diagonal_takes_a_fraction_of_the_memory_of_its_gradients(blocks):
     n, d = 64, 2**20
     template = jax.eval_shape(lambda: rows.empty_rows(jnp.zeros(d), n))

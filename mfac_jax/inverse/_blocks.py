@@ -24,10 +24,9 @@ from mfac_jax.inverse._partition import BlockRun
 from mfac_jax.rows import GradientRows, Implementation
 
 # map_blocks takes pieces of so many entries of the gradients at a time: 8 MiB in float32 at
-# the least and 256 MiB at the most. Blocks with B <= n go in four pieces, if that lies in
-# between: with all that is made of it, a piece then takes less memory than the gradients. On
-# two CPU cores, 4 pieces of a window of 560 MB take 6 % longer than one, more take 25 %.
-_PIECES = 4
+# the least and 256 MiB at the most. Blocks with B <= n go in four to six pieces, if that lies
+# in between: with all that is made of it, a batch of gradients and four or five of matrices, a
+# piece then takes less memory than the gradients. More pieces take longer.
 _FEWEST_ENTRIES, _MOST_ENTRIES = 2**21, 2**26
 
 # So many pieces are written out one after another, more are a loop.
@@ -65,8 +64,8 @@ def map_blocks(
         fewest, most = (
             max(entries // (n * run.size), 1) for entries in (_FEWEST_ENTRIES, _MOST_ENTRIES)
         )
-        quarter = -(-run.count // _PIECES) if run.size <= n else 0
-        count = min(max(quarter, fewest), most, run.count)
+        part = -(-run.count // (4 if 2 * run.size <= n else 6)) if run.size <= n else 0
+        count = min(max(part, fewest), most, run.count)
         pieces, rest = divmod(run.count, count)
         if pieces <= _MOST_PIECES:
             for first in range(0, run.count, count):
