@@ -269,7 +269,7 @@ def _places(
 ) -> Iterator[tuple[_Place, PyTree]]:
     """The steps that fill m rows, each with the batch it reads."""
     row = 0
-    for number, batch in _cycle(batches):
+    for number, batch in cycle(batches):
         on_device, length = _on_device(batch, number)
         pieces: list[tuple[int | None, int]] = [(None, 1)]
         if chunk is not None:
@@ -282,7 +282,7 @@ def _places(
                 return
 
 
-def _cycle(batches: Iterable[PyTree]) -> Iterator[tuple[int, PyTree]]:
+def cycle(batches: Iterable[PyTree]) -> Iterator[tuple[int, PyTree]]:
     """The batches, numbered from 0, over and over."""
     first_pass = iter(batches)
     once = first_pass is batches

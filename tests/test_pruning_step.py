@@ -96,7 +96,7 @@ def test_a_schedule_compiles_once(problem):
     for i, sparsity in enumerate((0.1, np.float64(0.3), 0.5, jnp.asarray(0.7), 1)):
         damping = 0.1 / (i + 1) if i % 2 else jnp.asarray(0.1)
         params, mask, info = pruning.prune_step(
-            params, mask, g, sparsity, damping=damping, blocks=7
+            params, mask, g, sparsity, damping=damping, blocks=7, allow_empty_layers=True
         )
         assert int(info.num_pruned) == round(float(sparsity) * TOTAL)
     assert _step._step._cache_size() == before + 1
@@ -184,7 +184,13 @@ def test_dtypes_and_absent_leaves():
     gradients = jax.tree.map(lambda p: jnp.ones((2, *p.shape), jnp.float32), params)
     g = rows.as_rows(gradients, params)
     new, mask, info = pruning.prune_step(
-        params, pruning.initial_mask(params), g, 9 / 19, damping=1e3, blocks="leaf"
+        params,
+        pruning.initial_mask(params),
+        g,
+        9 / 19,
+        damping=1e3,
+        blocks="leaf",
+        allow_empty_layers=True,
     )
     assert jax.tree.map(lambda p: p.dtype, new) == jax.tree.map(lambda p: p.dtype, params)
     assert [bool(np.all(mask[k])) for k in "uvx"] == [False, True, True]
@@ -255,7 +261,7 @@ def test_sharded_parameters_keep_their_sharding(problem):
         ({"sparsity": None}, TypeError, r"sparsity"),
         ({"sparsity": jnp.ones(2)}, ValueError, r"sparsity must be a scalar, .* \(2,\)"),
         ({"damping": -1.0}, ValueError, r"damping must be finite and greater than 0, got -1.0"),
-        ({"score": "wanda"}, ValueError, r"score must be one of 'mfac', 'magnitude'; got 'wanda'"),
+        ({"score": "wanda"}, ValueError, r"score must be one of 'mfac', .*; got 'wanda'"),
         ({"update": "best"}, ValueError, r"update must be one of 'joint', .*; got 'best'"),
         # Blocks run over the prunable weights alone: 42 of the 51.
         ({"blocks": (41, 10)}, ValueError, r"blocks must cover .* d = 42, .* add up to 51"),

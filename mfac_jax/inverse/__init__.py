@@ -5,7 +5,7 @@ answers, whole or block by block, with the products, entries, determinant and sa
 of ``F^-1``; :func:`inverse_diagonal` goes for the diagonal alone, in a tile of memory.
 """
 
-from mfac_jax.inverse._blocks import BlockInverse, block_ihvp, map_blocks
+from mfac_jax.inverse._blocks import BlockInverse, block_ihvp, invert_blocks, map_blocks
 from mfac_jax.inverse._create import fisher_inverse, inverse_diagonal
 from mfac_jax.inverse._partition import BlockRun, Blocks, block_runs
 from mfac_jax.inverse._whole import WholeInverse
@@ -19,5 +19,6 @@ __all__ = [
     "block_runs",
     "fisher_inverse",
     "inverse_diagonal",
+    "invert_blocks",
     "map_blocks",
 ]

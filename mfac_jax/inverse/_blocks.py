@@ -123,6 +123,10 @@ class _DirectBlocks:
     def diagonal(self) -> Float[Array, "b B"]:
         return jnp.sum(self.root * self.root, axis=1)
 
+    def diagonal_blocks(self, size: int) -> Float[Array, "b k g g"]:
+        cut = self.root.reshape(*self.root.shape[:2], -1, size)
+        return jnp.einsum("bikg,bikh->bkgh", cut, cut, precision="highest")
+
     def entries(
         self, block: Int[Array, " k"], i: Int[Array, " k"], j: Int[Array, " k"]
     ) -> Float[Array, " k"]:
@@ -178,6 +182,13 @@ class _WhitenedBlocks:
     def diagonal(self) -> Float[Array, "b B"]:
         squares = jnp.sum(self.whitened * self.whitened, axis=1)
         return jnp.maximum((1 - squares) / self.damping, 1 / self.fisher_diagonal)
+
+    def diagonal_blocks(self, size: int) -> Float[Array, "b k g g"]:
+        cut = self.whitened.reshape(*self.whitened.shape[:2], -1, size)
+        inner = jnp.einsum("bnkg,bnkh->bkgh", cut, cut, precision="highest")
+        own = self.diagonal().reshape(-1, cut.shape[2], size, 1)
+        is_own = jnp.broadcast_to(jnp.eye(size, dtype=bool), inner.shape)
+        return jnp.where(is_own, own, -inner / self.damping)
 
     def entries(
         self, block: Int[Array, " k"], i: Int[Array, " k"], j: Int[Array, " k"]

@@ -7,13 +7,19 @@ prune and S those to keep, a change ``delta`` with ``delta_Q = -w_Q`` costs
 
     1/2 delta^T F delta            (the gradient being small where one prunes).
 
+- :func:`prune` does it all: give a loss, batches and a percentage;
+- :func:`prune_step` is one step of it, for those who write their own loop, with
+  :func:`sparsity_schedule` for several and :func:`sparse` and :func:`set_mask` to train in
+  between;
+- :class:`Unstructured`, :class:`NofM`, :class:`BlocksOf` and :class:`Slices` are the patterns;
 - :func:`prunable` says which leaves may be pruned; the others never move;
-- :func:`saliency` and :func:`magnitude` score weights, the lowest going first;
+- :func:`saliency`, :func:`obd_saliency` and :func:`magnitude` score weights, the lowest going
+  first;
 - :func:`mask_to_sparsity` and :func:`mask_to_count` turn scores into a mask;
 - :func:`joint_update`, :func:`reference_update` and :func:`removal` give ``delta``;
-- :func:`prune_step` does all of that in one call.
+- :func:`save`, :func:`load` and :func:`to_bcoo` hand the result on.
 
-All but the first and the last take the trees they are given whole. To work on some
+Scores, masks and updates take the trees they are given whole. To work on some
 of the parameters, give them those alone; rows narrow with
 :class:`mfac_jax.rows.SelectedRows`.
 
@@ -22,9 +28,15 @@ Brain Surgeon", NeurIPS 1992. Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matri
 Approximations of Second-Order Information", NeurIPS 2021, section 4.1.
 """
 
+from mfac_jax.pruning._export import load, save, to_bcoo
 from mfac_jax.pruning._filters import prunable
 from mfac_jax.pruning._masks import initial_mask, mask_to_count, mask_to_sparsity
-from mfac_jax.pruning._saliency import magnitude, saliency
+from mfac_jax.pruning._patterns import BlocksOf, NofM, Slices, Unstructured
+from mfac_jax.pruning._prune import Pruned, default_settings, prune
+from mfac_jax.pruning._report import LayerReport, PruneReport, Setting, StepReport, Trial
+from mfac_jax.pruning._saliency import magnitude, obd_saliency, saliency
+from mfac_jax.pruning._schedules import sparsity_schedule
+from mfac_jax.pruning._sparse import SparseState, set_mask, sparse
 from mfac_jax.pruning._step import PruneInfo, prune_step
 from mfac_jax.pruning._updates import (
     joint_update,
@@ -34,16 +46,36 @@ from mfac_jax.pruning._updates import (
 )
 
 __all__ = [
+    "BlocksOf",
+    "LayerReport",
+    "NofM",
     "PruneInfo",
+    "PruneReport",
+    "Pruned",
+    "Setting",
+    "Slices",
+    "SparseState",
+    "StepReport",
+    "Trial",
+    "Unstructured",
+    "default_settings",
     "initial_mask",
     "joint_update",
+    "load",
     "magnitude",
     "mask_to_count",
     "mask_to_sparsity",
+    "obd_saliency",
     "predicted_loss_increase",
     "prunable",
+    "prune",
     "prune_step",
     "reference_update",
     "removal",
     "saliency",
+    "save",
+    "set_mask",
+    "sparse",
+    "sparsity_schedule",
+    "to_bcoo",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import numbers
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -152,27 +153,102 @@ def check_not_revived(mask: PyTree, layout: Layout, target: ArrayLike, name: str
         )
 
 
-@jax.jit
-def _mask_to_count(scores: PyTree, mask: PyTree, count: Int[Array, ""]) -> PyTree:
+@functools.partial(jax.jit, static_argnames="costs")
+def _mask_to_count(
+    scores: PyTree, mask: PyTree, count: Int[Array, ""], *, costs: tuple[int, ...] | None = None
+) -> PyTree:
+    """``costs`` are what an entry of each leaf counts for; 1 by default.
+
+    Entries go in order while what has gone counts for no more than ``count``.
+    """
     layout = Layout(scores, "scores")
     if not layout.size:
         return mask
+    costs = costs or (1,) * len(layout.shapes)
     alive = layout.check_mask(mask)
     dtype = functools.reduce(np.promote_types, layout.dtypes, np.dtype(np.float32))
     keys = [
         _order_key(jnp.asarray(leaf).astype(dtype), here)
         for leaf, here in zip(jax.tree.leaves(scores), alive, strict=True)
     ]
-    count = jnp.maximum(count, num_pruned(alive))
-    threshold = _smallest(keys, count)
-    room = count - _num_below(keys, threshold)
+    count = jnp.maximum(count, _total([~here for here in alive], costs))
+    threshold = _smallest(keys, count, costs)
+    room = count - _total([key < threshold for key in keys], costs)
     kept = []
-    for key in keys:
+    for key, cost in zip(keys, costs, strict=True):
         equal = key == threshold
         turn = jnp.cumsum(jnp.ravel(equal).astype(jnp.int32)).reshape(key.shape)
-        kept.append((key > threshold) | (equal & (turn > room)))
-        room -= jnp.sum(equal, dtype=jnp.int32)
+        fit = room // cost
+        kept.append((key > threshold) | (equal & (turn > fit)))
+        room -= cost * jnp.minimum(jnp.sum(equal, dtype=jnp.int32), fit)
     return jax.tree_util.tree_unflatten(layout.treedef, kept)
+
+
+def _total(entries: list[Bool[Array, "..."]], costs: tuple[int, ...]) -> Int[Array, ""]:
+    """What the entries that are true count for."""
+    counts = [
+        cost * jnp.sum(leaf, dtype=jnp.int32) for leaf, cost in zip(entries, costs, strict=True)
+    ]
+    return functools.reduce(jnp.add, counts)
+
+
+def select(
+    scores: Sequence[Array],
+    alive: Sequence[Array],
+    counts: Int[Array, "*layers"],
+    *,
+    groups: tuple[int, ...],
+    costs: tuple[int, ...],
+    keep_layers: bool,
+) -> tuple[Array, ...]:
+    """The new mask: groups of lowest score go, in all layers together or in each.
+
+    Args:
+        scores: of the weights; the weights of a group are neighbours and score the same.
+        alive: the mask so far. A group is alive as long as one of its weights is.
+        counts: what all that is pruned counts for in the end, or the same for each leaf.
+            Groups go while it is not exceeded.
+        groups: weights of a group, for each leaf.
+        costs: what a weight of each leaf counts for.
+        keep_layers: whether the best group of every leaf stays.
+
+    Returns:
+        The new mask.
+    """
+    # Leaves whose weights go one by one keep their shape, and with it how they are spread.
+    values = [
+        leaf if g == 1 else leaf.reshape(-1, max(g, 1))[:, 0]
+        for leaf, g in zip(scores, groups, strict=True)
+    ]
+    there = [
+        leaf if g == 1 else jnp.any(leaf.reshape(-1, max(g, 1)), axis=1)
+        for leaf, g in zip(alive, groups, strict=True)
+    ]
+    if keep_layers:
+        values = [_keep_best(v, t) for v, t in zip(values, there, strict=True)]
+    weights = tuple(g * c for g, c in zip(groups, costs, strict=True))
+    if counts.ndim:
+        kept = [
+            _mask_to_count([v], [t], counts[i], costs=(weights[i],))[0] if v.size else t
+            for i, (v, t) in enumerate(zip(values, there, strict=True))
+        ]
+    else:
+        if len(set(weights)) > 1:  # what is saved counts as well as what it costs
+            values = [v / w for v, w in zip(values, weights, strict=True)]
+        kept = _mask_to_count(values, there, counts, costs=weights)
+    return tuple(
+        leaf & (k if g == 1 else jnp.repeat(k, g).reshape(leaf.shape))
+        for leaf, k, g in zip(alive, kept, groups, strict=True)
+    )
+
+
+def _keep_best(scores: Float[Array, "*k"], alive: Bool[Array, "*k"]) -> Float[Array, "*k"]:
+    """The scores with that of the best group made infinite, so that it goes last."""
+    if not scores.size:
+        return scores
+    best = jnp.argmax(jnp.where(alive, scores, jnp.full_like(scores, -jnp.inf)))
+    place = jnp.arange(scores.size, dtype=best.dtype).reshape(scores.shape)
+    return jnp.where(place == best, jnp.full_like(scores, jnp.inf), scores)
 
 
 def _order_key(
@@ -191,18 +267,17 @@ def _order_key(
     return jnp.where(alive, key, jnp.zeros_like(key))
 
 
-def _num_below(keys: list[Array], threshold: Array) -> Int[Array, ""]:
-    counts = [jnp.sum(key < threshold, dtype=jnp.int32) for key in keys]
-    return functools.reduce(jnp.add, counts)
+def _smallest(keys: list[Array], k: Int[Array, ""], costs: tuple[int, ...]) -> Array:
+    """The largest key below which entries count for less than ``k``; 0 for ``k = 0``.
 
-
-def _smallest(keys: list[Array], k: Int[Array, ""]) -> Array:
-    """The k-th smallest key; 0 for ``k = 0``."""
+    If all count for 1, it is the k-th smallest.
+    """
     unsigned = keys[0].dtype
     bits = jnp.iinfo(unsigned).bits
 
     def set_bit(i: Int[Array, ""], threshold: Array) -> Array:
         higher = threshold | (jnp.ones((), unsigned) << (bits - 1 - i).astype(unsigned))
-        return jnp.where(_num_below(keys, higher) < k, higher, threshold)
+        below = _total([key < higher for key in keys], costs)
+        return jnp.where(below < k, higher, threshold)
 
     return lax.fori_loop(0, bits, set_bit, jnp.zeros((), unsigned))

@@ -13,14 +13,23 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax import _checks
-from mfac_jax._layout import PyTree
+from mfac_jax._layout import Layout, PyTree
 from mfac_jax.inverse import Blocks
+from mfac_jax.pruning._budgets import target_of
 from mfac_jax.pruning._filters import PathFilter, prunable
 from mfac_jax.pruning._inputs import as_damping, as_static
-from mfac_jax.pruning._masks import check_not_revived, mask_to_count, num_pruned, pruned_count
-from mfac_jax.pruning._saliency import SCORES
+from mfac_jax.pruning._masks import num_pruned, select
+from mfac_jax.pruning._patterns import (
+    Grouping,
+    Pattern,
+    Unstructured,
+    axis_orders,
+    check_pattern,
+    group,
+)
+from mfac_jax.pruning._scores import SCORES, check_score
 from mfac_jax.pruning._updates import UPDATES, full_update, quadratic_terms
-from mfac_jax.rows import GradientRows, SelectedRows, check_rows
+from mfac_jax.rows import GradientRows, SelectedRows, TransposedRows, check_rows, inverse_order
 
 
 class PruneInfo(NamedTuple):
@@ -52,13 +61,18 @@ def prune_step(
     params: PyTree,
     mask: PyTree,
     rows: GradientRows,
-    sparsity: ArrayLike,
+    sparsity: ArrayLike | PyTree,
     *,
     damping: ArrayLike,
     score: str = "mfac",
     update: str = "joint",
     blocks: Blocks = None,
+    step_scale: ArrayLike = 1.0,
     path_filter: PathFilter = None,
+    pattern: Pattern = Unstructured(),  # noqa: B008  (immutable)
+    budget: str = "global",
+    costs: PyTree | None = None,
+    allow_empty_layers: bool = False,
 ) -> tuple[PyTree, PyTree, PruneInfo]:
     """Prunes to ``sparsity`` and updates the weights that stay.
 
@@ -72,15 +86,34 @@ def prune_step(
         mask: the mask so far, from :func:`initial_mask` or an earlier step.
         rows: the gradients of ``params``, all leaves of it.
         sparsity: the fraction of prunable weights that are pruned after the step,
-            exactly ``round(sparsity * d)`` of them; see :func:`mask_to_sparsity`.
+            exactly ``round(sparsity * d)`` of them; see :func:`mask_to_sparsity`. Or a
+            tree of numbers like ``params``, one a leaf, 0 for leaves that may not be pruned.
+            Groups of several weights go while the number is not exceeded.
         damping: ``lambda > 0`` of the Fisher; a number or a scalar array.
-        score: ``"mfac"`` for :func:`saliency`, ``"magnitude"`` for :func:`magnitude`.
+        score: which weights go.
+
+            - ``"mfac"``: those of least :func:`saliency`, groups by that of all their
+              weights together, ``1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q``;
+            - ``"greedy"``: one after another in every block, the others making up for each
+              before the next is chosen; needs ``blocks``. Better masks, O(d B^2);
+            - ``"obd"``: those of least :func:`obd_saliency`;
+            - ``"magnitude"``: the smallest.
         update: ``"joint"`` for :func:`joint_update`, ``"reference"`` for
             :func:`reference_update`, ``"none"`` for none.
         blocks: which blocks the Fisher has: None for one of all prunable weights, an
             int for blocks of that size, ``"leaf"`` for one a parameter, or sizes that
-            add up to the number of prunable weights.
+            add up to the number of prunable weights. With a pattern, coordinates are
+            numbered so that the weights of a group are neighbours.
+        step_scale: what the update of the weights that stay is multiplied by.
         path_filter: which leaves may be pruned; see :func:`prunable`.
+        pattern: which weights can only go together: :class:`Unstructured`,
+            :class:`NofM`, :class:`BlocksOf` or :class:`Slices`.
+        budget: where ``sparsity`` holds, if it is one number: ``"global"``, in all leaves
+            together; ``"uniform"``, in each; ``"erk"``, in each by the Erdos-Renyi kernel.
+        costs: a tree of positive ints like ``params``: what a weight of each leaf costs,
+            for example in multiplications. Sparsity is then the fraction of the cost, and
+            weights are ranked by score over cost. With the global budget only.
+        allow_empty_layers: whether a leaf may lose all of its weights.
 
     Returns:
         The new parameters in their dtypes, 0 where pruned; the new mask, in which
@@ -90,9 +123,10 @@ def prune_step(
         TypeError: a leaf is not real floating point, the mask is not boolean, or an
             argument has the wrong type.
         ValueError: ``params`` or ``mask`` do not fit the rows, ``sparsity`` lies
-            outside [0, 1] or below what is pruned already, ``damping`` is not positive,
-            ``score`` or ``update`` is unknown, the blocks do not cover the prunable
-            weights, or the filter selects nothing.
+            outside [0, 1], below what is pruned already or above what ``pattern`` or the
+            layers allow, ``damping`` is not positive, a name is unknown, the blocks do not
+            cover the prunable weights, the filter selects nothing, or the pattern does
+            not fit a leaf.
 
     Example:
         >>> import jax.numpy as jnp
@@ -119,73 +153,193 @@ def prune_step(
     lam = as_damping(damping, rows)
     _checks.one_of(score, "score", tuple(SCORES))
     _checks.one_of(update, "update", tuple(UPDATES))
+    check_pattern(pattern)
     keep = tuple(jax.tree.leaves(prunable(params, path_filter)))
     selected = SelectedRows.of(rows, keep)
+    names = [path for path, kept in zip(layout.paths, keep, strict=True) if kept]
+    grouping = group(pattern, selected.layout, names)
     blocks = as_static(blocks, selected)
-    count = pruned_count(sparsity, selected.layout.size)
-    masks = _select(mask_leaves, keep)
-    check_not_revived(masks, selected.layout, sparsity, "sparsity")
-    weights, masks, info = _step(
-        _select(leaves, keep),
+    check_score(score, selected.layout, blocks, grouping)
+    weights, masks = narrow(leaves, keep), narrow(mask_leaves, keep)
+    target = target_of(
+        sparsity,
+        budget,
+        selected.layout,
+        grouping,
+        layout=layout,
+        keep=keep,
+        costs=costs,
+        allow_empty_layers=allow_empty_layers,
+        mask=masks,
+    )
+    new_weights, new_masks, info = _step(
+        weights,
         masks,
         selected,
-        count,
+        target.counts,
         lam,
+        jnp.asarray(step_scale, selected.dtype),
         score=score,
         update=update,
         blocks=blocks,
+        grouping=grouping,
+        costs=target.costs,
+        keep_layers=not allow_empty_layers,
     )
 
     def tree(whole: list[Array], part: tuple[Array, ...]) -> PyTree:
-        new = iter(part)
-        merged = [next(new) if kept else leaf for leaf, kept in zip(whole, keep, strict=True)]
-        return jax.tree_util.tree_unflatten(layout.treedef, merged)
+        return jax.tree_util.tree_unflatten(layout.treedef, merge(whole, part, keep))
 
-    return tree(leaves, weights), tree(mask_leaves, masks), info
+    return tree(leaves, new_weights), tree(mask_leaves, new_masks), info
 
 
-@functools.partial(jax.jit, static_argnames=("score", "update", "blocks"))
+@functools.partial(
+    jax.jit, static_argnames=("score", "update", "blocks", "grouping", "costs", "keep_layers")
+)
 def _step(
     params: tuple[Array, ...],
     mask: tuple[Array, ...],
     rows: SelectedRows,
-    count: Int[Array, ""],
+    counts: Int[Array, "*layers"],
     damping: Float[Array, ""],
+    step_scale: Float[Array, ""],
     *,
     score: str,
     update: str,
     blocks: Blocks,
+    grouping: Grouping,
+    costs: tuple[int, ...],
+    keep_layers: bool,
 ) -> tuple[tuple[Array, ...], tuple[Array, ...], PruneInfo]:
-    scores = SCORES[score](params, rows, damping, mask, blocks)
-    new_mask = mask_to_count(scores, mask, count)
-    delta = full_update(params, rows, damping, mask, new_mask, update=update, blocks=blocks)
-    curvature, square = quadratic_terms(delta, rows, blocks=blocks)
-    wrong = [
-        (old & ~new & ~jnp.isfinite(s)) | ~jnp.isfinite(d)
-        for old, new, s, d in zip(mask, new_mask, scores, delta, strict=True)
-    ]
-    accepted = ~jnp.any(jnp.stack([jnp.any(leaf) for leaf in wrong]))
-    moved = [
-        jnp.where(new, _add(w, d), jnp.zeros_like(w))
-        for new, w, d in zip(new_mask, params, delta, strict=True)
-    ]
+    new_mask, scores_good = choose(
+        params,
+        mask,
+        rows,
+        counts,
+        damping,
+        score=score,
+        blocks=blocks,
+        grouping=grouping,
+        costs=costs,
+        keep_layers=keep_layers,
+    )
+    delta, info = work_out(
+        params, mask, new_mask, rows, damping, update=update, blocks=blocks, grouping=grouping
+    )
+    accepted = info.accepted & scores_good
+    moved = move(params, new_mask, delta, step_scale)
     mask_out = tuple(jnp.where(accepted, *pair) for pair in zip(new_mask, mask, strict=True))
     params_out = tuple(jnp.where(accepted, *pair) for pair in zip(moved, params, strict=True))
     pruned = num_pruned(mask_out)
+    alive = rows.layout.size - pruned
+    info = info._replace(accepted=accepted, num_pruned=pruned, num_alive=alive)
+    return params_out, mask_out, info
+
+
+@functools.partial(jax.jit, static_argnames=("score", "blocks", "grouping", "costs", "keep_layers"))
+def choose(
+    params: tuple[Array, ...],
+    mask: tuple[Array, ...],
+    rows: SelectedRows,
+    counts: Int[Array, "*layers"],
+    damping: Float[Array, ""],
+    *,
+    score: str,
+    blocks: Blocks,
+    grouping: Grouping,
+    costs: tuple[int, ...],
+    keep_layers: bool,
+) -> tuple[tuple[Array, ...], Bool[Array, ""]]:
+    """The new mask, and whether the scores of all that goes are finite."""
+    turn = _Turn(rows.layout, grouping)
+    weights, alive = turn(params), turn(mask)
+    scores = SCORES[score](weights, turn.rows(rows), damping, alive, blocks, grouping)
+    kept = select(
+        scores,
+        alive,
+        counts,
+        groups=grouping.sizes if grouping.goes_whole else (1,) * len(grouping.sizes),
+        costs=costs,
+        keep_layers=keep_layers,
+    )
+    bad = [
+        jnp.any(old & ~new & ~jnp.isfinite(s))
+        for old, new, s in zip(alive, kept, scores, strict=True)
+    ]
+    return turn.back(kept), ~jnp.any(jnp.stack(bad))
+
+
+@functools.partial(jax.jit, static_argnames=("update", "blocks", "grouping"))
+def work_out(
+    params: tuple[Array, ...],
+    mask: tuple[Array, ...],
+    new_mask: tuple[Array, ...],
+    rows: SelectedRows,
+    damping: Float[Array, ""],
+    *,
+    update: str,
+    blocks: Blocks,
+    grouping: Grouping,
+) -> tuple[tuple[Array, ...], PruneInfo]:
+    """``delta`` for a new mask, and what it means."""
+    turn = _Turn(rows.layout, grouping)
+    alive, kept, turned = turn(mask), turn(new_mask), turn.rows(rows)
+    delta = full_update(turn(params), turned, damping, alive, kept, update=update, blocks=blocks)
+    curvature, square = quadratic_terms(delta, turned, blocks=blocks)
+    pruned = num_pruned(kept)
     info = PruneInfo(
-        accepted=accepted,
+        accepted=jnp.all(jnp.stack([jnp.all(jnp.isfinite(change)) for change in delta])),
         num_pruned=pruned,
         num_alive=rows.layout.size - pruned,
         predicted_loss_increase=(curvature + damping * square) / 2,
         undamped_loss_increase=curvature / 2,
-        update_norm=_norm(delta, new_mask),
-        removed_norm=_norm(delta, [~leaf for leaf in new_mask]),
+        update_norm=_norm(delta, kept),
+        removed_norm=_norm(delta, [~leaf for leaf in kept]),
     )
-    return params_out, mask_out, info
+    return turn.back(delta), info
 
 
-def _select(leaves: list[Array], keep: tuple[bool, ...]) -> tuple[Array, ...]:
+def move(
+    params: Sequence[Array],
+    mask: Sequence[Array],
+    delta: Sequence[Array],
+    scale: Float[Array, ""],
+) -> tuple[Array, ...]:
+    """The weights with ``scale delta`` added where they stay, 0 elsewhere."""
+    return tuple(
+        jnp.where(new, _add(w, scale * d), jnp.zeros_like(w))
+        for new, w, d in zip(mask, params, delta, strict=True)
+    )
+
+
+class _Turn:
+    """Puts the weights of a group side by side, and back."""
+
+    def __init__(self, layout: Layout, grouping: Grouping):
+        self._orders = axis_orders(grouping.pattern, layout.shapes)
+
+    def __call__(self, leaves: Sequence[Array]) -> tuple[Array, ...]:
+        return tuple(jnp.transpose(x, axes) for x, axes in zip(leaves, self._orders, strict=True))
+
+    def back(self, leaves: Sequence[Array]) -> tuple[Array, ...]:
+        pairs = zip(leaves, self._orders, strict=True)
+        return tuple(jnp.transpose(x, inverse_order(axes)) for x, axes in pairs)
+
+    def rows(self, rows: SelectedRows) -> GradientRows:
+        if all(axes == tuple(sorted(axes)) for axes in self._orders):
+            return rows
+        return TransposedRows.of(rows, self._orders)
+
+
+def narrow(leaves: Sequence[Array], keep: Sequence[bool]) -> tuple[Array, ...]:
+    """The selected leaves."""
     return tuple(jnp.asarray(leaf) for leaf, kept in zip(leaves, keep, strict=True) if kept)
+
+
+def merge(leaves: Sequence[Array], selected: Sequence[Array], keep: Sequence[bool]) -> list[Array]:
+    """All leaves, the selected ones replaced."""
+    new = iter(selected)
+    return [next(new) if kept else leaf for leaf, kept in zip(leaves, keep, strict=True)]
 
 
 def _add(weight: Array, change: Array) -> Array:

@@ -9,6 +9,7 @@ from mfac_jax.rows._create import as_rows, check_storage, empty_rows
 from mfac_jax.rows._flat import FlatRows
 from mfac_jax.rows._per_leaf import PerLeafRows
 from mfac_jax.rows._selected import SelectedRows
+from mfac_jax.rows._transposed import TransposedRows, inverse_order
 
 __all__ = [
     "FlatRows",
@@ -16,8 +17,10 @@ __all__ = [
     "Implementation",
     "PerLeafRows",
     "SelectedRows",
+    "TransposedRows",
     "as_rows",
     "check_rows",
     "check_storage",
     "empty_rows",
+    "inverse_order",
 ]

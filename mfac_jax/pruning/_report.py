@@ -1,0 +1,197 @@
+"""What pruning did, as a table and a picture."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+
+from mfac_jax.inverse import Blocks
+
+
+class Setting(NamedTuple):
+    """One way to make a step; the arguments of :func:`prune_step` of these names.
+
+    Attributes:
+        score: which weights go.
+        update: how the others make up for it.
+        blocks: of the Fisher.
+        damping: ``lambda``, or if it is ``relative`` a multiple of the mean of the diagonal
+            of ``G^T G / n``.
+        scales: what the update is multiplied by, one after another.
+        relative: what ``damping`` is.
+    """
+
+    score: str
+    update: str
+    blocks: Blocks
+    damping: float
+    scales: tuple[float, ...] = (1.0,)
+    relative: bool = False
+
+
+class Trial(NamedTuple):
+    """A setting that was tried, and the loss on the calibration batches (NaN if there is none)."""
+
+    setting: Setting
+    scale: float
+    loss: float
+
+    def __str__(self) -> str:
+        setting = self.setting
+        blocks = "whole" if setting.blocks is None else f"blocks {setting.blocks}"
+        return (
+            f"{setting.score} + {setting.update}, {blocks}, "
+            f"damping {setting.damping:g}{' of the mean' if setting.relative else ''}, "
+            f"scale {self.scale:g}"
+        )
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step.
+
+    Attributes:
+        num_pruned: weights that are pruned after it.
+        num_weights: prunable weights.
+        tried: what was tried.
+        chosen: which of them was taken.
+        loss_before: on the calibration batches, before the step.
+        loss_after: after it.
+        loss_tuned: after fine-tuning, if there was any.
+        predicted_loss_increase: ``1/2 delta^T F delta`` of the whole update.
+        damping: ``lambda`` of the update that was taken.
+        update_norm: how far the weights that stay were moved, before scaling.
+        removed_norm: the size of what was pruned.
+        degrees_of_freedom: ``sum k_i / (k_i + n lambda)``, the directions in which the Fisher
+            outweighs the damping: near n, the update fits every gradient and may overstep.
+        gradient_seconds: time for the gradients.
+        seconds: time for all of the step.
+        peak_memory: bytes, the most this process (on a CPU) or the device has had so far;
+            None where nobody says.
+    """
+
+    num_pruned: int
+    num_weights: int
+    tried: tuple[Trial, ...]
+    chosen: int
+    loss_before: float
+    loss_after: float
+    loss_tuned: float | None
+    predicted_loss_increase: float
+    damping: float
+    update_norm: float
+    removed_norm: float
+    degrees_of_freedom: float
+    gradient_seconds: float
+    seconds: float
+    peak_memory: int | None
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction that is pruned after the step."""
+        return self.num_pruned / max(self.num_weights, 1)
+
+
+class LayerReport(NamedTuple):
+    """A prunable leaf: its path, its weights, and how many are pruned."""
+
+    path: str
+    num_weights: int
+    num_pruned: int
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """All of it; ``print`` shows two tables, :meth:`plot` makes a picture.
+
+    Attributes:
+        steps: one after another.
+        layers: at the end.
+    """
+
+    steps: tuple[StepReport, ...]
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        head = ("sparsity", "loss", "before", "predicted", "|update|", "freedom", "s", "chosen")
+        rows = [
+            (
+                f"{step.sparsity:.2%}",
+                f"{step.loss_after:.4g}" + _tuned(step.loss_tuned),
+                f"{step.loss_before:.4g}",
+                f"{step.predicted_loss_increase:+.3g}",
+                f"{step.update_norm:.3g}",
+                f"{step.degrees_of_freedom:.1f}",
+                f"{step.seconds:.1f}",
+                str(step.tried[step.chosen]),
+            )
+            for step in self.steps
+        ]
+        layers = [
+            (layer.path, str(layer.num_weights), f"{_share(layer):.2%}") for layer in self.layers
+        ]
+        peak = max((step.peak_memory or 0 for step in self.steps), default=0)
+        tables = _table(head, rows), _table(("layer", "weights", "pruned"), layers)
+        return "\n\n".join(tables) + (f"\n\npeak memory {peak / 2**20:.0f} MiB" if peak else "")
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """A picture of the steps and of the layers, as a PNG file.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        sparsities = [100 * step.sparsity for step in self.steps]
+        left.plot(sparsities, [step.loss_after for step in self.steps], "o-", label="after a step")
+        predicted = [step.loss_before + step.predicted_loss_increase for step in self.steps]
+        left.plot(sparsities, predicted, "x--", label="predicted")
+        tuned = [(x, s.loss_tuned) for x, s in zip(sparsities, self.steps, strict=True)]
+        if any(loss is not None for _, loss in tuned):
+            left.plot(*zip(*tuned, strict=True), "s-", label="fine-tuned")
+        left.set(xlabel="sparsity (%)", ylabel="loss on calibration batches")
+        left.legend()
+        names = [layer.path for layer in self.layers]
+        right.barh(names, [100 * _share(layer) for layer in self.layers])
+        right.invert_yaxis()
+        right.tick_params(axis="y", labelsize=max(4, min(9, 160 // max(len(names), 1))))
+        right.set(xlabel="pruned (%)", xlim=(0, 100))
+        figure.savefig(path, dpi=150)
+
+
+def peak_memory() -> int | None:
+    """The most memory so far, in bytes: of the device, or of this process on a CPU."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats is not None and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    if device.platform != "cpu" or sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _share(layer: LayerReport) -> float:
+    return layer.num_pruned / max(layer.num_weights, 1)
+
+
+def _tuned(loss: float | None) -> str:
+    return "" if loss is None else f" -> {loss:.4g}"
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    lines = [head, tuple("-" * width for width in widths), *rows]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

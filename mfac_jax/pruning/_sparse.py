@@ -1,0 +1,138 @@
+"""Training under a mask, with any optimizer."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from mfac_jax import window
+from mfac_jax._layout import Layout, PyTree
+
+
+class SparseState(NamedTuple):
+    """State of :func:`sparse`.
+
+    Attributes:
+        mask: a tree of booleans like the parameters, true where a weight is alive.
+        inner_state: of the optimizer that is wrapped.
+    """
+
+    mask: PyTree
+    inner_state: optax.OptState
+
+
+def sparse(
+    inner: optax.GradientTransformation, mask: PyTree | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Trains with ``inner``, and keeps pruned weights at zero.
+
+    Gradients are masked before ``inner`` sees them, and the update of a pruned weight is what
+    takes it to 0: momentum, weight decay or noise cannot bring it back. The mask is part of
+    the state, so that it can be saved with it and changed without a new compilation
+    (:func:`set_mask`). Wrap the whole chain, not a part of it.
+
+    Args:
+        inner: any optimizer, :func:`mfac_jax.mfac` among them.
+        mask: what is alive at first, a tree of booleans like the parameters; all by default.
+
+    Returns:
+        The optimizer; its ``update`` needs the parameters.
+
+    Raises:
+        TypeError: the mask is not boolean (from ``init``).
+        ValueError: the mask does not fit the parameters (from ``init``), or ``update`` is
+            called without the parameters.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from mfac_jax.pruning import sparse
+        >>> tx = sparse(optax.sgd(0.1, momentum=0.9), jnp.array([True, False]))
+        >>> params = jnp.array([1.0, 0.0])
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update(jnp.array([1.0, 1.0]), state, params)
+        >>> optax.apply_updates(params, updates)
+        Array([0.9, 0. ], dtype=float32)
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> SparseState:
+        return SparseState(_mask_like(params, mask), inner.init(params))
+
+    def update(
+        updates: optax.Updates,
+        state: SparseState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SparseState]:
+        if params is None:
+            raise ValueError("sparse needs the parameters: update(updates, state, params).")
+        gradients = jax.tree.map(_where, state.mask, updates, _zeros(updates))
+        updates, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
+        to_zero = jax.tree.map(lambda u, p: (-jnp.asarray(p)).astype(u.dtype), updates, params)
+        updates = jax.tree.map(_where, state.mask, updates, to_zero)
+        return updates, SparseState(state.mask, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def set_mask(state: PyTree, mask: PyTree) -> PyTree:
+    """The optimizer's state with another mask, after a pruning step.
+
+    Windows of gradients in it, those of :func:`mfac_jax.mfac_precondition`, are restricted to
+    the new mask, so that what is pruned has no part in the Fisher any more.
+
+    Args:
+        state: the state of :func:`sparse`, or one that holds such states.
+        mask: a tree of booleans like the parameters.
+
+    Returns:
+        The new state.
+
+    Raises:
+        TypeError: the mask is not boolean.
+        ValueError: there is no state of :func:`sparse` in ``state``, or the mask does not fit
+            the one that is there.
+    """
+    found = []
+
+    def of_window(part: Any) -> Any:
+        return window.restrict(part, mask) if isinstance(part, window.Window) else part
+
+    def is_window(part: Any) -> bool:
+        return isinstance(part, window.Window)
+
+    def replace(part: Any) -> Any:
+        if not isinstance(part, SparseState):
+            return part
+        found.append(part)
+        new = _mask_like(part.mask, mask)
+        return SparseState(new, jax.tree.map(of_window, part.inner_state, is_leaf=is_window))
+
+    new_state = jax.tree.map(replace, state, is_leaf=lambda part: isinstance(part, SparseState))
+    if not found:
+        raise ValueError(
+            f"state must hold a state of mfac_jax.pruning.sparse, got {jax.tree.structure(state)}."
+        )
+    return new_state
+
+
+def _mask_like(params: PyTree, mask: PyTree | None) -> PyTree:
+    """``mask`` in the structure of ``params``, every leaf in full."""
+    likes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.float32), params)
+    if mask is None:
+        mask = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), likes)
+    leaves = Layout(likes).check_mask(mask)
+    return jax.tree.unflatten(jax.tree.structure(params), [jnp.array(leaf) for leaf in leaves])
+
+
+def _where(mask: Array, inside: Array, outside: Array) -> Array:
+    return jnp.where(mask, inside, outside)
+
+
+def _zeros(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, tree)

@@ -1,0 +1,146 @@
+"""Greedy removal inside blocks, against the same steps in dense float64 algebra."""
+
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from mfac_jax import pruning, rows
+from mfac_jax.pruning import _greedy
+
+
+def naive(inverse, w, alive, size=1, quota=None):
+    """The order of removal and what each costs, block by block, on dense matrices."""
+    inverse, w, left = inverse.copy(), w * alive, alive.copy()
+    scores = np.where(alive, np.inf, 0.0)
+    last = 0.0
+    while True:
+        best, cheapest = None, np.inf
+        for start in range(0, len(w), size):
+            group = np.arange(start, start + size)
+            gone = (~left[group]).sum()
+            if quota is not None:
+                options = [np.array([q]) for q in group if left[q] and gone < quota]
+            else:
+                options = [group] if left[group].any() else []
+            for q in options:
+                cost = w[q] @ np.linalg.solve(inverse[np.ix_(q, q)], w[q]) / 2
+                if cost < cheapest:
+                    best, cheapest = q, cost
+        if best is None:
+            return scores
+        last = max(last, cheapest)
+        scores[best] = np.where(left[best], last, scores[best])
+        left[best] = False
+        solved = np.linalg.solve(inverse[np.ix_(best, best)], inverse[best])
+        w = w - solved.T @ w[best]
+        inverse = inverse - inverse[:, best] @ solved
+        inverse[best] = inverse[:, best] = 0
+        inverse[best, best] = 1.0
+
+
+@pytest.mark.parametrize("kind", ["independent", "correlated", "duplicated", "zero rows"])
+@pytest.mark.parametrize(("size", "quota"), [(1, None), (4, None), (4, 2), (4, 3)])
+@pytest.mark.parametrize("n", [4, 40])
+def test_records_are_those_of_removal_one_by_one(kind, size, quota, n):
+    rng = np.random.default_rng(3)
+    blocks, side = 3, 16
+    alive = np.repeat(rng.random((blocks, side // 4)) > 0.2, 4, axis=1)
+    g = (
+        oracles.gradients(kind, n, blocks * side).reshape(n, blocks, side).swapaxes(0, 1)
+        * alive[:, None]
+    )
+    damping = oracles.damping_for(g.reshape(-1, side), 0.1)
+    fisher = damping * np.eye(side) + np.einsum("bni,bnj->bij", g, g, dtype=np.float64) / n
+    inverse = np.linalg.inv(fisher)
+    w = rng.normal(size=(blocks, side))
+    got = _greedy.greedy_records(
+        jnp.asarray(inverse, jnp.float32),
+        jnp.asarray(w, jnp.float32),
+        jnp.asarray(alive),
+        jnp.asarray(1 / np.diagonal(fisher, axis1=1, axis2=2), jnp.float32),
+        size=size,
+        quota=quota,
+    )
+    w32 = np.asarray(w, np.float32).astype(np.float64)
+    want = np.stack([naive(*block, size, quota) for block in zip(inverse, w32, alive, strict=True)])
+    np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
+    finite = np.isfinite(want)
+    np.testing.assert_allclose(np.asarray(got)[finite], want[finite], rtol=2e-3)
+
+
+def test_a_block_is_done_in_the_order_of_its_scores_even_if_costs_fall():
+    # The third removal is nearly free once the first two are made.
+    fisher = np.array([[1.0, 0.9, 0.9], [0.9, 1.0, 0.9], [0.9, 0.9, 1.0]])
+    w = np.array([[1.0, -1.0, 0.01]])
+    scores = _greedy.greedy_records(
+        jnp.asarray(np.linalg.inv(fisher)[None], jnp.float32),
+        jnp.asarray(w, jnp.float32),
+        jnp.ones((1, 3), bool),
+        jnp.ones((1, 3)),
+    )
+    assert len(set(np.asarray(scores)[0].tolist())) == 3
+
+
+@pytest.mark.parametrize("storage", ["flat", "per_leaf"])
+@pytest.mark.parametrize("blocks", [8, [5, 8, 8, 3]])
+def test_a_step_cuts_all_records_at_one_level(storage, blocks):
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)}
+    g = oracles.gradients("correlated", 10, 24)
+    damping = 0.1
+    new, mask, info = pruning.prune_step(
+        params,
+        pruning.initial_mask(params),
+        rows.as_rows({"w": jnp.asarray(g.reshape(10, 4, 6))}, params, storage=storage),
+        0.5,
+        damping=damping,
+        score="greedy",
+        blocks=blocks,
+    )
+    sizes = [8, 8, 8] if blocks == 8 else blocks
+    inverse = oracles.block_inverse(g, damping, sizes)
+    w, alive, scores, start = np.asarray(params["w"], np.float64).ravel(), np.ones(24, bool), [], 0
+    for size in sizes:
+        part = slice(start, start + size)
+        scores.append(naive(inverse[part, part], w[part], alive[part]))
+        start += size
+    kept = np.ones(24, bool)
+    kept[np.argsort(np.concatenate(scores), kind="stable")[:12]] = False
+    np.testing.assert_array_equal(np.asarray(mask["w"]).ravel(), kept)
+    fisher = np.linalg.inv(inverse)
+    moved = np.linalg.solve(fisher[np.ix_(kept, kept)], fisher[np.ix_(kept, ~kept)] @ w[~kept])
+    np.testing.assert_allclose(
+        np.asarray(new["w"]).ravel()[kept], (w[kept] + moved), rtol=1e-3, atol=1e-4
+    )
+    assert bool(info.accepted)
+
+
+def test_greedy_masks_cost_less_than_those_of_single_saliencies():
+    rng = np.random.default_rng(1)
+    params = {"w": jnp.asarray(rng.normal(size=(16, 16)), jnp.float32)}
+    g = rows.as_rows(
+        {"w": jnp.asarray(oracles.gradients("correlated", 64, 256).reshape(64, 16, 16))}, params
+    )
+    costs = {}
+    for score in ("greedy", "mfac", "magnitude"):
+        _, _, info = pruning.prune_step(
+            params, pruning.initial_mask(params), g, 0.7, damping=0.01, blocks=32, score=score
+        )
+        costs[score] = float(info.predicted_loss_increase)
+    assert costs["greedy"] < costs["mfac"] < costs["magnitude"]
+
+
+@pytest.mark.parametrize("blocks", [None, "leaf"])
+def test_greedy_in_blocks_that_are_too_large(blocks):
+    params = {"w": jnp.zeros((64, 64))}
+    with pytest.raises(ValueError, match=r"blocks of up to 2048 weights.*blocks=128"):
+        pruning.prune_step(
+            params,
+            pruning.initial_mask(params),
+            rows.as_rows({"w": jnp.ones((2, 64, 64))}, params),
+            0.5,
+            damping=0.1,
+            score="greedy",
+            blocks=blocks,
+        )

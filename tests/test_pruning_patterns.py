@@ -1,0 +1,323 @@
+"""Groups of weights: their scores, what goes, and what a pattern does not fit."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from mfac_jax import pruning, rows
+from mfac_jax.pruning import _groups
+from mfac_jax.rows import SelectedRows, TransposedRows
+
+N = 12
+SHAPES = {"a": (4, 8, 3), "b": (8, 4)}
+
+
+def problem(kind="independent", seed=0, shapes=SHAPES, n=N):
+    rng = np.random.default_rng(seed)
+    params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    d = sum(w.size for w in params.values())
+    flat = oracles.gradients(kind, n, d, seed)
+    cuts = np.cumsum([w.size for w in params.values()])[:-1]
+    parts = np.split(flat, cuts, axis=1)
+    tree = {k: jnp.asarray(p.reshape(n, *shapes[k])) for k, p in zip(shapes, parts, strict=True)}
+    return params, tree
+
+
+def turned(leaf, pattern, lead=0):
+    """A leaf with its groups as rows, by NumPy; ``lead`` axes come first and stay there."""
+    x = np.asarray(leaf, np.float64)
+    if isinstance(pattern, pruning.Slices):
+        axis = pattern.axis % (x.ndim - lead) + lead
+        moved = np.moveaxis(x, axis, lead)
+        return moved.reshape(*x.shape[:lead], x.shape[axis], -1)
+    size = pattern.m if isinstance(pattern, pruning.NofM) else pattern.size
+    axis = pattern.axis % (x.ndim - lead) + lead
+    return np.moveaxis(x, axis, -1).reshape(*x.shape[:lead], -1, size)
+
+
+def dense_saliencies(params, gradients, pattern, damping, block):
+    """``1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q`` of any Q inside a group, by dense float64 algebra."""
+    names = list(params)
+    groups = [turned(params[k], pattern) for k in names]
+    g = np.concatenate([turned(gradients[k], pattern, 1).reshape(N, -1) for k in names], axis=1)
+    w = np.concatenate([x.ravel() for x in groups])
+    sizes = [block] * (w.size // block) if block else [w.size]
+    inverse = oracles.block_inverse(g, damping, sizes)
+    starts, start = [], 0
+    for x in groups:
+        for _ in range(x.shape[0]):
+            starts.append((start, x.shape[1]))
+            start += x.shape[1]
+
+    def saliency(group, which=None):
+        at, size = starts[group]
+        q = at + np.arange(size) if which is None else at + np.asarray(which)
+        return w[q] @ np.linalg.solve(inverse[np.ix_(q, q)], w[q]) / 2
+
+    return saliency, starts
+
+
+def flat_mask(mask, pattern):
+    return np.concatenate([turned(mask[k], pattern).ravel() for k in mask]).astype(bool)
+
+
+GROUPS = [
+    (pruning.BlocksOf(4), {"a": (4, 3, 8), "b": (8, 4)}, None),
+    (pruning.BlocksOf(4, axis=0), {"a": (4, 3, 2), "b": (8, 5)}, None),
+    (pruning.BlocksOf(4, axis=0), {"a": (4, 3, 2), "b": (8, 5)}, 16),
+    (pruning.BlocksOf(2, axis=1), SHAPES, 8),
+    (pruning.Slices(), SHAPES, None),
+    (pruning.Slices(axis=0), SHAPES, None),
+    (pruning.Slices(axis=1), {"a": (3, 4, 2), "b": (5, 4)}, None),
+]
+
+
+@pytest.mark.parametrize(("pattern", "shapes", "blocks"), GROUPS)
+@pytest.mark.parametrize("kind", ["independent", "correlated", "duplicated"])
+@pytest.mark.parametrize("storage", ["flat", "per_leaf"])
+def test_groups_of_least_exact_saliency_go(pattern, shapes, blocks, kind, storage):
+    params, gradients = problem(kind, shapes=shapes)
+    g = rows.as_rows(gradients, params, storage=storage)
+    damping = 0.05
+    new, mask, info = pruning.prune_step(
+        params,
+        pruning.initial_mask(params),
+        g,
+        0.5,
+        damping=damping,
+        blocks=blocks,
+        pattern=pattern,
+        path_filter="",
+    )
+    saliency, starts = dense_saliencies(params, gradients, pattern, damping, blocks)
+    costs = np.asarray([saliency(i) / size for i, (_, size) in enumerate(starts)])
+    alive = flat_mask(mask, pattern)
+    gone = np.asarray([not alive[at : at + size].any() for at, size in starts])
+    kept = np.asarray([alive[at : at + size].all() for at, size in starts])
+    assert np.all(gone | kept), "a group is torn"
+    assert costs[gone].max() <= costs[kept].min() * (1 + 1e-4)
+    assert int(info.num_pruned) == sum(size for (_, size), x in zip(starts, gone, strict=True) if x)
+    assert int(info.num_pruned) <= alive.size / 2 < int(info.num_pruned) + starts[0][1] * 3
+    pruned = [np.all(np.asarray(new[k])[~np.asarray(mask[k])] == 0) for k in new]
+    assert all(pruned)
+    assert bool(info.accepted)
+
+
+@pytest.mark.parametrize("pattern", [pruning.Slices(), pruning.Slices(axis=0)])
+def test_slices_in_leaf_blocks_score_by_the_leaf_alone(pattern):
+    params, gradients = problem("correlated")
+    both, _, _ = pruning.prune_step(
+        params,
+        pruning.initial_mask(params),
+        rows.as_rows(gradients, params),
+        {"a": 0.5, "b": 0.0},
+        damping=0.05,
+        blocks="leaf",
+        pattern=pattern,
+        path_filter="",
+    )
+    alone, _, _ = pruning.prune_step(
+        params["a"],
+        jnp.ones(SHAPES["a"], bool),
+        rows.as_rows(gradients["a"], params["a"]),
+        0.5,
+        damping=0.05,
+        pattern=pattern,
+    )
+    np.testing.assert_allclose(both["a"], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_of_m", [(2, 4), (1, 4), (1, 2), (3, 4), (4, 8)])
+@pytest.mark.parametrize("blocks", [None, 16])
+@pytest.mark.parametrize("score", ["mfac", "greedy", "obd", "magnitude"])
+def test_n_of_m_holds_exactly_in_the_end_and_never_less(n_of_m, blocks, score):
+    if score == "greedy":
+        blocks = 16
+    n, m = n_of_m
+    pattern = pruning.NofM(n, m, axis=0)
+    params, gradients = problem("correlated", shapes={"a": (8, 2, 3), "b": (8, 4)})
+    mask, g = pruning.initial_mask(params), rows.as_rows(gradients, params)
+    for part in (0.4, 0.7, 1.0):
+        before = flat_mask(mask, pattern)
+        params, mask, info = pruning.prune_step(
+            params,
+            mask,
+            g,
+            part * (1 - n / m),
+            damping=0.05,
+            blocks=blocks,
+            score=score,
+            pattern=pattern,
+            path_filter="",
+        )
+        alive = flat_mask(mask, pattern)
+        assert bool(info.accepted)
+        assert not np.any(alive & ~before)
+        assert np.all(alive.reshape(-1, m).sum(1) >= n)
+        assert (~alive).sum() == round(part * (1 - n / m) * alive.size)
+    assert np.all(alive.reshape(-1, m).sum(1) == n)
+
+
+@pytest.mark.parametrize("n_of_m", [(2, 4), (1, 4), (2, 8)])
+@pytest.mark.parametrize("blocks", [None, 16])
+def test_n_of_m_takes_the_cheapest_choice_of_every_group(n_of_m, blocks):
+    n, m = n_of_m
+    pattern = pruning.NofM(n, m)
+    params, gradients = problem("correlated")
+    shapes_fit = {"a": params["a"], "b": params["b"]}
+    _, mask, _ = pruning.prune_step(
+        shapes_fit,
+        pruning.initial_mask(params),
+        rows.as_rows(gradients, params),
+        1 - n / m,
+        damping=0.05,
+        blocks=blocks,
+        pattern=pattern,
+        path_filter="a" if m == 8 else "",
+    )
+    if m == 8:
+        params, gradients, mask = ({"a": t["a"]} for t in (params, gradients, mask))
+    saliency, starts = dense_saliencies(params, gradients, pattern, 0.05, blocks)
+    alive = flat_mask(mask, pattern)
+    for group, (at, size) in enumerate(starts):
+        chosen = saliency(group, np.flatnonzero(~alive[at : at + size]))
+        least = min(saliency(group, q) for q in itertools.combinations(range(m), m - n))
+        assert chosen <= least * (1 + 1e-4)
+
+
+def test_a_choice_contains_what_is_pruned_already():
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
+    alive = jnp.asarray(rng.random((5, 4)) > 0.3).at[0].set(False)
+    g = jnp.where(alive[:, None], jnp.asarray(rng.normal(size=(5, 9, 4)), jnp.float32), 0.0)
+    fisher = 0.1 * np.eye(4) + np.einsum("bni,bnj->bij", g, g) / 9
+    inverse = jnp.asarray(np.linalg.inv(fisher), jnp.float32)
+    floor = jnp.asarray(1 / np.diagonal(fisher, axis1=1, axis2=2), jnp.float32)
+    scores = _groups.cheapest_choice(inverse, jnp.where(alive, w, 0.0), alive, floor, 2)
+    gone = np.asarray(~alive) | np.isfinite(scores)
+    few = np.asarray(alive).sum(1) >= 2
+    assert np.all(gone[few].sum(1) == 2)
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 20])
+def test_group_saliency_by_elimination_and_by_factor(size):
+    rng = np.random.default_rng(size)
+    root = rng.normal(size=(4, size, size + 5))
+    fisher = root @ np.swapaxes(root, 1, 2) / size + 0.1 * np.eye(size)
+    w = rng.normal(size=(4, size))
+    inverse = np.linalg.inv(fisher)
+    got = _groups.group_saliency(
+        jnp.asarray(inverse, jnp.float32),
+        jnp.asarray(w, jnp.float32),
+        jnp.asarray(1 / np.diagonal(fisher, axis1=1, axis2=2), jnp.float32),
+    )
+    want = np.einsum("bi,bij,bj->b", w, fisher, w) / 2
+    np.testing.assert_allclose(got, want, rtol=2e-3)
+
+
+@pytest.mark.parametrize("storage", ["flat", "per_leaf"])
+def test_transposed_rows_are_the_rows_of_transposed_parameters(storage):
+    params, gradients = problem()
+    params = {**params, "c": jnp.zeros((0, 2))}
+    gradients = {**gradients, "c": jnp.zeros((N, 0, 2))}
+    base = SelectedRows.of(rows.as_rows(gradients, params, storage=storage), (True, True, True))
+    orders = ((2, 0, 1), (1, 0), (1, 0))
+    view = TransposedRows.of(base, orders)
+    moved = tuple(
+        jnp.transpose(gradients[k], (0, *(axis + 1 for axis in order)))
+        for k, order in zip(gradients, orders, strict=True)
+    )
+    plain = rows.as_rows(moved, tuple(x[0] for x in moved))
+    d = plain.layout.size
+    v = tuple(
+        jnp.asarray(np.random.default_rng(1).normal(size=x.shape[1:]), jnp.float32) for x in moved
+    )
+    mask = tuple(x > 0 for x in v)
+    c = jnp.arange(1.0, N + 1)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # noqa: E731
+    close(view.columns(0, d), plain.columns(0, d))
+    close(view.columns(jnp.int32(3), 70), plain.columns(3, 70))
+    close(view.take(jnp.array([5, 1, d - 1])), plain.take(jnp.array([5, 1, d - 1])))
+    close(view.dots(v), plain.dots(v))
+    close(view.gram(), plain.gram())
+    close(view.gram(mask), plain.gram(mask))
+    jax.tree.map(close, view.combine(c), plain.combine(c))
+    scale = jnp.float32(0.5)
+    jax.tree.map(
+        close, view.combine(c, vector=v, scale=scale), plain.combine(c, vector=v, scale=scale)
+    )
+    jax.tree.map(close, view.column_square_sums(), plain.column_square_sums())
+    close(view.restrict(mask).columns(0, d), plain.restrict(mask).columns(0, d))
+    close(view.transform(jnp.eye(N)[:3]).columns(0, d), plain.columns(0, d)[:3])
+    close(view.clear(jnp.int32(2)).columns(0, d), plain.clear(jnp.int32(2)).columns(0, d))
+    for got, want in zip(view.put(jnp.int32(1), v), plain.put(jnp.int32(1), v), strict=True):
+        if hasattr(got, "columns"):
+            close(got.columns(0, d), want.columns(0, d))
+        else:
+            close(got, want)
+    close(
+        view.write(jnp.int32(1), v)[0].columns(0, d), plain.write(jnp.int32(1), v)[0].columns(0, d)
+    )
+
+
+def step(params=None, **options):
+    default, gradients = problem()
+    params = default if params is None else params
+    return pruning.prune_step(
+        params,
+        pruning.initial_mask(params),
+        rows.as_rows(gradients, default),
+        **{"sparsity": 0.5, "damping": 0.1, "path_filter": "", **options},
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pattern": pruning.NofM(2, 3)}, r"multiple of 3.*\['a'\].*\(4, 8, 3\)"),
+        ({"pattern": pruning.BlocksOf(4)}, r"multiple of 4.*\['a'\]"),
+        ({"pattern": pruning.BlocksOf(4, axis=2)}, r"multiple of 4.*\['a'\]"),
+        ({"pattern": pruning.Slices(axis=2)}, r"does not have.*path_filter"),
+        ({"pattern": pruning.NofM(2, 4), "sparsity": 0.6}, r"at most 64 of 128"),
+        ({"pattern": pruning.NofM(2, 4), "blocks": 6}, "multiples of 4"),
+        ({"pattern": pruning.Slices(), "blocks": 16}, "blocks='leaf'"),
+        ({"score": "greedy", "pattern": pruning.Slices()}, "inside blocks"),
+        ({"sparsity": 1.0}, "allow_empty_layers"),
+        ({"sparsity": {"a": 1.0, "b": 0.1}}, r"\['a'\].*allow_empty_layers"),
+        ({"sparsity": {"a": 0.5}}, "structure"),
+        ({"sparsity": {"a": 0.5, "b": 0.5}, "path_filter": "a"}, "must be 0"),
+        ({"budget": "even"}, "'global', 'uniform', 'erk'"),
+        ({"budget": "uniform", "costs": {"a": 1, "b": 2}}, "budget='global'"),
+        ({"costs": {"a": 1}}, "structure"),
+        ({"costs": {"a": 0, "b": 2}}, r"costs\['a'\]"),
+        ({"costs": {"a": 2**30, "b": 3}}, "smaller units"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        step(**options)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: pruning.NofM(4, 4),
+        lambda: pruning.NofM(0, 4),
+        lambda: pruning.BlocksOf(0),
+    ],
+)
+def test_patterns_that_are_none(make):
+    with pytest.raises(ValueError, match=r"must be"):
+        make()
+
+
+@pytest.mark.wrong_types
+def test_patterns_of_wrong_type():
+    with pytest.raises(TypeError, match="pattern must be one of"):
+        step(pattern="2:4")
+    with pytest.raises(TypeError, match="axis must be a Python int"):
+        pruning.Slices(axis=1.0)

@@ -1,0 +1,285 @@
+"""Pruning in one call."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mfac_jax import pruning
+from mfac_jax.pruning import _prune
+
+X = jax.random.normal(jax.random.key(0), (128, 12))
+Y = jnp.tanh(X @ jax.random.normal(jax.random.key(1), (12, 3)))
+BATCHES = [(X[i : i + 16], Y[i : i + 16]) for i in range(0, 128, 16)]
+SETTINGS = (
+    pruning.Setting("greedy", "joint", 24, 1e-4, (1.0, 0.5)),
+    pruning.Setting("mfac", "reference", None, 1e-4),
+    pruning.Setting("magnitude", "none", None, 1e-4),
+)
+
+
+def loss_fn(params, batch):
+    x, y = batch
+    hidden = jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"][None])
+    return jnp.mean((hidden @ params["b"]["kernel"] - y) ** 2)
+
+
+@pytest.fixture(scope="module")
+def params():
+    key = jax.random.key(2)
+    params = {
+        "a": {"bias": jnp.zeros(16), "kernel": jax.random.normal(key, (12, 16)) / 4},
+        "b": {"kernel": jax.random.normal(key, (16, 3)) / 4},
+    }
+    tx = optax.sgd(0.3, momentum=0.9)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss_fn)(params, (X, Y)), state)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(300):
+        params, state = step(params, state)
+    return params
+
+
+def run(params, sparsity=0.6, **options):
+    chosen = {"steps": 3, "num_gradients": 32, "settings": SETTINGS, "progress": False}
+    return pruning.prune(params, loss_fn, BATCHES, sparsity, **{**chosen, **options})
+
+
+def full_loss(params):
+    return float(loss_fn(params, (X, Y)))
+
+
+def test_a_percentage_is_all_it_takes(params):
+    before = jax.tree.map(np.array, params)
+    pruned = run(params, per_example=True)
+    kernels = [pruned.mask["a"]["kernel"], pruned.mask["b"]["kernel"]]
+    assert sum(int(jnp.sum(~m)) for m in kernels) == round(0.6 * 240)
+    assert bool(pruned.mask["a"]["bias"].all())
+    for w, m in zip(jax.tree.leaves(pruned.params), jax.tree.leaves(pruned.mask), strict=True):
+        assert np.all(np.asarray(w)[~np.asarray(m)] == 0)
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    magnitude = run(params, settings=SETTINGS[2:])
+    assert full_loss(pruned.params) < full_loss(magnitude.params)
+
+
+def test_every_step_takes_the_setting_of_least_measured_loss(params):
+    report = run(params, per_example=True).report
+    assert len(report.steps) == 3
+    for step in report.steps:
+        assert len(step.tried) == 4
+        losses = [trial.loss for trial in step.tried]
+        assert step.loss_after == min(losses) == losses[step.chosen]
+        assert 0 < step.degrees_of_freedom <= 32
+        assert step.seconds > step.gradient_seconds > 0
+        assert step.peak_memory is None or step.peak_memory > 2**20
+    for one, next_ in zip(report.steps, report.steps[1:], strict=False):
+        assert next_.loss_before == one.loss_after
+    assert [step.num_pruned for step in report.steps] == [
+        round(240 * s) for s in pruning.sparsity_schedule(0.6, 3)
+    ]
+    assert sum(layer.num_pruned for layer in report.layers) == report.steps[-1].num_pruned
+
+
+def test_a_step_is_that_of_prune_step(params):
+    setting = pruning.Setting("mfac", "joint", 24, 1e-3, (0.5,))
+    pruned = run(params, steps=1, settings=[setting], calibration=BATCHES[:1], num_calibration=1)
+    from mfac_jax import collect_gradients
+
+    g = collect_gradients(loss_fn, params, BATCHES, 32, progress=False)
+    want, mask, info = pruning.prune_step(
+        params,
+        pruning.initial_mask(params),
+        g,
+        0.6,
+        damping=1e-3,
+        blocks=24,
+        step_scale=0.5,
+    )
+    jax.tree.map(np.testing.assert_array_equal, pruned.mask, mask)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, pruned.params, want)
+    close(pruned.report.steps[0].update_norm, info.update_norm)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "settings", "sparsity"),
+    [
+        (pruning.NofM(2, 4), SETTINGS, 0.5),
+        (pruning.BlocksOf(4, axis=0), SETTINGS, 0.5),
+        (pruning.Slices(axis=0), SETTINGS[1:], 0.5),
+    ],
+)
+def test_patterns_in_several_steps(params, pattern, settings, sparsity):
+    pruned = run(params, sparsity, pattern=pattern, settings=settings)
+    done = pruned.report.steps[-1].num_pruned
+    assert done <= 120
+    assert done > 120 - 16
+    if isinstance(pattern, pruning.NofM):
+        kernel = np.asarray(pruned.mask["a"]["kernel"])
+        assert np.all(kernel.reshape(3, 4, 16).sum(1) == 2)
+
+
+def test_schedules_masks_and_sparsities_of_leaves(params):
+    given = run(params, schedule=(0.3, 0.6)).report
+    assert [step.num_pruned for step in given.steps] == [72, 144]
+    per_leaf = {"a": {"bias": 0.0, "kernel": 0.5}, "b": {"kernel": 0.25}}
+    pruned = run(params, per_leaf)
+    assert [layer.num_pruned for layer in pruned.report.layers] == [96, 12]
+    again = pruning.prune(
+        pruned.params, loss_fn, BATCHES, 0.6, steps=2, num_gradients=8,
+        settings=SETTINGS[2:], mask=pruned.mask, schedule="cubic", progress=False,
+    )  # fmt: skip
+    gone = [~np.asarray(m) for m in jax.tree.leaves(pruned.mask)]
+    for old, new in zip(gone, jax.tree.leaves(again.mask), strict=True):
+        assert not np.any(np.asarray(new)[old])
+
+
+def test_fine_tuning_in_between(params):
+    tx = optax.sgd(0.3, momentum=0.9)
+
+    def fine_tune(params, mask):
+        wrapped = pruning.sparse(tx, mask)
+        state = wrapped.init(params)
+        for _ in range(5):
+            updates, state = wrapped.update(jax.grad(loss_fn)(params, (X, Y)), state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    tuned = run(params, 0.8, fine_tune=fine_tune)
+    plain = run(params, 0.8)
+    assert full_loss(tuned.params) < full_loss(plain.params)
+    assert all(step.loss_tuned is not None for step in tuned.report.steps)
+    # A careless function revives nothing.
+    careless = run(
+        params, 0.8, fine_tune=lambda params, mask: jax.tree.map(lambda w: w + 1, params)
+    )
+    assert all(
+        np.all(np.asarray(w)[~np.asarray(m)] == 0)
+        for w, m in zip(
+            jax.tree.leaves(careless.params), jax.tree.leaves(careless.mask), strict=True
+        )
+    )
+
+
+def test_data_goes_on_from_step_to_step(params):
+    seen = []
+
+    class Loader:
+        def __iter__(self):
+            for i, batch in enumerate(BATCHES):
+                seen.append(i)
+                yield batch
+
+    pruning.prune(
+        params, loss_fn, Loader(), 0.3, steps=2, num_gradients=5, settings=SETTINGS[2:],
+        num_calibration=2, progress=False,
+    )  # fmt: skip
+    # Two to calibrate on, five and five for gradients; a pass ends after eight.
+    assert seen[:12] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
+    once = pruning.prune(
+        params, loss_fn, iter(BATCHES), 0.3, steps=2, num_gradients=5, settings=SETTINGS[2:],
+        num_calibration=2, progress=False,
+    )  # fmt: skip
+    assert once.report.steps[-1].num_pruned == 72
+
+
+def test_the_report_is_a_table_and_a_picture(params, tmp_path):
+    report = run(params, 0.5).report
+    text = str(report)
+    assert "50.00%" in text
+    assert "['a']['kernel']" in text
+    report.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "pattern", [pruning.Unstructured(), pruning.NofM(2, 4), pruning.BlocksOf(3), pruning.Slices()]
+)
+def test_defaults_fit_every_pattern_and_include_the_papers_setting_and_none(params, pattern):
+    settings = pruning.default_settings(pattern)
+    assert any(s.score == "mfac" and s.update == "reference" for s in settings)
+    assert any(s.update == "none" for s in settings)
+    kernel = lambda path, leaf: path == "a/kernel"  # noqa: E731
+    if pattern == pruning.BlocksOf(3):
+        pattern = pruning.BlocksOf(3, axis=0)
+    pruned = run(params, 0.4, settings=None, pattern=pattern, path_filter=kernel, steps=2)
+    assert pruned.report.steps[-1].sparsity == pytest.approx(0.4, abs=0.07)
+
+
+def test_a_relative_damping_follows_the_scale_of_the_loss(params):
+    setting = pruning.Setting("greedy", "joint", 24, 1e-2, relative=True)
+    options = {"steps": 2, "num_gradients": 16, "settings": [setting], "progress": False}
+    plain = pruning.prune(params, loss_fn, BATCHES, 0.5, **options)
+    scaled = pruning.prune(
+        params, lambda params, batch: 100 * loss_fn(params, batch), BATCHES, 0.5, **options
+    )
+    jax.tree.map(np.testing.assert_array_equal, plain.mask, scaled.mask)
+    for one, other in zip(plain.report.steps, scaled.report.steps, strict=True):
+        assert other.damping == pytest.approx(1e4 * one.damping, rel=1e-2)
+        assert other.degrees_of_freedom == pytest.approx(one.degrees_of_freedom, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"sparsity": 1.2}, ValueError, r"sparsity must lie in \[0, 1\]"),
+        ({"calibration": []}, ValueError, "calibration is empty"),
+        ({"num_calibration": 0}, ValueError, "num_calibration must be at least 1"),
+        ({"settings": []}, ValueError, "settings is empty"),
+        ({"schedule": (0.5, 0.4, 0.6)}, ValueError, "rise"),
+        ({"schedule": (0.1, 0.5)}, ValueError, "must end at sparsity=0.6"),
+        ({"schedule": "square"}, ValueError, "'geometric', 'cubic', 'linear'"),
+        ({"steps": 0}, ValueError, "steps must be at least 1"),
+        ({"path_filter": "nothing"}, ValueError, "at least one parameter"),
+        ({"pattern": pruning.NofM(2, 5)}, ValueError, "multiple of 5"),
+        ({"sparsity": {"a": 0.5}}, ValueError, "structure"),
+        (
+            {"settings": [pruning.Setting("best", "joint", 8, 1e-3)]},
+            ValueError,
+            "score must be one of",
+        ),
+        (
+            {
+                "settings": [pruning.Setting("greedy", "joint", None, 1e-3)],
+                "pattern": pruning.Slices(),
+            },
+            ValueError,
+            "inside blocks",
+        ),
+        ({"settings": [pruning.Setting("mfac", "joint", 8, -1.0)]}, ValueError, "damping"),
+        (
+            {"mask": {"a": {"bias": True, "kernel": False}, "b": {"kernel": True}}},
+            ValueError,
+            "below",
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(params, options, error, words, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(_prune, "collect_gradients", fail)
+    with pytest.raises(error, match=words):
+        run(params, **options)
+
+
+def test_numbers_that_are_not_finite(params):
+    bad = jax.tree.map(lambda w: w.at[0].set(jnp.nan), params)
+    with pytest.raises(FloatingPointError, match=r"params\['a'\]\['bias'\]"):
+        run(bad)
+    batches = [(x, y.at[0].set(jnp.inf)) for x, y in BATCHES]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        pruning.prune(params, loss_fn, batches, 0.5, steps=1, num_gradients=4, progress=False)
+
+
+@pytest.mark.wrong_types
+def test_wrong_types(params):
+    with pytest.raises(TypeError, match="settings must be Setting, got str"):
+        run(params, settings=["mfac"])
+    with pytest.raises(TypeError, match=r"\[batch\]"):
+        pruning.prune(params, loss_fn, X, 0.5)
