@@ -19,6 +19,10 @@ prune and S those to keep, a change ``delta`` with ``delta_Q = -w_Q`` costs
 - :func:`joint_update`, :func:`reference_update` and :func:`removal` give ``delta``;
 - :func:`save`, :func:`load` and :func:`to_bcoo` hand the result on.
 
+To add to it: a score is an entry of ``SCORES`` in ``_scores.py``, an update one of
+``UPDATES`` in ``_updates.py``, a pattern a class in ``_patterns.py`` with its groups and the order
+of axes that makes them neighbours, a budget a branch of ``layer_counts`` in ``_budgets.py``.
+
 Scores, masks and updates take the trees they are given whole. To work on some
 of the parameters, give them those alone; rows narrow with
 :class:`mfac_jax.rows.SelectedRows`.
@@ -28,12 +32,13 @@ Brain Surgeon", NeurIPS 1992. Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matri
 Approximations of Second-Order Information", NeurIPS 2021, section 4.1.
 """
 
+from mfac_jax.pruning._calibration import Setting, Trial, default_settings
 from mfac_jax.pruning._export import load, save, to_bcoo
 from mfac_jax.pruning._filters import prunable
 from mfac_jax.pruning._masks import initial_mask, mask_to_count, mask_to_sparsity
 from mfac_jax.pruning._patterns import BlocksOf, NofM, Slices, Unstructured
-from mfac_jax.pruning._prune import Pruned, default_settings, prune
-from mfac_jax.pruning._report import LayerReport, PruneReport, Setting, StepReport, Trial
+from mfac_jax.pruning._prune import Pruned, prune
+from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport
 from mfac_jax.pruning._saliency import magnitude, obd_saliency, saliency
 from mfac_jax.pruning._schedules import sparsity_schedule
 from mfac_jax.pruning._sparse import SparseState, set_mask, sparse

@@ -10,45 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from mfac_jax.inverse import Blocks
-
-
-class Setting(NamedTuple):
-    """One way to make a step; the arguments of :func:`prune_step` of these names.
-
-    Attributes:
-        score: which weights go.
-        update: how the others make up for it.
-        blocks: of the Fisher.
-        damping: ``lambda``, or if it is ``relative`` a multiple of the mean of the diagonal
-            of ``G^T G / n``.
-        scales: what the update is multiplied by, one after another.
-        relative: what ``damping`` is.
-    """
-
-    score: str
-    update: str
-    blocks: Blocks
-    damping: float
-    scales: tuple[float, ...] = (1.0,)
-    relative: bool = False
-
-
-class Trial(NamedTuple):
-    """A setting that was tried, and the loss on the calibration batches (NaN if there is none)."""
-
-    setting: Setting
-    scale: float
-    loss: float
-
-    def __str__(self) -> str:
-        setting = self.setting
-        blocks = "whole" if setting.blocks is None else f"blocks {setting.blocks}"
-        return (
-            f"{setting.score} + {setting.update}, {blocks}, "
-            f"damping {setting.damping:g}{' of the mean' if setting.relative else ''}, "
-            f"scale {self.scale:g}"
-        )
+from mfac_jax.pruning._calibration import Trial
 
 
 @dataclass(frozen=True)

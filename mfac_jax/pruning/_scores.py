@@ -1,14 +1,15 @@
 """Scores by name, for every pattern.
 
-A score is a function ``(weights, rows, damping, alive, blocks, grouping) -> tree`` in
-``SCORES``. Its weights are turned so that those of a group are neighbours (see
-:mod:`mfac_jax.pruning._patterns`). All weights of a group that goes as a whole have the same
-score; in an N:M pattern the weights that are never to go score inf.
+A score is a function of what is :class:`Given`, in ``SCORES``. The weights in it are turned
+so that those of a group are neighbours (see :mod:`mfac_jax.pruning._patterns`). All weights
+of a group that goes as a whole have the same score; in an N:M pattern the weights that are
+never to go score inf.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,72 +33,65 @@ from mfac_jax.rows import GradientRows
 # Blocks whose inverse is worked on as a matrix of B x B; larger ones are not.
 _LARGEST_GREEDY = 2048
 
+
+class Given(NamedTuple):
+    """What a score is worked out from.
+
+    Attributes:
+        weights: a tree.
+        rows: their gradients.
+        damping: ``lambda``.
+        alive: which weights are there, a tree of booleans.
+        blocks: which blocks the Fisher has.
+        grouping: which weights can only go together.
+    """
+
+    weights: PyTree
+    rows: GradientRows
+    damping: Float[Array, ""]
+    alive: PyTree
+    blocks: Blocks
+    grouping: Grouping
+
+
 _GroupScore = Callable[..., Float[Array, "b B"]]
 
 
-def _magnitude_score(
-    weights: PyTree,
-    rows: GradientRows,
-    damping: Float[Array, ""],
-    alive: PyTree,
-    blocks: Blocks,
-    grouping: Grouping,
-) -> PyTree:
-    del rows, damping, blocks
-    single = magnitude(weights, mask=alive)
-    if isinstance(grouping.pattern, Unstructured | NofM):
-        return _of_weights(single, alive, grouping)
+def _magnitude_score(given: Given) -> PyTree:
+    single = magnitude(given.weights, mask=given.alive)
+    if not given.grouping.goes_whole:
+        return _of_weights(single, given)
     squares = jax.tree.map(lambda leaf: leaf * leaf, single)
-    return jax.tree.map(jnp.sqrt, _of_weights(squares, alive, grouping))
+    return jax.tree.map(jnp.sqrt, _of_weights(squares, given))
 
 
-def _obd_score(
-    weights: PyTree,
-    rows: GradientRows,
-    damping: Float[Array, ""],
-    alive: PyTree,
-    blocks: Blocks,
-    grouping: Grouping,
-) -> PyTree:
-    del blocks
-    return _of_weights(obd_saliency(weights, rows, damping, mask=alive), alive, grouping)
+def _obd_score(given: Given) -> PyTree:
+    single = obd_saliency(given.weights, given.rows, given.damping, mask=given.alive)
+    return _of_weights(single, given)
 
 
-def _mfac_score(
-    weights: PyTree,
-    rows: GradientRows,
-    damping: Float[Array, ""],
-    alive: PyTree,
-    blocks: Blocks,
-    grouping: Grouping,
-) -> PyTree:
-    if isinstance(grouping.pattern, Unstructured):
-        return saliency(weights, rows, damping, mask=alive, blocks=blocks)
-    return _of_groups(weights, rows, damping, alive, blocks, grouping)
+def _mfac_score(given: Given) -> PyTree:
+    if isinstance(given.grouping.pattern, Unstructured):
+        return saliency(
+            given.weights, given.rows, given.damping, mask=given.alive, blocks=given.blocks
+        )
+    return _of_groups(given)
 
 
-def _greedy_score(
-    weights: PyTree,
-    rows: GradientRows,
-    damping: Float[Array, ""],
-    alive: PyTree,
-    blocks: Blocks,
-    grouping: Grouping,
-) -> PyTree:
-    layout, n, pattern = rows.layout, rows.num_rows, grouping.pattern
+def _greedy_score(given: Given) -> PyTree:
+    size, pattern = given.grouping.size, given.grouping.pattern
     quota = pattern.removable if isinstance(pattern, NofM) else None
 
     def records(
         batch: Float[Array, "b n B"], w: Float[Array, "b B"], here: Bool[Array, "b B"]
     ) -> Float[Array, "b B"]:
-        batch = jnp.where(here[:, None], batch, jnp.zeros_like(batch))
-        inverse = invert_blocks(batch, damping).diagonal_blocks(w.shape[1])[:, 0]
-        floor = 1 / (damping + jnp.sum(batch * batch, axis=1) / n)
-        return greedy_records(inverse, w, here, floor, size=grouping.size, quota=quota)
+        batch, floor = _alive_only(batch, here, given.damping)
+        inverse = invert_blocks(batch, given.damping).diagonal_blocks(w.shape[1])[:, 0]
+        return greedy_records(inverse, w, here, floor, size=size, quota=quota)
 
-    return layout.unflatten(
-        map_blocks(rows, block_runs(layout, blocks), records, *_flat(weights, alive, rows))
-    )
+    layout = given.rows.layout
+    runs = block_runs(layout, given.blocks)
+    return layout.unflatten(map_blocks(given.rows, runs, records, *_flat(given)))
 
 
 SCORES = {
@@ -137,12 +131,11 @@ def check_score(score: str, layout: Layout, blocks: Blocks, grouping: Grouping) 
         )
 
 
-def _of_weights(single: PyTree, alive: PyTree, grouping: Grouping) -> PyTree:
+def _of_weights(single: PyTree, given: Given) -> PyTree:
     """Scores of a pattern from scores of single weights: sums, or the lowest of a group."""
-    if isinstance(grouping.pattern, Unstructured):
+    grouping, pattern = given.grouping, given.grouping.pattern
+    if isinstance(pattern, Unstructured):
         return single
-
-    pattern = grouping.pattern
     whole = isinstance(pattern, Slices)
 
     def of_leaf(scores: Array, here: Array) -> Array:
@@ -154,21 +147,14 @@ def _of_weights(single: PyTree, alive: PyTree, grouping: Grouping) -> PyTree:
         groups = scores.reshape(shape[0], -1) if whole else scores.reshape(-1, grouping.size)
         return jnp.broadcast_to(jnp.sum(groups, 1, keepdims=True), groups.shape).reshape(shape)
 
-    return jax.tree.map(of_leaf, single, alive)
+    return jax.tree.map(of_leaf, single, given.alive)
 
 
-def _of_groups(
-    weights: PyTree,
-    rows: GradientRows,
-    damping: Float[Array, ""],
-    alive: PyTree,
-    blocks: Blocks,
-    grouping: Grouping,
-) -> PyTree:
+def _of_groups(given: Given) -> PyTree:
     """The exact saliency of every group."""
-    layout = rows.layout
-    flat = _flat(weights, alive, rows)
-    runs = block_runs(layout, blocks)
+    rows, grouping, damping = given.rows, given.grouping, given.damping
+    layout, flat = rows.layout, _flat(given)
+    runs = block_runs(layout, given.blocks)
     is_whole = len(runs) == 1 and runs[0].count == 1 and runs[0].size > rows.num_rows
     if not is_whole and not isinstance(grouping.pattern, Slices):
         return layout.unflatten(map_blocks(rows, runs, _in_blocks(damping, grouping), *flat))
@@ -179,8 +165,8 @@ def _of_groups(
         for start, total, size in zip(starts, layout.sizes, grouping.sizes, strict=True)
     ]
     every = range(len(of_leaf))
-    for scope in [[i] for i in every] if blocks == "leaf" else [list(every)]:
-        leaves, treedef = jax.tree.flatten(alive)
+    for scope in [[i] for i in every] if given.blocks == "leaf" else [list(every)]:
+        leaves, treedef = jax.tree.flatten(given.alive)
         within = [leaf & (i in scope) for i, leaf in enumerate(leaves)]
         gram = rows.gram(jax.tree.unflatten(treedef, within))
         function = _by_whole_inverse(gram, damping, grouping)
@@ -196,9 +182,8 @@ def _in_blocks(damping: Float[Array, ""], grouping: Grouping) -> _GroupScore:
     def scores(
         batch: Float[Array, "b n B"], w: Float[Array, "b B"], here: Bool[Array, "b B"]
     ) -> Float[Array, "b B"]:
-        batch = jnp.where(here[:, None], batch, jnp.zeros_like(batch))
+        batch, floor = _alive_only(batch, here, damping)
         inverse = invert_blocks(batch, damping).diagonal_blocks(size)
-        floor = 1 / (damping + jnp.sum(batch * batch, axis=1) / batch.shape[1])
         cut = (w.shape[0], -1, size)
         out = _score_groups(
             inverse, w.reshape(cut), here.reshape(cut), floor.reshape(cut), grouping
@@ -224,7 +209,7 @@ def _by_whole_inverse(
     def scores(
         batch: Float[Array, "b n g"], w: Float[Array, "b g"], here: Bool[Array, "b g"]
     ) -> Float[Array, "b g"]:
-        batch = jnp.where(here[:, None], batch, jnp.zeros_like(batch))
+        batch, floor = _alive_only(batch, here, damping)
         if w.shape[1] > n:
             own = jnp.einsum("bng,bmg->bnm", batch, batch, precision="highest")
             dots = jnp.einsum("bng,bg->bn", batch, w, precision="highest")
@@ -232,7 +217,6 @@ def _by_whole_inverse(
             half = jnp.einsum("bnm,bm->bn", root, dots, precision="highest")
             cost = damping / 2 * (jnp.sum(w * w, axis=1) + jnp.sum(half * half, axis=1))
             return jnp.broadcast_to(cost[:, None], w.shape)
-        floor = 1 / (damping + jnp.sum(batch * batch, axis=1) / n)
         whitened = jnp.einsum("nm,bmg->bng", inverse_lower, batch, precision="highest")
         inner = jnp.einsum("bng,bnh->bgh", whitened, whitened, precision="highest")
         eye = jnp.broadcast_to(jnp.eye(w.shape[1], dtype=w.dtype), inner.shape)
@@ -266,11 +250,17 @@ def _score_groups(
     ).reshape(shape)
 
 
-def _flat(
-    weights: PyTree, alive: PyTree, rows: GradientRows
-) -> tuple[Float[Array, " d"], Bool[Array, " d"]]:
-    flat = rows.layout.flatten(weights, rows.dtype, "weights")
-    here = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(alive)])
+def _alive_only(
+    batch: Float[Array, "b n B"], here: Bool[Array, "b B"], damping: Float[Array, ""]
+) -> tuple[Float[Array, "b n B"], Float[Array, "b B"]]:
+    """The gradients of the alive weights, and ``1 / F_jj``, which no pivot is below."""
+    batch = jnp.where(here[:, None], batch, jnp.zeros_like(batch))
+    return batch, 1 / (damping + jnp.sum(batch * batch, axis=1) / batch.shape[1])
+
+
+def _flat(given: Given) -> tuple[Float[Array, " d"], Bool[Array, " d"]]:
+    flat = given.rows.layout.flatten(given.weights, given.rows.dtype, "weights")
+    here = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(given.alive)])
     return jnp.where(here, flat, jnp.zeros_like(flat)), here
 
 

@@ -27,7 +27,7 @@ from mfac_jax.pruning._patterns import (
     check_pattern,
     group,
 )
-from mfac_jax.pruning._scores import SCORES, check_score
+from mfac_jax.pruning._scores import SCORES, Given, check_score
 from mfac_jax.pruning._updates import UPDATES, full_update, quadratic_terms
 from mfac_jax.rows import GradientRows, SelectedRows, TransposedRows, check_rows, inverse_order
 
@@ -253,7 +253,7 @@ def choose(
     """The new mask, and whether the scores of all that goes are finite."""
     turn = _Turn(rows.layout, grouping)
     weights, alive = turn(params), turn(mask)
-    scores = SCORES[score](weights, turn.rows(rows), damping, alive, blocks, grouping)
+    scores = SCORES[score](Given(weights, turn.rows(rows), damping, alive, blocks, grouping))
     kept = select(
         scores,
         alive,

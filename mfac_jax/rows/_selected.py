@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.rows._base import GradientRows, Implementation
+from mfac_jax.rows._base import GradientRows
+from mfac_jax.rows._view import RowsView
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SelectedRows:
+class SelectedRows(RowsView):
     """The gradients of some of the parameters. Implements :class:`GradientRows`.
 
     Its parameters are the selected leaves, as a tuple in their order; its coordinates
@@ -39,65 +39,6 @@ class SelectedRows:
         shapes = zip(rows.layout.shapes, rows.layout.dtypes, keep, strict=True)
         leaves = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, kept in shapes if kept)
         return cls(rows, keep, Layout(leaves))
-
-    @property
-    def implementation(self) -> Implementation:
-        return self.base.implementation
-
-    @property
-    def num_rows(self) -> int:
-        return self.base.num_rows
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.base.dtype
-
-    # A row that is written is zero in the leaves that the view does not show.
-    def put(
-        self, row: Int[Array, ""], gradient: PyTree
-    ) -> tuple[SelectedRows, Float[Array, " m"], Bool[Array, ""]]:
-        leaves = [jnp.asarray(leaf) for leaf in self.layout.check(gradient, "gradient")]
-        base, dots, accepted = self.base.put(row, self._widen(leaves))
-        return SelectedRows(base, self.keep, self.layout), dots, accepted
-
-    def write(self, row: Int[Array, ""], gradient: PyTree) -> tuple[SelectedRows, Bool[Array, ""]]:
-        leaves = [jnp.asarray(leaf) for leaf in self.layout.check(gradient, "gradient")]
-        base, accepted = self.base.write(row, self._widen(leaves))
-        return SelectedRows(base, self.keep, self.layout), accepted
-
-    def clear(self, row: Int[Array, ""]) -> SelectedRows:
-        return SelectedRows(self.base.clear(row), self.keep, self.layout)
-
-    def dots(self, vector: PyTree) -> Float[Array, " m"]:
-        leaves = [jnp.asarray(leaf) for leaf in self.layout.check(vector, "vector")]
-        return self.base.dots(self._widen(leaves))
-
-    def combine(
-        self,
-        coefficients: Float[Array, " m"],
-        *,
-        vector: PyTree | None = None,
-        scale: Float[Array, ""] | None = None,
-    ) -> PyTree:
-        if vector is not None:
-            leaves = self.layout.check(vector, "vector")
-            vector = self._widen([jnp.asarray(leaf) for leaf in leaves])
-        return self._narrow(self.base.combine(coefficients, vector=vector, scale=scale))
-
-    def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
-        return self.base.gram(self._widen_mask(mask))
-
-    def restrict(self, mask: PyTree) -> SelectedRows:
-        return SelectedRows(self.base.restrict(self._widen_mask(mask)), self.keep, self.layout)
-
-    def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> SelectedRows:
-        base = self.base.transform(matrix, lower=lower)
-        return SelectedRows(base, self.keep, self.layout)
-
-    def column_square_sums(
-        self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
-    ) -> PyTree:
-        return self._narrow(self.base.column_square_sums(matrix, lower=lower))
 
     def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
         if not isinstance(start, int):
@@ -131,21 +72,24 @@ class SelectedRows:
                 segments.append((int(first), int(shift), int(width)))
         return segments
 
-    def _widen(self, leaves: list[Any]) -> PyTree:
-        """The tree of all parameters, with zeros in the leaves that are left out."""
-        layout, selected = self.base.layout, iter(leaves)
+    def to_base(self, tree: PyTree) -> PyTree:
+        """All parameters, with zeros in the leaves that are left out.
+
+        So a row that is written is zero in the leaves that the view does not show.
+        """
+        layout, selected = self.base.layout, iter(jax.tree.leaves(tree))
         wide = [
-            next(selected) if kept else jnp.zeros(shape, self.dtype)
+            jnp.asarray(next(selected)) if kept else jnp.zeros(shape, self.dtype)
             for shape, kept in zip(layout.shapes, self.keep, strict=True)
         ]
         return jax.tree_util.tree_unflatten(layout.treedef, wide)
 
-    def _widen_mask(self, mask: PyTree | None) -> PyTree:
+    def from_base(self, tree: PyTree) -> PyTree:
+        leaves = zip(jax.tree.leaves(tree), self.keep, strict=True)
+        return tuple(leaf for leaf, kept in leaves if kept)
+
+    def mask_to_base(self, mask: PyTree | None) -> PyTree:
         leaves = [True] * sum(self.keep) if mask is None else self.layout.check_mask(mask)
         selected = iter(leaves)
         wide = [jnp.asarray(next(selected) if kept else False) for kept in self.keep]
         return jax.tree_util.tree_unflatten(self.base.layout.treedef, wide)
-
-    def _narrow(self, tree: PyTree) -> PyTree:
-        leaves = zip(jax.tree.leaves(tree), self.keep, strict=True)
-        return tuple(leaf for leaf, kept in leaves if kept)

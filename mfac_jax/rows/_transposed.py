@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.rows._base import GradientRows, Implementation
+from mfac_jax.rows._base import GradientRows
+from mfac_jax.rows._view import RowsView
 
 
 def inverse_order(order: Sequence[int]) -> tuple[int, ...]:
@@ -22,7 +23,7 @@ def inverse_order(order: Sequence[int]) -> tuple[int, ...]:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TransposedRows:
+class TransposedRows(RowsView):
     """Gradients of transposed parameters. Implements :class:`GradientRows`.
 
     Every product is asked of the rows behind it with the vectors turned back, so no
@@ -48,65 +49,6 @@ class TransposedRows:
             )
         ]
         return cls(rows, orders, Layout(jax.tree.unflatten(rows.layout.treedef, leaves)))
-
-    @property
-    def implementation(self) -> Implementation:
-        return self.base.implementation
-
-    @property
-    def num_rows(self) -> int:
-        return self.base.num_rows
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.base.dtype
-
-    def put(
-        self, row: Int[Array, ""], gradient: PyTree
-    ) -> tuple[TransposedRows, Float[Array, " m"], Bool[Array, ""]]:
-        self.layout.check(gradient, "gradient")
-        base, dots, accepted = self.base.put(row, self._back(gradient))
-        return TransposedRows(base, self.orders, self.layout), dots, accepted
-
-    def write(
-        self, row: Int[Array, ""], gradient: PyTree
-    ) -> tuple[TransposedRows, Bool[Array, ""]]:
-        self.layout.check(gradient, "gradient")
-        base, accepted = self.base.write(row, self._back(gradient))
-        return TransposedRows(base, self.orders, self.layout), accepted
-
-    def clear(self, row: Int[Array, ""]) -> TransposedRows:
-        return TransposedRows(self.base.clear(row), self.orders, self.layout)
-
-    def dots(self, vector: PyTree) -> Float[Array, " m"]:
-        self.layout.check(vector, "vector")
-        return self.base.dots(self._back(vector))
-
-    def combine(
-        self,
-        coefficients: Float[Array, " m"],
-        *,
-        vector: PyTree | None = None,
-        scale: Float[Array, ""] | None = None,
-    ) -> PyTree:
-        if vector is not None:
-            self.layout.check(vector, "vector")
-            vector = self._back(vector)
-        return self._turn(self.base.combine(coefficients, vector=vector, scale=scale))
-
-    def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
-        return self.base.gram(None if mask is None else self._mask(mask))
-
-    def restrict(self, mask: PyTree) -> TransposedRows:
-        return TransposedRows(self.base.restrict(self._mask(mask)), self.orders, self.layout)
-
-    def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> TransposedRows:
-        return TransposedRows(self.base.transform(matrix, lower=lower), self.orders, self.layout)
-
-    def column_square_sums(
-        self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
-    ) -> PyTree:
-        return self._turn(self.base.column_square_sums(matrix, lower=lower))
 
     def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
         if not isinstance(start, int):
@@ -145,15 +87,17 @@ class TransposedRows:
             stored_at = stored_at + index * jnp.asarray(there[:, k])[leaf]
         return self.base.take(stored_at)
 
-    def _turn(self, tree: PyTree) -> PyTree:
-        return self._each(tree, lambda leaf, order: jnp.transpose(leaf, order))
-
-    def _back(self, tree: PyTree) -> PyTree:
+    def to_base(self, tree: PyTree) -> PyTree:
         return self._each(tree, lambda leaf, order: jnp.transpose(leaf, inverse_order(order)))
 
-    def _mask(self, mask: PyTree) -> PyTree:
+    def from_base(self, tree: PyTree) -> PyTree:
+        return self._each(tree, lambda leaf, order: jnp.transpose(leaf, order))
+
+    def mask_to_base(self, mask: PyTree | None) -> PyTree | None:
+        if mask is None:
+            return None
         leaves = self.layout.check_mask(mask)
-        return self._back(jax.tree.unflatten(self.layout.treedef, leaves))
+        return self.to_base(jax.tree.unflatten(self.layout.treedef, leaves))
 
     def _each(self, tree: PyTree, function: Callable[[Array, tuple[int, ...]], Array]) -> PyTree:
         leaves = zip(jax.tree.leaves(tree), self.orders, strict=True)

@@ -1,0 +1,220 @@
+"""Choosing how to make a step by the loss it leads to.
+
+The quadratic model behind an update oversteps where gradients are few for many weights, and
+cannot see it. So several settings are worked out, and what the network then loses on
+calibration batches decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mfac_jax import _checks
+from mfac_jax._layout import Layout, PyTree
+from mfac_jax.inverse import Blocks
+from mfac_jax.pruning._budgets import Target
+from mfac_jax.pruning._inputs import as_static
+from mfac_jax.pruning._patterns import BlocksOf, Grouping, NofM, Pattern, Slices, Unstructured
+from mfac_jax.pruning._scores import SCORES, check_score
+from mfac_jax.pruning._step import PruneInfo, choose, move, work_out
+from mfac_jax.pruning._updates import UPDATES
+from mfac_jax.rows import SelectedRows
+
+LossFn = Callable[[PyTree, PyTree], Any]
+
+
+class Setting(NamedTuple):
+    """One way to make a step; the arguments of :func:`prune_step` of these names.
+
+    Attributes:
+        score: which weights go.
+        update: how the others make up for it.
+        blocks: of the Fisher.
+        damping: ``lambda``, or if it is ``relative`` a multiple of the mean of the diagonal
+            of ``G^T G / n``.
+        scales: what the update is multiplied by, one after another.
+        relative: what ``damping`` is.
+    """
+
+    score: str
+    update: str
+    blocks: Blocks
+    damping: float
+    scales: tuple[float, ...] = (1.0,)
+    relative: bool = False
+
+
+class Trial(NamedTuple):
+    """A setting that was tried, and the loss on the calibration batches (NaN if there is none)."""
+
+    setting: Setting
+    scale: float
+    loss: float
+
+    def __str__(self) -> str:
+        setting = self.setting
+        blocks = "whole" if setting.blocks is None else f"blocks {setting.blocks}"
+        return (
+            f"{setting.score} + {setting.update}, {blocks}, "
+            f"damping {setting.damping:g}{' of the mean' if setting.relative else ''}, "
+            f"scale {self.scale:g}"
+        )
+
+
+# What the paper's code does, and nothing at all.
+_REFERENCE = Setting("mfac", "reference", None, 1e-5)
+_NOTHING = Setting("magnitude", "none", None, 1e-5)
+_BLOCK = 128
+# Blocks of up to n weights are well determined by n gradients, and a small damping suits them.
+_RELATIVE_DAMPING = 1e-2
+
+
+def default_settings(pattern: Pattern = Unstructured()) -> tuple[Setting, ...]:  # noqa: B008
+    """What :func:`prune` chooses from in each step, unless it is told.
+
+    Args:
+        pattern: the pattern to prune in.
+
+    Returns:
+        Exact masks and joint updates inside blocks, at full and half length; what the paper's
+        code does; and magnitude without an update.
+    """
+    if isinstance(pattern, Slices):
+        joint = Setting("mfac", "joint", "leaf", _RELATIVE_DAMPING, (1.0, 0.5), relative=True)
+        return joint, _REFERENCE, _NOTHING
+    size = 1
+    if isinstance(pattern, NofM | BlocksOf):
+        size = pattern.m if isinstance(pattern, NofM) else pattern.size
+    blocks = max(_BLOCK // size, 1) * size
+    inside = [
+        Setting(score, "joint", blocks, _RELATIVE_DAMPING, (1.0, 0.5), relative=True)
+        for score in ("greedy", "mfac")
+    ]
+    return *inside, _REFERENCE, _NOTHING
+
+
+def checked_settings(
+    settings: Sequence[Setting], prunables: Layout, grouping: Grouping
+) -> tuple[Setting, ...]:
+    chosen = tuple(settings)
+    if not chosen:
+        raise ValueError("settings is empty: expected at least one Setting.")
+    for setting in chosen:
+        if not isinstance(setting, Setting):
+            raise TypeError(f"settings must be Setting, got {type(setting).__name__}.")
+        _checks.one_of(setting.score, "score", tuple(SCORES))
+        _checks.one_of(setting.update, "update", tuple(UPDATES))
+        _checks.positive_scalar(setting.damping, "damping")
+        check_score(setting.score, prunables, setting.blocks, grouping)
+    return chosen
+
+
+class Step(NamedTuple):
+    """A step that has been worked out; ``tried[chosen]`` is how."""
+
+    weights: tuple[Array, ...]
+    mask: tuple[Array, ...]
+    info: PruneInfo
+    tried: tuple[Trial, ...]
+    chosen: int
+    damping: float
+    freedom: float = 0.0
+
+
+def best_step(
+    settings: Sequence[Setting],
+    grouping: Grouping,
+    weights: tuple[Array, ...],
+    alive: tuple[Array, ...],
+    rows: SelectedRows,
+    target: Target,
+    keep_layers: bool,
+    loss_of: Callable[[Sequence[Array]], float],
+) -> Step:
+    """Works out every setting; the one of least loss.
+
+    Raises:
+        FloatingPointError: all losses are NaN or Inf.
+    """
+    masks: dict[tuple[Any, ...], tuple[tuple[Array, ...], Array]] = {}
+    tried: list[Trial] = []
+    best: Step | None = None
+    gram = rows.gram(alive)
+    mean = _mean_diagonal(gram, alive)
+    for setting in settings:
+        damping = jnp.asarray(setting.damping, rows.dtype)
+        if setting.relative:
+            damping = damping * mean
+        blocks = as_static(setting.blocks, rows)
+        key = (setting.score, blocks, setting.damping, setting.relative)
+        if key not in masks:
+            masks[key] = choose(
+                weights,
+                alive,
+                rows,
+                target.counts,
+                damping,
+                score=setting.score,
+                blocks=blocks,
+                grouping=grouping,
+                costs=target.costs,
+                keep_layers=keep_layers,
+            )
+        mask, good = masks[key]
+        delta, info = work_out(
+            weights,
+            alive,
+            mask,
+            rows,
+            damping,
+            update=setting.update,
+            blocks=blocks,
+            grouping=grouping,
+        )
+        for scale in setting.scales:
+            moved = move(weights, mask, delta, jnp.asarray(scale, rows.dtype))
+            loss = loss_of(moved) if bool(good & info.accepted) else math.nan
+            tried.append(Trial(setting, scale, loss))
+            if math.isfinite(loss) and (best is None or loss < tried[best.chosen].loss):
+                best = Step(moved, mask, info, (), len(tried) - 1, float(damping))
+    if best is None:
+        raise FloatingPointError(
+            "no setting gives a finite loss on the calibration batches: "
+            f"tried {[trial.setting for trial in tried]}."
+        )
+    freedom = _degrees_of_freedom(gram, jnp.asarray(best.damping, gram.dtype))
+    return best._replace(tried=tuple(tried), freedom=float(freedom))
+
+
+@jax.jit
+def _mean_diagonal(gram: Float[Array, "n n"], alive: tuple[Array, ...]) -> Float[Array, ""]:
+    """The mean of the diagonal of ``G^T G / n`` over the alive weights; 1 if it is 0."""
+    count = sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in alive)
+    mean = jnp.trace(gram) / (gram.shape[0] * jnp.maximum(jnp.asarray(count), 1)).astype(gram.dtype)
+    return jnp.where(mean > 0, mean, jnp.ones_like(mean))
+
+
+@jax.jit
+def _degrees_of_freedom(gram: Float[Array, "n n"], damping: Float[Array, ""]) -> Float[Array, ""]:
+    """``sum k_i / (k_i + n lambda)`` over the eigenvalues of ``K``: directions that count."""
+    eigenvalues = jnp.maximum(jnp.linalg.eigvalsh(gram), 0)
+    return jnp.sum(eigenvalues / (eigenvalues + gram.shape[0] * damping))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(loss_fn: LossFn, params: PyTree, batch: PyTree) -> Array:
+    return jnp.asarray(loss_fn(params, batch))
+
+
+def mean_loss(loss_fn: LossFn, params: PyTree, batches: Sequence[PyTree]) -> float:
+    """The mean over the batches, which are taken to be of one size."""
+    losses = jax.device_get([_loss(loss_fn, params, batch) for batch in batches])
+    return float(np.mean(np.asarray(losses, np.float64)))
