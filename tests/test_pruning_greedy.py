@@ -86,13 +86,15 @@ def test_a_block_is_done_in_the_order_of_its_scores_even_if_costs_fall():
 @pytest.mark.parametrize("blocks", [8, [5, 8, 8, 3]])
 def test_a_step_cuts_all_records_at_one_level(storage, blocks):
     rng = np.random.default_rng(0)
-    params = {"w": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)}
+    outputs_first = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
+    params = {"w": outputs_first.T}
     g = oracles.gradients("correlated", 10, 24)
     damping = 0.1
+    gradients = {"w": jnp.asarray(g.reshape(10, 6, 4).swapaxes(1, 2))}
     new, mask, info = pruning.prune_step(
         params,
         pruning.initial_mask(params),
-        rows.as_rows({"w": jnp.asarray(g.reshape(10, 4, 6))}, params, storage=storage),
+        rows.as_rows(gradients, params, storage=storage),
         0.5,
         damping=damping,
         score="greedy",
@@ -100,18 +102,23 @@ def test_a_step_cuts_all_records_at_one_level(storage, blocks):
     )
     sizes = [8, 8, 8] if blocks == 8 else blocks
     inverse = oracles.block_inverse(g, damping, sizes)
-    w, alive, scores, start = np.asarray(params["w"], np.float64).ravel(), np.ones(24, bool), [], 0
+    w, alive, scores, start = (
+        np.asarray(outputs_first).ravel().astype(float),
+        np.ones(24, bool),
+        [],
+        0,
+    )
     for size in sizes:
         part = slice(start, start + size)
         scores.append(naive(inverse[part, part], w[part], alive[part]))
         start += size
     kept = np.ones(24, bool)
     kept[np.argsort(np.concatenate(scores), kind="stable")[:12]] = False
-    np.testing.assert_array_equal(np.asarray(mask["w"]).ravel(), kept)
+    np.testing.assert_array_equal(np.asarray(mask["w"]).T.ravel(), kept)
     fisher = np.linalg.inv(inverse)
     moved = np.linalg.solve(fisher[np.ix_(kept, kept)], fisher[np.ix_(kept, ~kept)] @ w[~kept])
     np.testing.assert_allclose(
-        np.asarray(new["w"]).ravel()[kept], (w[kept] + moved), rtol=1e-3, atol=1e-4
+        np.asarray(new["w"]).T.ravel()[kept], (w[kept] + moved), rtol=1e-3, atol=1e-4
     )
     assert bool(info.accepted)
 

@@ -28,7 +28,10 @@ def problem(kind="independent", seed=0, shapes=SHAPES, n=N):
 
 
 def turned(leaf, pattern, lead=0):
-    """A leaf with its groups as rows, by NumPy; ``lead`` axes come first and stay there."""
+    """A leaf with its groups as rows, by NumPy; ``lead`` axes come first and stay there.
+
+    Groups are in the order of outputs (the last axis), then inputs (the one before).
+    """
     x = np.asarray(leaf, np.float64)
     if isinstance(pattern, pruning.Slices):
         axis = pattern.axis % (x.ndim - lead) + lead
@@ -36,7 +39,9 @@ def turned(leaf, pattern, lead=0):
         return moved.reshape(*x.shape[:lead], x.shape[axis], -1)
     size = pattern.m if isinstance(pattern, pruning.NofM) else pattern.size
     axis = pattern.axis % (x.ndim - lead) + lead
-    return np.moveaxis(x, axis, -1).reshape(*x.shape[:lead], -1, size)
+    places = [*range(lead, x.ndim - 2)]
+    order = [a for a in (x.ndim - 1, x.ndim - 2, *places) if a != axis]
+    return x.transpose(*range(lead), *order, axis).reshape(*x.shape[:lead], -1, size)
 
 
 def dense_saliencies(params, gradients, pattern, damping, block):
@@ -66,7 +71,8 @@ def flat_mask(mask, pattern):
 
 
 GROUPS = [
-    (pruning.BlocksOf(4), {"a": (4, 3, 8), "b": (8, 4)}, None),
+    (pruning.BlocksOf(4), {"a": (3, 4, 2), "b": (8, 5)}, 16),
+    (pruning.BlocksOf(4, axis=-1), {"a": (4, 3, 8), "b": (8, 4)}, None),
     (pruning.BlocksOf(4, axis=0), {"a": (4, 3, 2), "b": (8, 5)}, None),
     (pruning.BlocksOf(4, axis=0), {"a": (4, 3, 2), "b": (8, 5)}, 16),
     (pruning.BlocksOf(2, axis=1), SHAPES, 8),
@@ -279,7 +285,7 @@ def step(params=None, **options):
     ("options", "words"),
     [
         ({"pattern": pruning.NofM(2, 3)}, r"multiple of 3.*\['a'\].*\(4, 8, 3\)"),
-        ({"pattern": pruning.BlocksOf(4)}, r"multiple of 4.*\['a'\]"),
+        ({"pattern": pruning.BlocksOf(4, axis=-1)}, r"multiple of 4.*\['a'\]"),
         ({"pattern": pruning.BlocksOf(4, axis=2)}, r"multiple of 4.*\['a'\]"),
         ({"pattern": pruning.Slices(axis=2)}, r"does not have.*path_filter"),
         ({"pattern": pruning.NofM(2, 4), "sparsity": 0.6}, r"at most 64 of 128"),

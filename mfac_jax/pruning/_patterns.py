@@ -2,8 +2,11 @@
 
 A pattern cuts every leaf into *groups* of neighbouring weights. For the groups to be rows of
 a matrix, a leaf is turned, its axes put into another order and made two: groups, and weights
-of a group. What scores, masks and updates work on is turned so; unstructured pruning, where
-each weight is a group of its own, leaves everything as it is.
+of a group. What scores, masks and updates work on is turned so.
+
+Leaves are also turned so that all weights of an output are neighbours, for the blocks of the
+Fisher: the weights that one output sums over make up for one another, those of different
+outputs hardly do.
 """
 
 from __future__ import annotations
@@ -58,11 +61,12 @@ class BlocksOf:
 
     Attributes:
         size: neighbours that make a group.
-        axis: the axis they are neighbours along; the last by default.
+        axis: the axis they are neighbours along. By default the last but one, that of the
+            inputs in the kernels of Flax: products are summed along it.
     """
 
     size: int
-    axis: int = -1
+    axis: int = -2
 
     def __post_init__(self) -> None:
         _checks.positive_int(self.size, "size")
@@ -108,10 +112,13 @@ class Grouping(NamedTuple):
     Attributes:
         pattern: the pattern.
         sizes: the number of weights a group has in each leaf.
+        orders: the axes of each leaf in the order in which the weights of a group are
+            neighbours, and those of an output where a group leaves that open.
     """
 
     pattern: Pattern
     sizes: tuple[int, ...]
+    orders: tuple[tuple[int, ...], ...]
 
     @property
     def size(self) -> int:
@@ -124,63 +131,90 @@ class Grouping(NamedTuple):
         return isinstance(self.pattern, BlocksOf | Slices)
 
     @property
+    def turned(self) -> Grouping:
+        """The same groups of leaves that have been turned already."""
+        return self._replace(orders=tuple(tuple(range(len(order))) for order in self.orders))
+
+    @property
     def most(self) -> float:
         """The largest fraction of the weights that may go."""
         pattern = self.pattern
         return pattern.removable / pattern.m if isinstance(pattern, NofM) else 1.0
 
 
-def group(pattern: Pattern, layout: Layout, names: Sequence[str]) -> Grouping:
+def group(
+    pattern: Pattern, layout: Layout, names: Sequence[str], output_axis: int = -1
+) -> Grouping:
     """The groups that a pattern makes of the parameters (before they are turned).
 
     Args:
         pattern: the pattern.
         layout: the prunable parameters.
         names: what they are called, for messages.
+        output_axis: the axis of the outputs in leaves of several axes.
 
     Returns:
         The groups.
 
     Raises:
-        ValueError: the pattern does not fit a leaf, which is named.
+        TypeError: ``output_axis`` is not an int.
+        ValueError: the pattern does not fit a leaf, or a leaf has no such ``output_axis``;
+            the leaf is named.
     """
-    sizes = []
-    for path, shape in zip(names, layout.shapes, strict=True):
-        if isinstance(pattern, Unstructured):
-            sizes.append(1)
-            continue
-        if not -len(shape) <= pattern.axis < len(shape):
-            raise ValueError(
-                f"{pattern} needs an axis {pattern.axis}, which params{path} of shape {shape} "
-                "does not have; leave the leaf out with path_filter."
-            )
-        along = shape[pattern.axis]
-        if isinstance(pattern, Slices):
-            sizes.append(math.prod(shape) // along if along else 0)
-            continue
-        size = pattern.m if isinstance(pattern, NofM) else pattern.size
-        if along % size:
-            raise ValueError(
-                f"{pattern} needs axis {pattern.axis} to be a multiple of {size}, but "
-                f"params{path} has shape {shape}; leave the leaf out with path_filter."
-            )
-        sizes.append(size)
-    return Grouping(pattern, tuple(sizes))
+    _check_axis(output_axis, "output_axis")
+    pairs = list(zip(names, layout.shapes, strict=True))
+    return Grouping(
+        pattern,
+        tuple(_group_size(pattern, *pair) for pair in pairs),
+        tuple(_axis_order(pattern, *pair, output_axis) for pair in pairs),
+    )
 
 
-def axis_orders(pattern: Pattern, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """The order of axes in which the weights of a group are neighbours, for each leaf."""
-    orders = []
-    for shape in shapes:
-        axes = list(range(len(shape)))
-        if isinstance(pattern, Slices):
-            axes.insert(0, axes.pop(pattern.axis))
-        elif not isinstance(pattern, Unstructured):
-            axes.append(axes.pop(pattern.axis))
-        orders.append(tuple(axes))
-    return tuple(orders)
+def _group_size(pattern: Pattern, path: str, shape: tuple[int, ...]) -> int:
+    if isinstance(pattern, Unstructured):
+        return 1
+    if not -len(shape) <= pattern.axis < len(shape):
+        raise ValueError(
+            f"{pattern} needs an axis {pattern.axis}, which params{path} of shape {shape} "
+            "does not have; leave the leaf out with path_filter."
+        )
+    along = shape[pattern.axis]
+    if isinstance(pattern, Slices):
+        return math.prod(shape) // along if along else 0
+    size = pattern.m if isinstance(pattern, NofM) else pattern.size
+    if along % size:
+        raise ValueError(
+            f"{pattern} needs axis {pattern.axis} to be a multiple of {size}, but "
+            f"params{path} has shape {shape}; leave the leaf out with path_filter."
+        )
+    return size
 
 
-def _check_axis(axis: object) -> None:
+def _axis_order(
+    pattern: Pattern, path: str, shape: tuple[int, ...], output_axis: int
+) -> tuple[int, ...]:
+    axes = list(range(len(shape)))
+    if isinstance(pattern, Slices):
+        axes.insert(0, axes.pop(pattern.axis))
+        return tuple(axes)
+    if len(shape) < 2:
+        return tuple(axes)
+    if not -len(shape) <= output_axis < len(shape):
+        raise ValueError(
+            f"output_axis={output_axis} needs such an axis, which params{path} of shape {shape} "
+            "does not have; leave the leaf out with path_filter."
+        )
+    axes.insert(0, axes.pop(output_axis))
+    # Then inputs, then the places of a convolution: the order of PyTorch, out of that of Flax.
+    if axes[0] == len(shape) - 1:
+        axes.insert(1, axes.pop())
+    if not isinstance(pattern, Unstructured):
+        along = pattern.axis % len(shape)
+        axes.remove(along)
+        axes.append(along)
+    return tuple(axes)
+
+
+def _check_axis(axis: object, name: str = "axis") -> None:
     if isinstance(axis, bool) or not isinstance(axis, int):
-        raise TypeError(f"axis must be a Python int, got {type(axis).__name__}.")
+        raise TypeError(f"{name} must be a Python int, got {type(axis).__name__}.")

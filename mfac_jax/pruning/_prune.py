@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ from mfac_jax.pruning._patterns import Grouping, Pattern, Unstructured, check_pa
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport, peak_memory
 from mfac_jax.pruning._schedules import sparsity_schedule
 from mfac_jax.pruning._step import merge, narrow
-from mfac_jax.rows import SelectedRows
+from mfac_jax.rows import SelectedRows, inverse_order
 
 FineTune = Callable[[PyTree, PyTree], PyTree]
 
@@ -71,6 +72,7 @@ def prune(
     budget: str = "global",
     costs: PyTree | None = None,
     allow_empty_layers: bool = False,
+    output_axis: int = -1,
     dtype: DTypeLike | None = None,
     progress: bool = True,
 ) -> Pruned:
@@ -108,6 +110,7 @@ def prune(
         budget: where ``sparsity`` holds; see there.
         costs: of a weight of each leaf; see there.
         allow_empty_layers: whether a leaf may lose all of its weights.
+        output_axis: the axis of the outputs in leaves of several axes; see :func:`prune_step`.
         dtype: what gradients are stored in.
         progress: show a progress bar, if there is a terminal or notebook to show it.
 
@@ -141,17 +144,18 @@ def prune(
     shapes = zip(layout.shapes, layout.dtypes, keep, strict=True)
     prunables = Layout(tuple(jax.ShapeDtypeStruct(*like) for *like, kept in shapes if kept))
     names = [path for path, kept in zip(layout.paths, keep, strict=True) if kept]
-    network = _Network(layout, keep, prunables, group(pattern, prunables, names))
+    grouping = group(pattern, prunables, names, output_axis)
+    network = _Network(layout, keep, grouping)
     alive = narrow(mask_leaves, keep)
     settings = checked_settings(
-        default_settings(pattern) if settings is None else settings, prunables, network.grouping
+        default_settings(pattern) if settings is None else settings, prunables, grouping
     )
     targets = [
         target_of(
             fraction,
             budget,
             prunables,
-            network.grouping,
+            grouping,
             layout=layout,
             keep=keep,
             costs=costs,
@@ -163,8 +167,11 @@ def prune(
     _check_finite(params, layout)
     stream = _Stream(batches)
     held_out = _take(stream if calibration is None else calibration, num_calibration)
-    params = jax.tree.unflatten(layout.treedef, [jnp.asarray(x) for x in jax.tree.leaves(params)])
-    loss = mean_loss(loss_fn, params, held_out)
+    # All the way parameters are turned, and their gradients are collected so.
+    params = network.turned(jax.tree.leaves(params))
+    alive = tuple(map(jnp.transpose, alive, grouping.orders))
+    turned_loss = _TurnedLoss(loss_fn, network.orders)
+    loss = mean_loss(turned_loss, params, held_out)
 
     reports = []
     hidden = None if progress else True  # on None tqdm stays silent in a file
@@ -172,7 +179,7 @@ def prune(
         for target in targets:
             began = time.perf_counter()
             rows = collect_gradients(
-                loss_fn,
+                turned_loss,
                 params,
                 stream,
                 num_gradients,
@@ -184,11 +191,11 @@ def prune(
             leaves = jax.tree.leaves(params)
 
             def loss_of(weights: Sequence[Array], leaves: list[Array] = leaves) -> float:
-                return mean_loss(loss_fn, network.tree(leaves, weights), held_out)
+                return mean_loss(turned_loss, network.tree(leaves, weights), held_out)
 
             step = best_step(
                 settings,
-                network.grouping,
+                grouping.turned,
                 narrow(leaves, keep),
                 alive,
                 SelectedRows.of(rows, keep),
@@ -198,11 +205,12 @@ def prune(
             )
             del rows
             params, alive = network.tree(leaves, step.weights), step.mask
-            mask = network.tree(mask_leaves, alive)
             tuned = None
             if fine_tune is not None:
-                params = _under_mask(fine_tune(params, mask), mask, layout)
-                tuned = mean_loss(loss_fn, params, held_out)
+                mask = network.mask(mask_leaves, alive)
+                trained = _under_mask(fine_tune(network.back(params), mask), mask, layout)
+                params = network.turned(jax.tree.leaves(trained))
+                tuned = mean_loss(turned_loss, params, held_out)
             reports.append(
                 StepReport(
                     num_pruned=int(step.info.num_pruned),
@@ -229,27 +237,69 @@ def prune(
         LayerReport(layout.paths[i] or "value", leaf.size, int(jnp.sum(~leaf)))
         for i, leaf in zip(np.flatnonzero(keep), alive, strict=True)
     )
-    return Pruned(params, mask, PruneReport(tuple(reports), layers))
+    report = PruneReport(tuple(reports), layers)
+    return Pruned(network.back(params), network.mask(mask_leaves, alive), report)
 
 
 class _Network(NamedTuple):
     """What does not change from step to step.
 
     Attributes:
-        layout: all parameters.
+        layout: all parameters, as the caller has them.
         keep: which of them are prunable.
-        prunables: those.
-        grouping: their groups.
+        grouping: the groups of those.
     """
 
     layout: Layout
     keep: tuple[bool, ...]
-    prunables: Layout
     grouping: Grouping
+
+    @property
+    def orders(self) -> tuple[tuple[int, ...], ...]:
+        """The axes of every leaf in the order in which prunable ones are turned."""
+        turned = iter(self.grouping.orders)
+        pairs = zip(self.layout.shapes, self.keep, strict=True)
+        return tuple(next(turned) if kept else tuple(range(len(shape))) for shape, kept in pairs)
 
     def tree(self, leaves: Sequence[Array], selected: Sequence[Array]) -> PyTree:
         """All parameters, from all leaves and the new prunable ones."""
         return jax.tree.unflatten(self.layout.treedef, merge(leaves, selected, self.keep))
+
+    def turned(self, leaves: Sequence[Array]) -> PyTree:
+        """The caller's leaves as a tree of turned ones."""
+        turned = [
+            jnp.transpose(jnp.asarray(x), o) for x, o in zip(leaves, self.orders, strict=True)
+        ]
+        return jax.tree.unflatten(self.layout.treedef, turned)
+
+    def back(self, params: PyTree) -> PyTree:
+        """And back."""
+        return _turn_back(params, self.orders)
+
+    def mask(self, leaves: Sequence[Array], alive: Sequence[Array]) -> PyTree:
+        """The caller's mask with what is alive of the turned prunable leaves."""
+        kept = [
+            jnp.transpose(x, inverse_order(o))
+            for x, o in zip(alive, self.grouping.orders, strict=True)
+        ]
+        return self.tree(leaves, kept)
+
+
+def _turn_back(params: PyTree, orders: tuple[tuple[int, ...], ...]) -> PyTree:
+    leaves, treedef = jax.tree.flatten(params)
+    pairs = zip(leaves, orders, strict=True)
+    return jax.tree.unflatten(treedef, [jnp.transpose(x, inverse_order(o)) for x, o in pairs])
+
+
+@dataclass(frozen=True)
+class _TurnedLoss:
+    """The loss of turned parameters; equal to another of the same function and orders."""
+
+    loss_fn: LossFn
+    orders: tuple[tuple[int, ...], ...]
+
+    def __call__(self, params: PyTree, batch: PyTree) -> Any:
+        return self.loss_fn(_turn_back(params, self.orders), batch)
 
 
 class _Stream:

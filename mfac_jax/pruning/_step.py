@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax import _checks
-from mfac_jax._layout import Layout, PyTree
+from mfac_jax._layout import PyTree
 from mfac_jax.inverse import Blocks
 from mfac_jax.pruning._budgets import target_of
 from mfac_jax.pruning._filters import PathFilter, prunable
@@ -23,7 +23,6 @@ from mfac_jax.pruning._patterns import (
     Grouping,
     Pattern,
     Unstructured,
-    axis_orders,
     check_pattern,
     group,
 )
@@ -73,6 +72,7 @@ def prune_step(
     budget: str = "global",
     costs: PyTree | None = None,
     allow_empty_layers: bool = False,
+    output_axis: int = -1,
 ) -> tuple[PyTree, PyTree, PruneInfo]:
     """Prunes to ``sparsity`` and updates the weights that stay.
 
@@ -102,8 +102,8 @@ def prune_step(
             :func:`reference_update`, ``"none"`` for none.
         blocks: which blocks the Fisher has: None for one of all prunable weights, an
             int for blocks of that size, ``"leaf"`` for one a parameter, or sizes that
-            add up to the number of prunable weights. With a pattern, coordinates are
-            numbered so that the weights of a group are neighbours.
+            add up to the number of prunable weights. In a leaf of several axes coordinates
+            are numbered output by output, and so that the weights of a group are neighbours.
         step_scale: what the update of the weights that stay is multiplied by.
         path_filter: which leaves may be pruned; see :func:`prunable`.
         pattern: which weights can only go together: :class:`Unstructured`,
@@ -114,6 +114,8 @@ def prune_step(
             for example in multiplications. Sparsity is then the fraction of the cost, and
             weights are ranked by score over cost. With the global budget only.
         allow_empty_layers: whether a leaf may lose all of its weights.
+        output_axis: the axis of the outputs in leaves of several axes: -1 in Flax, 0 where
+            kernels are as in PyTorch or Equinox.
 
     Returns:
         The new parameters in their dtypes, 0 where pruned; the new mask, in which
@@ -157,7 +159,7 @@ def prune_step(
     keep = tuple(jax.tree.leaves(prunable(params, path_filter)))
     selected = SelectedRows.of(rows, keep)
     names = [path for path, kept in zip(layout.paths, keep, strict=True) if kept]
-    grouping = group(pattern, selected.layout, names)
+    grouping = group(pattern, selected.layout, names, output_axis)
     blocks = as_static(blocks, selected)
     check_score(score, selected.layout, blocks, grouping)
     weights, masks = narrow(leaves, keep), narrow(mask_leaves, keep)
@@ -172,20 +174,24 @@ def prune_step(
         allow_empty_layers=allow_empty_layers,
         mask=masks,
     )
-    new_weights, new_masks, info = _step(
+    # Compiled one by one: as one program, XLA would keep what they all read of the rows.
+    new_masks, good = choose(
         weights,
         masks,
         selected,
         target.counts,
         lam,
-        jnp.asarray(step_scale, selected.dtype),
         score=score,
-        update=update,
         blocks=blocks,
         grouping=grouping,
         costs=target.costs,
         keep_layers=not allow_empty_layers,
     )
+    delta, info = work_out(
+        weights, masks, new_masks, selected, lam, update=update, blocks=blocks, grouping=grouping
+    )
+    scale = jnp.asarray(step_scale, selected.dtype)
+    new_weights, new_masks, info = _take(weights, masks, new_masks, delta, scale, info, good)
 
     def tree(whole: list[Array], part: tuple[Array, ...]) -> PyTree:
         return jax.tree_util.tree_unflatten(layout.treedef, merge(whole, part, keep))
@@ -193,45 +199,23 @@ def prune_step(
     return tree(leaves, new_weights), tree(mask_leaves, new_masks), info
 
 
-@functools.partial(
-    jax.jit, static_argnames=("score", "update", "blocks", "grouping", "costs", "keep_layers")
-)
-def _step(
+@jax.jit
+def _take(
     params: tuple[Array, ...],
     mask: tuple[Array, ...],
-    rows: SelectedRows,
-    counts: Int[Array, "*layers"],
-    damping: Float[Array, ""],
-    step_scale: Float[Array, ""],
-    *,
-    score: str,
-    update: str,
-    blocks: Blocks,
-    grouping: Grouping,
-    costs: tuple[int, ...],
-    keep_layers: bool,
+    new_mask: tuple[Array, ...],
+    delta: tuple[Array, ...],
+    scale: Float[Array, ""],
+    info: PruneInfo,
+    scores_good: Bool[Array, ""],
 ) -> tuple[tuple[Array, ...], tuple[Array, ...], PruneInfo]:
-    new_mask, scores_good = choose(
-        params,
-        mask,
-        rows,
-        counts,
-        damping,
-        score=score,
-        blocks=blocks,
-        grouping=grouping,
-        costs=costs,
-        keep_layers=keep_layers,
-    )
-    delta, info = work_out(
-        params, mask, new_mask, rows, damping, update=update, blocks=blocks, grouping=grouping
-    )
+    """The new weights and mask if all is finite, the old ones if not."""
     accepted = info.accepted & scores_good
-    moved = move(params, new_mask, delta, step_scale)
+    moved = move(params, new_mask, delta, scale)
     mask_out = tuple(jnp.where(accepted, *pair) for pair in zip(new_mask, mask, strict=True))
     params_out = tuple(jnp.where(accepted, *pair) for pair in zip(moved, params, strict=True))
     pruned = num_pruned(mask_out)
-    alive = rows.layout.size - pruned
+    alive = sum(leaf.size for leaf in mask) - pruned
     info = info._replace(accepted=accepted, num_pruned=pruned, num_alive=alive)
     return params_out, mask_out, info
 
@@ -251,7 +235,7 @@ def choose(
     keep_layers: bool,
 ) -> tuple[tuple[Array, ...], Bool[Array, ""]]:
     """The new mask, and whether the scores of all that goes are finite."""
-    turn = _Turn(rows.layout, grouping)
+    turn = _Turn(grouping)
     weights, alive = turn(params), turn(mask)
     scores = SCORES[score](Given(weights, turn.rows(rows), damping, alive, blocks, grouping))
     kept = select(
@@ -269,7 +253,6 @@ def choose(
     return turn.back(kept), ~jnp.any(jnp.stack(bad))
 
 
-@functools.partial(jax.jit, static_argnames=("update", "blocks", "grouping"))
 def work_out(
     params: tuple[Array, ...],
     mask: tuple[Array, ...],
@@ -282,21 +265,54 @@ def work_out(
     grouping: Grouping,
 ) -> tuple[tuple[Array, ...], PruneInfo]:
     """``delta`` for a new mask, and what it means."""
-    turn = _Turn(rows.layout, grouping)
-    alive, kept, turned = turn(mask), turn(new_mask), turn.rows(rows)
-    delta = full_update(turn(params), turned, damping, alive, kept, update=update, blocks=blocks)
-    curvature, square = quadratic_terms(delta, turned, blocks=blocks)
-    pruned = num_pruned(kept)
-    info = PruneInfo(
+    delta = _delta(
+        params, mask, new_mask, rows, damping, update=update, blocks=blocks, grouping=grouping
+    )
+    return delta, _describe(delta, new_mask, rows, damping, blocks=blocks, grouping=grouping)
+
+
+@functools.partial(jax.jit, static_argnames=("update", "blocks", "grouping"))
+def _delta(
+    params: tuple[Array, ...],
+    mask: tuple[Array, ...],
+    new_mask: tuple[Array, ...],
+    rows: SelectedRows,
+    damping: Float[Array, ""],
+    *,
+    update: str,
+    blocks: Blocks,
+    grouping: Grouping,
+) -> tuple[Array, ...]:
+    turn = _Turn(grouping)
+    weights, alive, kept = turn(params), turn(mask), turn(new_mask)
+    delta = full_update(
+        weights, turn.rows(rows), damping, alive, kept, update=update, blocks=blocks
+    )
+    return turn.back(delta)
+
+
+@functools.partial(jax.jit, static_argnames=("blocks", "grouping"))
+def _describe(
+    delta: tuple[Array, ...],
+    new_mask: tuple[Array, ...],
+    rows: SelectedRows,
+    damping: Float[Array, ""],
+    *,
+    blocks: Blocks,
+    grouping: Grouping,
+) -> PruneInfo:
+    turn = _Turn(grouping)
+    curvature, square = quadratic_terms(turn(delta), turn.rows(rows), blocks=blocks)
+    pruned = num_pruned(new_mask)
+    return PruneInfo(
         accepted=jnp.all(jnp.stack([jnp.all(jnp.isfinite(change)) for change in delta])),
         num_pruned=pruned,
         num_alive=rows.layout.size - pruned,
         predicted_loss_increase=(curvature + damping * square) / 2,
         undamped_loss_increase=curvature / 2,
-        update_norm=_norm(delta, kept),
-        removed_norm=_norm(delta, [~leaf for leaf in kept]),
+        update_norm=_norm(delta, new_mask),
+        removed_norm=_norm(delta, [~leaf for leaf in new_mask]),
     )
-    return turn.back(delta), info
 
 
 def move(
@@ -313,10 +329,10 @@ def move(
 
 
 class _Turn:
-    """Puts the weights of a group side by side, and back."""
+    """Puts the weights of a group and of an output side by side, and back."""
 
-    def __init__(self, layout: Layout, grouping: Grouping):
-        self._orders = axis_orders(grouping.pattern, layout.shapes)
+    def __init__(self, grouping: Grouping):
+        self._orders = grouping.orders
 
     def __call__(self, leaves: Sequence[Array]) -> tuple[Array, ...]:
         return tuple(jnp.transpose(x, axes) for x, axes in zip(leaves, self._orders, strict=True))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mfac_jax._layout import Layout, PyTree
@@ -60,8 +61,14 @@ class TransposedRows(RowsView):
             low, high = max(start - first, 0), min(start + size - first, width)
             if low < high:
                 stored = self.base.columns(first, width).reshape(self.num_rows, *shape)
+                # Only the slices along the new first axis that have such columns in them.
+                span = width // shape[order[0]] if order else 1
+                begin, end = low // span, -(-high // span)
+                if order:
+                    stored = lax.slice_in_dim(stored, begin, end, axis=order[0] + 1)
                 turned = jnp.transpose(stored, (0, *(axis + 1 for axis in order)))
-                parts.append(turned.reshape(self.num_rows, width)[:, low:high])
+                flat = turned.reshape(self.num_rows, (end - begin) * span)
+                parts.append(flat[:, low - begin * span : high - begin * span])
             first += width
         return jnp.concatenate(parts, axis=1)
 
@@ -85,7 +92,7 @@ class TransposedRows(RowsView):
         for k in range(rank):
             index = rest // jnp.asarray(here[:, k])[leaf] % jnp.asarray(extent[:, k])[leaf]
             stored_at = stored_at + index * jnp.asarray(there[:, k])[leaf]
-        return self.base.take(stored_at)
+        return self.base.take(lax.optimization_barrier(stored_at))
 
     def to_base(self, tree: PyTree) -> PyTree:
         return self._each(tree, lambda leaf, order: jnp.transpose(leaf, inverse_order(order)))
