@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from mfac_jax._layout import Layout, PyTree
 from mfac_jax.rows import GradientRows, empty_rows
 
 LossFn = Callable[[PyTree, PyTree], Any]
+Rows = TypeVar("Rows", bound=GradientRows)
 LabelSampler = Callable[[PyTree, PyTree, Array], PyTree]
 
 # A chunk of per-example gradients takes 64 MiB at most, which is small beside any
@@ -136,26 +137,57 @@ def collect_gradients(
         Fisher approximation", NeurIPS 2019 (empirical against true Fisher).
     """
     m = _checks.positive_int(num_gradients, "num_gradients")
+    return fill_rows(
+        empty_rows(params, m, storage=storage, dtype=dtype),
+        0,
+        m,
+        loss_fn,
+        params,
+        batches,
+        per_example=per_example,
+        chunk_size=chunk_size,
+        sample_labels=sample_labels,
+        key=key,
+        mask=mask,
+        progress=progress,
+    )
+
+
+def fill_rows(
+    rows: Rows,
+    first: int,
+    count: int,
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    *,
+    per_example: bool = False,
+    chunk_size: int | None = None,
+    sample_labels: LabelSampler | None = None,
+    key: Array | None = None,
+    mask: PyTree | None = None,
+    progress: bool = True,
+) -> Rows:
+    """:func:`collect_gradients` into the rows from ``first`` on of ``rows``, which are used up."""
     _check_functions(loss_fn, sample_labels, key)
     if isinstance(batches, jax.Array | np.ndarray) or not isinstance(batches, Iterable):
         raise TypeError(
             f"batches must be an iterable of batches, got {type(batches).__name__}; "
             "a single batch is given as [batch]."
         )
-    chunk = _chunk_size(chunk_size, per_example, Layout(params).size, m)
-    rows = empty_rows(params, m, storage=storage, dtype=dtype)
+    chunk = _chunk_size(chunk_size, per_example, Layout(params).size, count)
     if mask is not None:
         rows.layout.check_mask(mask)
 
     unread = _Unread()
     # On disable=None tqdm stays silent where its output would land in a file.
-    with tqdm(total=m, unit="row", desc="gradients", disable=None if progress else True) as bar:
-        for place, batch in _places(batches, m, chunk):
+    with tqdm(total=count, unit="row", desc="gradients", disable=None if progress else True) as bar:
+        for place, batch in _places(batches, count, chunk):
             rows, accepted = _write_gradients(
                 rows,
                 params,
                 batch,
-                place.row,
+                first + place.row,
                 place.example,
                 place.num_rows,
                 key,
@@ -173,7 +205,7 @@ def collect_gradients(
     jax.jit, static_argnames=("loss_fn", "sample_labels", "chunk"), donate_argnames=("rows",)
 )
 def _write_gradients(
-    rows: GradientRows,
+    rows: Rows,
     params: PyTree,
     batch: PyTree,
     row: Int[Array, ""],
@@ -185,7 +217,7 @@ def _write_gradients(
     loss_fn: LossFn,
     sample_labels: LabelSampler | None,
     chunk: int | None,
-) -> tuple[GradientRows, Bool[Array, " k"]]:
+) -> tuple[Rows, Bool[Array, " k"]]:
     """Writes rows ``row .. row + count - 1``; returns which gradients are finite."""
 
     def scalar_loss(params: PyTree, batch: PyTree) -> Array:
@@ -213,8 +245,8 @@ def _write_gradients(
         gradients = jax.tree.unflatten(treedef, kept)
 
     def put(
-        i: Int[Array, ""], carry: tuple[GradientRows, Bool[Array, " k"]]
-    ) -> tuple[GradientRows, Bool[Array, " k"]]:
+        i: Int[Array, ""], carry: tuple[Rows, Bool[Array, " k"]]
+    ) -> tuple[Rows, Bool[Array, " k"]]:
         rows, finite = carry
         rows, accepted = rows.write(row + i, jax.tree.map(lambda g: g[i], gradients))
         return rows, finite.at[i].set(accepted)

@@ -47,7 +47,8 @@ def params():
 
 def run(params, sparsity=0.6, **options):
     chosen = {"steps": 3, "num_gradients": 32, "settings": SETTINGS, "progress": False}
-    return pruning.prune(params, loss_fn, BATCHES, sparsity, **{**chosen, **options})
+    plain = {"history": 0, "descents": ()}
+    return pruning.prune(params, loss_fn, BATCHES, sparsity, **{**chosen, **plain, **options})
 
 
 def full_loss(params):
@@ -104,6 +105,89 @@ def test_a_step_is_that_of_prune_step(params):
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
     jax.tree.map(close, pruned.params, want)
     close(pruned.report.steps[0].update_norm, info.update_norm)
+    given = run(params, steps=1, settings=[setting], gradients=g)
+    jax.tree.map(np.testing.assert_array_equal, given.mask, mask)
+    jax.tree.map(close, given.params, want)
+    several = run(params, 0.6, steps=2, settings=[setting], gradients=g, history=1)
+    assert [step.num_pruned for step in several.report.steps][-1] == 144
+    with pytest.raises(ValueError, match="num_gradients=8 rows, got 32"):
+        run(params, gradients=g, num_gradients=8)
+    with pytest.raises(ValueError, match="structure"):
+        run(params["a"], gradients=g)
+
+
+def test_a_descent_is_the_optimizer_s_direction_at_the_gradients_of_the_step(params):
+    from mfac_jax import collect_gradients
+
+    setting, way = pruning.Setting("mfac", "joint", 24, 1e-3), pruning.Descent(0.02, 1e-3)
+    before = run(params, steps=1, settings=[setting])
+    after = run(params, steps=1, settings=[setting], descents=[way])
+    assert after.report.steps[0].tried[-1].descent == way
+    assert "descent 0.001" in str(after.report.steps[0].tried[-1])
+    assert after.report.steps[0].loss_after < before.report.steps[0].loss_after
+    jax.tree.map(np.testing.assert_array_equal, before.mask, after.mask)
+    held = collect_gradients(loss_fn, params, BATCHES * 2, 40, progress=False)
+    kept = np.concatenate([np.ravel(before.mask[k]["kernel"]) for k in "ab"])
+    # Eight batches went into the calibration; the gradients are those after them.
+    g = np.asarray(held.columns(0, held.layout.size), np.float64)[8:]
+    g = np.concatenate([g[:, 16:208], g[:, 208:]], axis=1) * kept
+    fisher = g.T @ g / 32
+    fisher += 0.02 * np.trace(fisher) * np.eye(240)
+    want = -1e-3 * np.linalg.solve(fisher, g.mean(0))
+    moved = [after.params[k]["kernel"] - before.params[k]["kernel"] for k in "ab"]
+    np.testing.assert_allclose(np.concatenate([np.ravel(m) for m in moved]), want, atol=2e-6)
+
+
+def test_no_descent_is_taken_that_does_not_help(params):
+    far = [pruning.Descent(1e-3, 1e6), pruning.Descent(1e-3, 1e30)]
+    plain, tried = run(params), run(params, descents=far)
+    jax.tree.map(np.testing.assert_array_equal, plain.params, tried.params)
+    assert len(tried.report.steps[0].tried) == len(plain.report.steps[0].tried) + 2
+
+
+def test_the_gradients_of_earlier_steps_are_used_as_well(params):
+    options = {
+        "num_gradients": 8,
+        "steps": 4,
+        "settings": [pruning.Setting("mfac", "joint", 24, 1e-12)],
+    }
+    with_history, without = run(params, history=1, **options), run(params, **options)
+    freedom = [[s.degrees_of_freedom for s in p.report.steps] for p in (with_history, without)]
+    assert freedom[0][0] == pytest.approx(freedom[1][0], rel=1e-3)
+    assert max(freedom[1]) <= 8 < min(freedom[0][1:]) <= 16
+    assert with_history.report.steps[-1].num_pruned == 144
+
+
+def test_history_holds_the_newest_steps_at_one_level():
+    from mfac_jax.pruning._history import History
+    from mfac_jax.rows import FlatRows, as_rows
+
+    rng = np.random.default_rng(0)
+    sets = [rng.normal(size=(3, 10)).astype(np.float32) * 4.0**i for i in range(5)]
+    sets[3][:] = 0
+    alive = [jnp.asarray(np.arange(10) < 7)]
+    past = History(2, 3)
+    for i, new in enumerate(sets):
+
+        def fill(rows, first, new=new):
+            if rows is None:
+                return as_rows(jnp.asarray(new))
+            matrix = np.array(rows.columns(0, 10))
+            matrix[first : first + 3] = new
+            return FlatRows.of(jnp.asarray(matrix), rows.layout, rows.implementation)
+
+        held = past.take(fill, alive)
+        matrix, fresh = np.asarray(held.columns(0, 10)), np.asarray(past.fresh)
+        np.testing.assert_array_equal(matrix[fresh], new)
+        assert matrix.shape == (3 if i == 0 else 6, 10)
+        if 0 < i < 3:
+            old = matrix[~fresh]
+            level = [np.sum(x[:, :7].astype(np.float64) ** 2) for x in (old, new)]
+            assert level[0] == pytest.approx(level[1], rel=1e-5)
+            ratio = old / sets[i - 1]
+            np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
+    # Nothing is scaled by a step without any gradient.
+    assert np.all(np.isfinite(matrix))
 
 
 @pytest.mark.parametrize(
@@ -213,7 +297,7 @@ def test_defaults_fit_every_pattern_and_include_the_papers_setting_and_none(para
 
 def test_a_relative_damping_follows_the_scale_of_the_loss(params):
     setting = pruning.Setting("greedy", "joint", 24, 1e-2, relative=True)
-    options = {"steps": 2, "num_gradients": 16, "settings": [setting], "progress": False}
+    options = {"steps": 2, "num_gradients": 16, "settings": [setting], "descents": ()}
     plain = pruning.prune(params, loss_fn, BATCHES, 0.5, **options)
     scaled = pruning.prune(
         params, lambda params, batch: 100 * loss_fn(params, batch), BATCHES, 0.5, **options
@@ -252,6 +336,8 @@ def test_a_relative_damping_follows_the_scale_of_the_loss(params):
             "inside blocks",
         ),
         ({"settings": [pruning.Setting("mfac", "joint", 8, -1.0)]}, ValueError, "damping"),
+        ({"history": -1}, ValueError, "history must be at least 0"),
+        ({"descents": [pruning.Descent(0.0, 1.0)]}, ValueError, "relative_damping"),
         (
             {"mask": {"a": {"bias": True, "kernel": False}, "b": {"kernel": True}}},
             ValueError,
@@ -263,7 +349,7 @@ def test_bad_input_is_refused_before_any_work(params, options, error, words, mon
     def fail(*_, **__):
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(_prune, "collect_gradients", fail)
+    monkeypatch.setattr(_prune, "fill_rows", fail)
     with pytest.raises(error, match=words):
         run(params, **options)
 

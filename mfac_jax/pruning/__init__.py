@@ -12,6 +12,7 @@ prune and S those to keep, a change ``delta`` with ``delta_Q = -w_Q`` costs
   :func:`sparsity_schedule` for several and :func:`sparse` and :func:`set_mask` to train in
   between;
 - :class:`Unstructured`, :class:`NofM`, :class:`BlocksOf` and :class:`Slices` are the patterns;
+  :class:`WithinOutputs` cuts the Fisher into blocks;
 - :func:`prunable` says which leaves may be pruned; the others never move;
 - :func:`saliency`, :func:`obd_saliency` and :func:`magnitude` score weights, the lowest going
   first;
@@ -32,10 +33,11 @@ Brain Surgeon", NeurIPS 1992. Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matri
 Approximations of Second-Order Information", NeurIPS 2021, section 4.1.
 """
 
-from mfac_jax.pruning._calibration import Setting, Trial, default_settings
+from mfac_jax.pruning._calibration import DESCENTS, Descent, Setting, Trial, default_settings
 from mfac_jax.pruning._export import load, save, to_bcoo
 from mfac_jax.pruning._filters import prunable
 from mfac_jax.pruning._masks import initial_mask, mask_to_count, mask_to_sparsity
+from mfac_jax.pruning._outputs import WithinOutputs
 from mfac_jax.pruning._patterns import BlocksOf, NofM, Slices, Unstructured
 from mfac_jax.pruning._prune import Pruned, prune
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport
@@ -51,7 +53,9 @@ from mfac_jax.pruning._updates import (
 )
 
 __all__ = [
+    "DESCENTS",
     "BlocksOf",
+    "Descent",
     "LayerReport",
     "NofM",
     "PruneInfo",
@@ -63,6 +67,7 @@ __all__ = [
     "StepReport",
     "Trial",
     "Unstructured",
+    "WithinOutputs",
     "default_settings",
     "initial_mask",
     "joint_update",

@@ -15,18 +15,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.inverse import Blocks
 from mfac_jax.pruning._budgets import Target
-from mfac_jax.pruning._inputs import as_static
-from mfac_jax.pruning._patterns import BlocksOf, Grouping, NofM, Pattern, Slices, Unstructured
+from mfac_jax.pruning._descent import descent
+from mfac_jax.pruning._outputs import WithinOutputs, as_static
+from mfac_jax.pruning._patterns import Grouping, Pattern, Slices, Unstructured
 from mfac_jax.pruning._scores import SCORES, check_score
 from mfac_jax.pruning._step import PruneInfo, choose, move, work_out
 from mfac_jax.pruning._updates import UPDATES
-from mfac_jax.rows import SelectedRows
+from mfac_jax.rows import GradientRows
 
 LossFn = Callable[[PyTree, PyTree], Any]
 
@@ -46,35 +47,65 @@ class Setting(NamedTuple):
 
     score: str
     update: str
-    blocks: Blocks
+    blocks: Blocks | WithinOutputs
     damping: float
     scales: tuple[float, ...] = (1.0,)
     relative: bool = False
 
 
+class Descent(NamedTuple):
+    """A step of the weights that stay, after their update, down the loss itself.
+
+    The optimizer's own direction, ``-F^-1`` times the mean of the step's gradients; see
+    :func:`mfac_jax.mfac`, which has arguments of these names.
+
+    Attributes:
+        relative_damping: ``lambda`` as a fraction of the trace of the undamped Fisher.
+        learning_rate: what the direction is multiplied by.
+    """
+
+    relative_damping: float
+    learning_rate: float
+
+
 class Trial(NamedTuple):
-    """A setting that was tried, and the loss on the calibration batches (NaN if there is none)."""
+    """A setting that was tried, and the loss on the calibration batches (NaN if there is none).
+
+    Attributes:
+        setting: the setting.
+        scale: what its update was multiplied by.
+        loss: what came out.
+        descent: what was done after it.
+    """
 
     setting: Setting
     scale: float
     loss: float
+    descent: Descent | None = None
 
     def __str__(self) -> str:
         setting = self.setting
-        blocks = "whole" if setting.blocks is None else f"blocks {setting.blocks}"
+        if setting.blocks is None or isinstance(setting.blocks, WithinOutputs):
+            blocks = str(setting.blocks or "whole")
+        else:
+            blocks = f"blocks {setting.blocks}"
         return (
             f"{setting.score} + {setting.update}, {blocks}, "
             f"damping {setting.damping:g}{' of the mean' if setting.relative else ''}, "
-            f"scale {self.scale:g}"
+            f"scale {self.scale:g}" + (f", descent {self.descent[1]:g}" if self.descent else "")
         )
 
 
 # What the paper's code does, and nothing at all.
 _REFERENCE = Setting("mfac", "reference", None, 1e-5)
 _NOTHING = Setting("magnitude", "none", None, 1e-5)
-_BLOCK = 128
-# Blocks of up to n weights are well determined by n gradients, and a small damping suits them.
-_RELATIVE_DAMPING = 1e-2
+# Blocks of up to so many weights are well determined by the gradients of two steps, and a small
+# damping suits them.
+_BLOCK = 144
+_RELATIVE_DAMPING = 0.03
+# Short steps, nearly along the gradient or well preconditioned: with mini-batches the Fisher is
+# smaller than the Hessian, about as many times as a batch has examples.
+DESCENTS = (Descent(0.3, 0.1), Descent(0.3, 0.3), Descent(0.003, 0.03))
 
 
 def default_settings(pattern: Pattern = Unstructured()) -> tuple[Setting, ...]:  # noqa: B008
@@ -84,21 +115,14 @@ def default_settings(pattern: Pattern = Unstructured()) -> tuple[Setting, ...]: 
         pattern: the pattern to prune in.
 
     Returns:
-        Exact masks and joint updates inside blocks, at full and half length; what the paper's
+        Exact masks and joint updates inside blocks, of outputs and across them; what the paper's
         code does; and magnitude without an update.
     """
     if isinstance(pattern, Slices):
         joint = Setting("mfac", "joint", "leaf", _RELATIVE_DAMPING, (1.0, 0.5), relative=True)
         return joint, _REFERENCE, _NOTHING
-    size = 1
-    if isinstance(pattern, NofM | BlocksOf):
-        size = pattern.m if isinstance(pattern, NofM) else pattern.size
-    blocks = max(_BLOCK // size, 1) * size
-    inside = [
-        Setting(score, "joint", blocks, _RELATIVE_DAMPING, (1.0, 0.5), relative=True)
-        for score in ("greedy", "mfac")
-    ]
-    return *inside, _REFERENCE, _NOTHING
+    within = Setting("greedy", "joint", WithinOutputs(_BLOCK), _RELATIVE_DAMPING, relative=True)
+    return within, within._replace(damping=10 * _RELATIVE_DAMPING), _REFERENCE, _NOTHING
 
 
 def checked_settings(
@@ -113,8 +137,18 @@ def checked_settings(
         _checks.one_of(setting.score, "score", tuple(SCORES))
         _checks.one_of(setting.update, "update", tuple(UPDATES))
         _checks.positive_scalar(setting.damping, "damping")
-        check_score(setting.score, prunables, setting.blocks, grouping)
+        cut = as_static(setting.blocks, prunables, grouping)
+        check_score(setting.score, prunables, cut, grouping)
     return chosen
+
+
+def checked_descents(descents: Sequence[Descent]) -> tuple[Descent, ...]:
+    for way in descents:
+        if not isinstance(way, Descent):
+            raise TypeError(f"descents must be Descent, got {type(way).__name__}.")
+        _checks.positive_scalar(way.relative_damping, "relative_damping")
+        _checks.positive_scalar(way.learning_rate, "learning_rate")
+    return tuple(descents)
 
 
 class Step(NamedTuple):
@@ -134,12 +168,14 @@ def best_step(
     grouping: Grouping,
     weights: tuple[Array, ...],
     alive: tuple[Array, ...],
-    rows: SelectedRows,
+    rows: GradientRows,
+    fresh: Bool[Array, " n"],
     target: Target,
     keep_layers: bool,
     loss_of: Callable[[Sequence[Array]], float],
+    descents: Sequence[Descent],
 ) -> Step:
-    """Works out every setting; the one of least loss.
+    """Works out every setting, and every descent after the best; what has the least loss.
 
     Raises:
         FloatingPointError: all losses are NaN or Inf.
@@ -153,7 +189,7 @@ def best_step(
         damping = jnp.asarray(setting.damping, rows.dtype)
         if setting.relative:
             damping = damping * mean
-        blocks = as_static(setting.blocks, rows)
+        blocks = as_static(setting.blocks, rows.layout, grouping)
         key = (setting.score, blocks, setting.damping, setting.relative)
         if key not in masks:
             masks[key] = choose(
@@ -190,6 +226,14 @@ def best_step(
             "no setting gives a finite loss on the calibration batches: "
             f"tried {[trial.setting for trial in tried]}."
         )
+    start, setting, scale = best, *tried[best.chosen][:2]
+    for way in descents:
+        direction = descent(rows, start.mask, fresh, jnp.asarray(way.relative_damping, rows.dtype))
+        moved = move(start.weights, start.mask, direction, jnp.asarray(way[1], rows.dtype))
+        loss = loss_of(moved)
+        if loss < tried[best.chosen].loss:
+            best = best._replace(weights=moved, chosen=len(tried))
+        tried.append(Trial(setting, scale, loss, way))
     freedom = _degrees_of_freedom(gram, jnp.asarray(best.damping, gram.dtype))
     return best._replace(tried=tuple(tried), freedom=float(freedom))
 

@@ -7,7 +7,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from mfac_jax import _checks
-from mfac_jax.inverse import Blocks, block_runs
 from mfac_jax.rows import GradientRows
 
 
@@ -15,9 +14,3 @@ def as_damping(damping: ArrayLike, rows: GradientRows) -> Float[Array, ""]:
     """A positive damping in the dtype of the products of the rows."""
     _checks.positive_scalar(damping, "damping")
     return jnp.asarray(damping).astype(rows.dtype)
-
-
-def as_static(blocks: Blocks, rows: GradientRows) -> Blocks:
-    """``blocks`` in a form that can be a static argument, once it is known to fit."""
-    block_runs(rows.layout, blocks)
-    return blocks if blocks is None or isinstance(blocks, int | str) else tuple(blocks)

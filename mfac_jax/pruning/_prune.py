@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,23 +18,35 @@ from tqdm.auto import tqdm
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.gradients import collect_gradients, cycle
+from mfac_jax.gradients import cycle, fill_rows
 from mfac_jax.pruning._budgets import target_of
 from mfac_jax.pruning._calibration import (
+    DESCENTS,
+    Descent,
     LossFn,
     Setting,
     best_step,
+    checked_descents,
     checked_settings,
     default_settings,
     mean_loss,
 )
 from mfac_jax.pruning._filters import PathFilter, prunable
+from mfac_jax.pruning._history import History
 from mfac_jax.pruning._masks import initial_mask
 from mfac_jax.pruning._patterns import Grouping, Pattern, Unstructured, check_pattern, group
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport, peak_memory
 from mfac_jax.pruning._schedules import sparsity_schedule
 from mfac_jax.pruning._step import merge, narrow
-from mfac_jax.rows import SelectedRows, inverse_order
+from mfac_jax.rows import (
+    FlatRows,
+    GradientRows,
+    SelectedRows,
+    TransposedRows,
+    check_rows,
+    empty_rows,
+    inverse_order,
+)
 
 FineTune = Callable[[PyTree, PyTree], PyTree]
 
@@ -65,6 +78,9 @@ def prune(
     settings: Sequence[Setting] | None = None,
     calibration: Iterable[PyTree] | None = None,
     num_calibration: int = 8,
+    gradients: GradientRows | None = None,
+    history: int = 1,
+    descents: Sequence[Descent] = DESCENTS,
     mask: PyTree | None = None,
     fine_tune: FineTune | None = None,
     path_filter: PathFilter = None,
@@ -95,13 +111,19 @@ def prune(
         steps: how often gradients are taken anew; 1 is one-shot pruning.
         schedule: of the sparsity, see :func:`sparsity_schedule`; or the sparsities after each
             step, rising to ``sparsity`` (then ``steps`` does not count).
-        num_gradients: ``n`` of each step.
+        num_gradients: how many each step takes.
         per_example: one gradient an example in place of one a batch.
         settings: what to choose from in each step; by default :func:`default_settings`, a few
             that include the paper's own and no update at all.
         calibration: the batches the loss is measured on; by default the next of ``batches``
             before the first step. Never give test data.
         num_calibration: how many batches of it.
+        gradients: those of the first step, taken at ``params`` (all leaves), where they are at
+            hand: to prune to several sparsities out of the same, for example.
+        history: of how many steps before the gradients are used as well; each takes as much
+            memory again.
+        descents: what to try after the best setting: steps of the weights that stay, down the
+            loss; () for none.
         mask: what is alive at first; all by default.
         fine_tune: ``fine_tune(params, mask) -> params``, called after every step: training
             with :func:`sparse`, for example.
@@ -150,6 +172,7 @@ def prune(
     settings = checked_settings(
         default_settings(pattern) if settings is None else settings, prunables, grouping
     )
+    descents = checked_descents(descents)
     targets = [
         target_of(
             fraction,
@@ -164,6 +187,14 @@ def prune(
         )
         for fraction in _fractions(sparsity, schedule, steps, mask_leaves)
     ]
+    past = History(1 + _checks.non_negative_int(history, "history"), num_gradients)
+    if gradients is not None:
+        check_rows(gradients)
+        gradients.layout.check(params, "params")
+        if gradients.num_rows != num_gradients:
+            raise ValueError(
+                f"gradients must be num_gradients={num_gradients} rows, got {gradients.num_rows}."
+            )
     _check_finite(params, layout)
     stream = _Stream(batches)
     held_out = _take(stream if calibration is None else calibration, num_calibration)
@@ -178,15 +209,19 @@ def prune(
     with tqdm(total=len(targets), unit="step", desc="pruning", disable=hidden) as bar:
         for target in targets:
             began = time.perf_counter()
-            rows = collect_gradients(
-                turned_loss,
-                params,
-                stream,
-                num_gradients,
+            collect = functools.partial(
+                _collect,
+                loss_fn=turned_loss,
+                params=params,
+                stream=stream,
+                count=num_gradients,
+                given=None if gradients is None else TransposedRows.of(gradients, network.orders),
                 per_example=per_example,
                 dtype=dtype,
                 progress=progress,
             )
+            gradients = None
+            rows = past.take(collect, merge(mask_leaves, alive, keep))
             gradient_seconds = time.perf_counter() - began
             leaves = jax.tree.leaves(params)
 
@@ -199,11 +234,12 @@ def prune(
                 narrow(leaves, keep),
                 alive,
                 SelectedRows.of(rows, keep),
+                past.fresh,
                 target,
                 not allow_empty_layers,
                 loss_of,
+                descents,
             )
-            del rows
             params, alive = network.tree(leaves, step.weights), step.mask
             tuned = None
             if fine_tune is not None:
@@ -300,6 +336,38 @@ class _TurnedLoss:
 
     def __call__(self, params: PyTree, batch: PyTree) -> Any:
         return self.loss_fn(_turn_back(params, self.orders), batch)
+
+
+def _collect(
+    rows: FlatRows | None,
+    first: int,
+    *,
+    loss_fn: LossFn,
+    params: PyTree,
+    stream: _Stream,
+    count: int,
+    given: GradientRows | None,
+    per_example: bool,
+    dtype: DTypeLike | None,
+    progress: bool,
+) -> FlatRows:
+    """Writes ``count`` gradients into rows; without rows it makes some, of those given if any."""
+    if given is not None:
+        return FlatRows.of(given.columns(0, given.layout.size), given.layout, given.implementation)
+    if rows is None:
+        empty = empty_rows(params, count, dtype=dtype)
+        assert isinstance(empty, FlatRows)
+        rows = empty
+    return fill_rows(
+        rows,
+        first,
+        count,
+        loss_fn,
+        params,
+        stream,
+        per_example=per_example,
+        progress=progress,
+    )
 
 
 class _Stream:

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.inverse import Blocks, inverse_diagonal
-from mfac_jax.pruning._inputs import as_damping, as_static
+from mfac_jax.pruning._inputs import as_damping
+from mfac_jax.pruning._outputs import as_static
 from mfac_jax.rows import GradientRows, check_rows
 
 
@@ -62,7 +63,7 @@ def saliency(
     if mask is not None:
         rows.layout.check_mask(mask)
     lam = as_damping(damping, rows)
-    return _saliency(params, rows, lam, mask, blocks=as_static(blocks, rows))
+    return _saliency(params, rows, lam, mask, blocks=as_static(blocks, rows.layout))
 
 
 def obd_saliency(

@@ -17,8 +17,9 @@ from mfac_jax._layout import PyTree
 from mfac_jax.inverse import Blocks
 from mfac_jax.pruning._budgets import target_of
 from mfac_jax.pruning._filters import PathFilter, prunable
-from mfac_jax.pruning._inputs import as_damping, as_static
+from mfac_jax.pruning._inputs import as_damping
 from mfac_jax.pruning._masks import num_pruned, select
+from mfac_jax.pruning._outputs import WithinOutputs, as_static
 from mfac_jax.pruning._patterns import (
     Grouping,
     Pattern,
@@ -65,7 +66,7 @@ def prune_step(
     damping: ArrayLike,
     score: str = "mfac",
     update: str = "joint",
-    blocks: Blocks = None,
+    blocks: Blocks | WithinOutputs = None,
     step_scale: ArrayLike = 1.0,
     path_filter: PathFilter = None,
     pattern: Pattern = Unstructured(),  # noqa: B008  (immutable)
@@ -101,8 +102,9 @@ def prune_step(
         update: ``"joint"`` for :func:`joint_update`, ``"reference"`` for
             :func:`reference_update`, ``"none"`` for none.
         blocks: which blocks the Fisher has: None for one of all prunable weights, an
-            int for blocks of that size, ``"leaf"`` for one a parameter, or sizes that
-            add up to the number of prunable weights. In a leaf of several axes coordinates
+            int for blocks of that size, ``"leaf"`` for one a parameter,
+            :class:`WithinOutputs` for blocks that do not cross the end of an output, or sizes
+            that add up to the number of prunable weights. In a leaf of several axes coordinates
             are numbered output by output, and so that the weights of a group are neighbours.
         step_scale: what the update of the weights that stay is multiplied by.
         path_filter: which leaves may be pruned; see :func:`prunable`.
@@ -160,8 +162,8 @@ def prune_step(
     selected = SelectedRows.of(rows, keep)
     names = [path for path, kept in zip(layout.paths, keep, strict=True) if kept]
     grouping = group(pattern, selected.layout, names, output_axis)
-    blocks = as_static(blocks, selected)
-    check_score(score, selected.layout, blocks, grouping)
+    cut = as_static(blocks, selected.layout, grouping)
+    check_score(score, selected.layout, cut, grouping)
     weights, masks = narrow(leaves, keep), narrow(mask_leaves, keep)
     target = target_of(
         sparsity,
@@ -182,13 +184,13 @@ def prune_step(
         target.counts,
         lam,
         score=score,
-        blocks=blocks,
+        blocks=cut,
         grouping=grouping,
         costs=target.costs,
         keep_layers=not allow_empty_layers,
     )
     delta, info = work_out(
-        weights, masks, new_masks, selected, lam, update=update, blocks=blocks, grouping=grouping
+        weights, masks, new_masks, selected, lam, update=update, blocks=cut, grouping=grouping
     )
     scale = jnp.asarray(step_scale, selected.dtype)
     new_weights, new_masks, info = _take(weights, masks, new_masks, delta, scale, info, good)
@@ -224,7 +226,7 @@ def _take(
 def choose(
     params: tuple[Array, ...],
     mask: tuple[Array, ...],
-    rows: SelectedRows,
+    rows: GradientRows,
     counts: Int[Array, "*layers"],
     damping: Float[Array, ""],
     *,
@@ -257,7 +259,7 @@ def work_out(
     params: tuple[Array, ...],
     mask: tuple[Array, ...],
     new_mask: tuple[Array, ...],
-    rows: SelectedRows,
+    rows: GradientRows,
     damping: Float[Array, ""],
     *,
     update: str,
@@ -276,7 +278,7 @@ def _delta(
     params: tuple[Array, ...],
     mask: tuple[Array, ...],
     new_mask: tuple[Array, ...],
-    rows: SelectedRows,
+    rows: GradientRows,
     damping: Float[Array, ""],
     *,
     update: str,
@@ -295,7 +297,7 @@ def _delta(
 def _describe(
     delta: tuple[Array, ...],
     new_mask: tuple[Array, ...],
-    rows: SelectedRows,
+    rows: GradientRows,
     damping: Float[Array, ""],
     *,
     blocks: Blocks,
@@ -341,7 +343,7 @@ class _Turn:
         pairs = zip(leaves, self._orders, strict=True)
         return tuple(jnp.transpose(x, inverse_order(axes)) for x, axes in pairs)
 
-    def rows(self, rows: SelectedRows) -> GradientRows:
+    def rows(self, rows: GradientRows) -> GradientRows:
         if all(axes == tuple(sorted(axes)) for axes in self._orders):
             return rows
         return TransposedRows.of(rows, self._orders)

@@ -43,7 +43,8 @@ from mfac_jax.inverse import (
     inverse_diagonal,
     map_blocks,
 )
-from mfac_jax.pruning._inputs import as_damping, as_static
+from mfac_jax.pruning._inputs import as_damping
+from mfac_jax.pruning._outputs import as_static
 from mfac_jax.rows import GradientRows, check_rows
 
 
@@ -151,7 +152,7 @@ def predicted_loss_increase(
     check_rows(rows)
     rows.layout.check(update, "update")
     lam = as_damping(damping, rows)
-    curvature, square = quadratic_terms(update, rows, blocks=as_static(blocks, rows))
+    curvature, square = quadratic_terms(update, rows, blocks=as_static(blocks, rows.layout))
     return (curvature + lam * square) / 2
 
 
@@ -187,7 +188,7 @@ def _checked(
     rows.layout.check_mask(mask)
     rows.layout.check_mask(new_mask, "new_mask")
     lam = as_damping(damping, rows)
-    blocks = as_static(blocks, rows)
+    blocks = as_static(blocks, rows.layout)
     return full_update(params, rows, lam, mask, new_mask, update=name, blocks=blocks)
 
 

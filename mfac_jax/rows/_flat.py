@@ -104,6 +104,16 @@ class FlatRows(NamedTuple):
         keep = self._mask(mask)[:, None]
         return self._replace(block=jnp.where(keep, self.block, jnp.zeros_like(self.block)))
 
+    def squares(self, mask: PyTree) -> Float[Array, " m"]:
+        """``|g_i|^2`` over the coordinates where ``mask`` is true."""
+        wide = self.block.astype(self.dtype)
+        return jnp.sum(jnp.where(self._mask(mask)[:, None], wide * wide, 0), axis=(0, 2))
+
+    def scale(self, factors: Float[Array, " m"]) -> FlatRows:
+        """The rows ``factors_i g_i``."""
+        scaled = self.block * factors.astype(self.block.dtype)[None, :, None]
+        return self._replace(block=scaled)
+
     def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> FlatRows:
         return self._replace(block=kernels.transform(self.block, matrix, lower=lower))
 

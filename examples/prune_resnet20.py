@@ -1,0 +1,524 @@
+"""Prune the M-FAC paper's own ResNet-20 on CIFAR-10, in every way there is.
+
+    python examples/prune_resnet20.py --data-dir DIR
+
+DIR holds ``resnet20/mfac_resnet20.npz``, the pretrained weights under their PyTorch names,
+and CIFAR-10 (``cifar-10-batches-py/`` or ``cifar10/``); without it CIFAR-10 is downloaded and
+``--weights`` names the file of weights. Five experiments: one-shot pruning, recomputation,
+patterns, gradual pruning with training in between, and the influence of the number of gradients,
+of damping and of block size. Every run is written to ``results.json`` as it is done; started
+again, the program goes on where it was. At the end it draws a figure and writes the tables.
+``--smoke`` goes the whole way in a minute or two, with a small network on made-up pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from prune_tables import DEFAULT, PATTERNS, draw, tables
+from resnet20 import (
+    WEIGHTS,
+    Data,
+    ResNet,
+    augment,
+    is_pruned,
+    load_cifar10,
+    load_weights,
+    made_up,
+    normalize,
+)
+from tqdm import tqdm
+
+from mfac_jax import collect_gradients, pruning
+from mfac_jax.pruning import Setting
+
+DAMPING = 1e-5  # the paper's
+BLOCK = 128
+METHODS = {
+    "magnitude": Setting("magnitude", "none", None, DAMPING),
+    "OBD": Setting("obd", "none", None, DAMPING),
+    "reference, whole": Setting("mfac", "reference", None, DAMPING),
+    "reference, blocks": Setting("mfac", "reference", BLOCK, DAMPING),
+    "joint, whole": Setting("mfac", "joint", None, DAMPING),
+    "joint, blocks": Setting("mfac", "joint", BLOCK, DAMPING),
+    "greedy, blocks": Setting("greedy", "joint", BLOCK, DAMPING),
+}
+REFERENCES = ("reference, whole", "reference, blocks")
+# The default, with less and less of what it has.
+PARTS = {
+    "default, no history": {"history": 0},
+    "default, no descent": {"descents": ()},
+    "default, neither": {"history": 0, "descents": ()},
+}
+SHAPES = {"2:4": pruning.NofM(2, 4), "1:4": pruning.NofM(1, 4), "1 x 4": pruning.BlocksOf(4)}
+
+
+class Scale(NamedTuple):
+    """How large everything is.
+
+    Attributes:
+        seeds: sets of gradients for one-shot pruning and eight recomputations.
+        sparsities: of one-shot pruning.
+        gradients: n of one-shot pruning and of recomputation.
+        batch: images of a gradient.
+        recomputations: how many, and the sparsities of each.
+        several: of these all methods are run, and of the sparsities those of all seeds.
+        patterns: which, and how many recomputations.
+        gradual: sparsities, pruning steps, and training steps after each.
+        train_batch: images of a training step.
+        counts: n, for its influence.
+        dampings: for theirs.
+        blocks: for theirs.
+    """
+
+    seeds: tuple[int, ...]
+    sparsities: tuple[float, ...]
+    gradients: tuple[int, int]
+    batch: int
+    recomputations: tuple[tuple[int, tuple[float, ...]], ...]
+    several: tuple[int, tuple[float, ...]]
+    patterns: tuple[tuple[str, ...], int]
+    gradual: tuple[tuple[float, ...], int, int]
+    train_batch: int
+    counts: tuple[int, ...]
+    dampings: tuple[float, ...]
+    blocks: tuple[int, ...]
+
+
+FULL = Scale(
+    seeds=(0, 1, 2),
+    sparsities=(0.5, 0.6, 0.7, 0.8, 0.9),
+    gradients=(256, 128),
+    batch=32,
+    recomputations=((8, (0.8, 0.9, 0.95)), (4, (0.8, 0.9)), (16, (0.8, 0.9))),
+    several=(8, (0.8, 0.9)),
+    patterns=(tuple(PATTERNS), 4),
+    gradual=((0.75, 0.875, 0.95), 4, 60),
+    train_batch=128,
+    counts=(16, 64, 256, 1024),
+    dampings=(1e-6, 1e-4, 1e-3, 1e-2),
+    blocks=(32, 64, 256),
+)
+# On an accelerator, training after each pruning step is as long as the paper's: two epochs.
+FULL_ON_ACCELERATOR = FULL._replace(
+    patterns=(tuple(PATTERNS), 8), gradual=((0.75, 0.875, 0.95), 20, 780)
+)
+SMOKE = Scale(
+    seeds=(0,),
+    sparsities=(0.5, 0.8),
+    gradients=(8, 8),
+    batch=8,
+    recomputations=((2, (0.8,)),),
+    several=(2, (0.8,)),
+    patterns=(("2:4", "1 x 4"), 1),
+    gradual=((0.75,), 2, 2),
+    train_batch=16,
+    counts=(8,),
+    dampings=(1e-3,),
+    blocks=(32,),
+)
+
+
+class Network:
+    """The network and its data, as functions of its parameters.
+
+    Attributes:
+        params: the pretrained parameters.
+        statistics: of the normalisation layers, as they are at inference.
+        training_graph: the network in training.
+        calibration: batches that settings are judged by.
+    """
+
+    def __init__(self, model: ResNet, data: Data):
+        self.data = data
+        model.eval()
+        self._graph, self.params, self.statistics = nnx.split(model, nnx.Param, ...)
+        model.train()
+        self.training_graph = nnx.graphdef(model)
+        held = np.random.default_rng(2026).permutation(len(data.train))[:1024]
+        size = min(256, len(held))
+        self.calibration = [
+            (normalize(data.train[part]), data.train_labels[part])
+            for part in held[: len(held) // size * size].reshape(-1, size)
+        ]
+        self._test = [
+            (normalize(data.test[i : i + 500]), data.test_labels[i : i + 500])
+            for i in range(0, len(data.test), 500)
+        ]
+
+        @jax.jit
+        def count_hits(params: Any, statistics: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+            logits = nnx.merge(self._graph, params, statistics)(x)
+            return jnp.sum(jnp.argmax(logits, axis=1) == y)
+
+        self._count_hits = count_hits
+
+    def loss(self, params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """The mean loss of a batch, as at inference."""
+        x, y = batch
+        logits = nnx.merge(self._graph, params, self.statistics)(x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def accuracy(self, params: Any, statistics: Any = None) -> float:
+        """On the test images, in per cent."""
+        statistics = self.statistics if statistics is None else statistics
+        hits = [self._count_hits(params, statistics, *batch) for batch in self._test]
+        return 100 * sum(map(int, hits)) / len(self.data.test)
+
+    def batches(self, seed: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Augmented training batches without end."""
+        rng = np.random.default_rng(seed)
+        while True:
+            order = rng.permutation(len(self.data.train))
+            for i in range(0, len(order) - size + 1, size):
+                part = order[i : i + size]
+                images = augment(rng, self.data.train[part])
+                yield normalize(images), self.data.train_labels[part]
+
+
+class Tuner:
+    """Trains under a mask, normalisation statistics included; for ``fine_tune``.
+
+    Attributes:
+        statistics: of the normalisation layers, as training leaves them.
+    """
+
+    def __init__(self, network: Network, batches: Iterator[Any], steps: int):
+        self.statistics = network.statistics
+        self._batches, self._steps = batches, steps
+        self._tx = pruning.sparse(optax.sgd(0.01, momentum=0.9))
+
+        @jax.jit
+        def step(params: Any, statistics: Any, state: Any, batch: Any) -> Any:
+            def loss(params: Any) -> Any:
+                model = nnx.merge(network.training_graph, params, statistics, copy=True)
+                logits = model(batch[0])
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+                return losses.mean(), nnx.state(model, nnx.Not(nnx.Param))
+
+            gradient, statistics = jax.grad(loss, has_aux=True)(params)
+            updates, state = self._tx.update(gradient, state, params)
+            return optax.apply_updates(params, updates), statistics, state
+
+        self._step = step
+
+    def __call__(self, params: Any, mask: Any) -> Any:
+        state = pruning.set_mask(self._tx.init(params), mask)
+        for _ in range(self._steps):
+            batch = next(self._batches)
+            params, self.statistics, state = self._step(params, self.statistics, state, batch)
+        return params
+
+
+class Experiments:
+    """All that is measured: a method for each of the five, which returns what is written down."""
+
+    def __init__(self, network: Network, scale: Scale):
+        self.network, self.scale = network, scale
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019  (there is one of these a process)
+    def gradients(self, seed: int, count: int, per_example: bool = False) -> Any:
+        """The first gradients of a seed, the same for all methods."""
+        network = self.network
+        return collect_gradients(
+            network.loss,
+            network.params,
+            network.batches(seed, self.scale.batch),
+            count,
+            per_example=per_example,
+            progress=False,
+        )
+
+    def one_shot(self, seed: int, method: str) -> dict[str, Any]:
+        """Every sparsity, out of one set of gradients."""
+        n = self.scale.gradients[0]
+        done = {}
+        for sparsity in self.scale.sparsities:
+            pruned = self._prune(sparsity, seed, n, method, steps=1)
+            done[f"{sparsity:g}"] = _outcome(self.network.accuracy(pruned.params), pruned)
+        return done
+
+    def recomputation(self, steps: int, sparsity: float, seed: int, method: str) -> dict[str, Any]:
+        """Gradients taken anew in each of several steps."""
+        pruned = self._prune(sparsity, seed, self.scale.gradients[1], method, steps=steps)
+        return _outcome(self.network.accuracy(pruned.params), pruned)
+
+    def patterns(self, name: str, method: str) -> dict[str, Any]:
+        """A pattern, with recomputation."""
+        pattern = SHAPES[name]
+
+        def fits(path: str, leaf: Any) -> bool:
+            return is_pruned(path, leaf) and leaf.shape[-2] % 4 == 0  # three colours are no four
+
+        pruned = self._prune(
+            PATTERNS[name],
+            0,
+            self.scale.gradients[1],
+            method,
+            steps=self.scale.patterns[1],
+            pattern=pattern,
+            path_filter=fits,
+        )
+        outcome = _outcome(self.network.accuracy(pruned.params), pruned)
+        return outcome | {"sparsity": pruned.report.steps[-1].sparsity}
+
+    def gradual(self, sparsity: float, method: str) -> dict[str, Any]:
+        """A cubic schedule with training after each step."""
+        _, steps, training = self.scale.gradual
+        tuner = Tuner(self.network, self.network.batches(1, self.scale.train_batch), training)
+        pruned = self._prune(
+            sparsity,
+            0,
+            self.scale.gradients[1],
+            method,
+            steps=steps,
+            schedule="cubic",
+            fine_tune=tuner,
+        )
+        outcome = _outcome(self.network.accuracy(pruned.params, tuner.statistics), pruned)
+        return outcome | {"training_steps": steps * training}
+
+    def influence(self, n: int, kind: str, damping: float, block: int) -> dict[str, Any]:
+        """One-shot, greedy masks and joint updates, at 80 and 90 %."""
+        rows = self.gradients(0, n, kind == "example")
+        done = {}
+        for sparsity in (0.8, 0.9):
+            params, _, _ = pruning.prune_step(
+                self.network.params,
+                pruning.initial_mask(self.network.params),
+                rows,
+                sparsity,
+                damping=damping,
+                score="greedy",
+                blocks=block,
+                path_filter=is_pruned,
+            )
+            done[f"{sparsity:g}"] = self.network.accuracy(params)
+        return done
+
+    def _prune(
+        self, sparsity: float, seed: int, count: int, method: str, **options: Any
+    ) -> pruning.Pruned:
+        network = self.network
+        if method == "magnitude":
+            count = 1  # nothing is asked of it
+        batches = network.batches(seed, self.scale.batch)
+        for _ in range(count):
+            next(batches)  # those of the first gradients
+        if method in METHODS:
+            # Nothing but the method: no choice, no older gradients.
+            options |= {"settings": [METHODS[method]], "history": 0, "descents": ()}
+        return pruning.prune(
+            network.params,
+            network.loss,
+            batches,
+            sparsity,
+            num_gradients=count,
+            gradients=self.gradients(seed, count),
+            calibration=network.calibration,
+            progress=False,
+            **{"path_filter": is_pruned, **PARTS.get(method, {}), **options},
+        )
+
+
+def _outcome(accuracy: float, pruned: pruning.Pruned) -> dict[str, Any]:
+    steps = pruned.report.steps
+    return {
+        "accuracy": accuracy,
+        "loss": steps[-1].loss_after,
+        "chosen": [str(step.tried[step.chosen]) for step in steps],
+        "prune_seconds": sum(step.seconds - step.gradient_seconds for step in steps),
+    }
+
+
+class Run(NamedTuple):
+    """One thing to measure.
+
+    Attributes:
+        part: the method of :class:`Experiments`.
+        arguments: what it is called with.
+    """
+
+    part: str
+    arguments: tuple[Any, ...]
+
+    @property
+    def key(self) -> str:
+        """What it is called in the results."""
+        return " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in self.arguments)
+
+
+def runs(scale: Scale) -> list[Run]:
+    """All there is to do, in order."""
+    todo = [Run("one_shot", (scale.seeds[0], "magnitude"))]
+    for seed in scale.seeds:
+        todo += [Run("one_shot", (seed, method)) for method in [*METHODS, DEFAULT][1:]]
+    for steps, sparsities in scale.recomputations:
+        for seed in scale.seeds:
+            for sparsity in sparsities:
+                if (steps, sparsity) in [(scale.several[0], s) for s in scale.several[1]]:
+                    methods = [*REFERENCES, DEFAULT]
+                    if seed == scale.seeds[0]:
+                        methods = [*REFERENCES, "joint, blocks", "greedy, blocks", *PARTS, DEFAULT]
+                elif seed == scale.seeds[0]:
+                    methods = [*REFERENCES, DEFAULT]
+                else:
+                    continue
+                todo += [Run("recomputation", (steps, sparsity, seed, m)) for m in methods]
+    names, _ = scale.patterns
+    todo += [Run("patterns", (name, m)) for name in names for m in ("magnitude", DEFAULT)]
+    for sparsity in scale.gradual[0]:
+        todo += [Run("gradual", (sparsity, method)) for method in ("magnitude", DEFAULT)]
+    middle = scale.counts[len(scale.counts) // 2]
+    for kind in ("batch", "example"):
+        for n in scale.counts:
+            todo.append(Run("influence", (n, kind, DAMPING, BLOCK)))
+            if n == middle:
+                todo += [Run("influence", (n, kind, x, BLOCK)) for x in scale.dampings]
+                todo += [Run("influence", (n, kind, DAMPING, x)) for x in scale.blocks]
+    return todo
+
+
+class Setup(NamedTuple):
+    """What a process needs to know to do a run."""
+
+    smoke: bool
+    data_dir: Path | None
+    weights: Path | None
+
+
+@functools.cache
+def experiments(setup: Setup) -> Experiments:
+    """The network and the data, once a process."""
+    if setup.smoke:
+        return Experiments(Network(ResNet(nnx.Rngs(0), width=4, depth=1), made_up()), SMOKE)
+    model = ResNet(nnx.Rngs(0))
+    load_weights(model, setup.weights)
+    return Experiments(Network(model, load_cifar10(setup.data_dir)), full_scale())
+
+
+def full_scale() -> Scale:
+    """What there is time for on this device."""
+    return FULL if jax.default_backend() == "cpu" else FULL_ON_ACCELERATOR
+
+
+def measure(setup: Setup, run: Run) -> dict[str, Any]:
+    """Does a run, and says how long it took."""
+    everything = experiments(setup)
+    began = time.perf_counter()
+    done = getattr(everything, run.part)(*run.arguments)
+    return done | {"seconds": time.perf_counter() - began}
+
+
+def _take_core(cores: Any) -> None:
+    os.sched_setaffinity(0, {cores.get()})
+
+
+def outcomes(setup: Setup, todo: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Every run and what came out, as they are done.
+
+    On a CPU of several cores, a process on each: two convolutions at a time on a core each are
+    faster than one on two.
+    """
+    workers = 1
+    if jax.default_backend() == "cpu" and hasattr(os, "sched_setaffinity") and not setup.smoke:
+        workers = min(len(os.sched_getaffinity(0)), 4)
+    if workers == 1:
+        for run in todo:
+            yield run, measure(setup, run)
+        return
+    context = multiprocessing.get_context("spawn")
+    cores = context.Queue()
+    for core in sorted(os.sched_getaffinity(0))[:workers]:
+        cores.put(core)
+    pool = ProcessPoolExecutor(workers, context, _take_core, (cores,))
+    with pool:
+        waiting, left = {}, list(todo)
+        while left or waiting:
+            # No more are handed out than there are workers, so that an interruption is quick.
+            while left and len(waiting) < workers:
+                run = left.pop(0)
+                waiting[pool.submit(measure, setup, run)] = run
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                yield waiting.pop(future), future.result()
+
+
+def run_all(setup: Setup, todo: list[Run], path: Path) -> dict[str, Any]:
+    """Does what ``path`` does not hold yet, and writes it there run by run."""
+    results = json.loads(path.read_text()) if path.exists() else {"wall_seconds": 0.0}
+    todo = [run for run in todo if run.key not in results.get(run.part, {})]
+    results["environment"] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+    if "dense" not in results:
+        network = experiments(setup).network
+        results["dense"] = network.accuracy(network.params)
+    print(f"Dense accuracy {results['dense']:.2f} %; {len(todo)} runs to do.")
+    began, before = time.perf_counter(), results["wall_seconds"]
+    with tqdm(total=len(todo), unit="run", disable=None) as bar:
+        for run, done in outcomes(setup, todo):
+            results.setdefault(run.part, {})[run.key] = done
+            results["wall_seconds"] = before + time.perf_counter() - began
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(results, indent=1) + "\n")
+            part.replace(path)  # an interruption leaves the file as it was
+            bar.update()
+            bar.set_description(f"{run.part} {run.key}")
+    return results
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Reads the command line and does it all."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data-dir", type=Path, help="folder with CIFAR-10 and the weights")
+    parser.add_argument("--weights", type=Path, help=f"the weights; by default DIR/{WEIGHTS}")
+    parser.add_argument("--out", type=Path, default=Path("prune_resnet20"), help="for the results")
+    parser.add_argument("--smoke", action="store_true", help="a quick try on made-up pictures")
+    every = sorted({run.part for run in runs(SMOKE)})
+    parser.add_argument("--only", nargs="+", choices=every, default=every, help="experiments")
+    options = parser.parse_args(arguments)
+    weights = options.weights or (options.data_dir and options.data_dir / WEIGHTS)
+    setup = Setup(options.smoke, options.data_dir, weights)
+    if not options.smoke and (weights is None or not weights.exists()):
+        sys.exit(
+            f"The pretrained weights are needed: expected --data-dir DIR with DIR/{WEIGHTS}, "
+            f"or --weights FILE; got {weights}. --smoke does without."
+        )
+    try:
+        experiments(setup)
+    except OSError as error:
+        sys.exit(str(error))
+    options.out.mkdir(parents=True, exist_ok=True)
+    todo = runs(SMOKE if options.smoke else full_scale())
+    name = "smoke.json" if options.smoke else "results.json"
+    results = run_all(setup, [run for run in todo if run.part in options.only], options.out / name)
+    made = tables(results)
+    (options.out / "tables.md").write_text("\n\n".join(made.values()) + "\n")
+    draw(results, options.out / "accuracy.png")
+    print("\n\n".join(made.values()))
+    print(f"\nWritten to {options.out}: {name}, tables.md, accuracy.png")
+    return results
+
+
+if __name__ == "__main__":
+    main()

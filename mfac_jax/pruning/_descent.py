@@ -1,0 +1,44 @@
+"""A step of the weights that stay, down the loss itself.
+
+At the minimum of the quadratic model over the weights that stay, what is left of its gradient
+is the loss's own, ``g``. Its next step is the optimizer's, ``-F^-1 g`` with ``F`` over those
+weights; and since ``g`` is a mean of the rows, nothing is subtracted (identity 2).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from mfac_jax import algebra
+from mfac_jax._layout import PyTree
+from mfac_jax.rows import GradientRows
+
+
+@jax.jit
+def descent(
+    rows: GradientRows,
+    mask: PyTree,
+    fresh: Bool[Array, " n"],
+    relative_damping: Float[Array, ""],
+) -> PyTree:
+    """``-F^-1 g = -n G^T (n lambda I + G G^T)^-1 a`` on the weights that stay.
+
+    Args:
+        rows: ``G``.
+        mask: which weights stay.
+        fresh: the rows whose mean is the gradient ``g``: ``a`` is the same there, 0 elsewhere.
+        relative_damping: ``lambda`` as a fraction of the trace of ``G^T G / n``.
+
+    Returns:
+        The direction, a tree like the parameters; 0 where no weight is, or no gradient.
+    """
+    gram, n = rows.gram(mask), rows.num_rows
+    trace = jnp.trace(gram) / n
+    shift = n * relative_damping * jnp.where(trace > 0, trace, jnp.ones_like(trace))
+    mean = fresh.astype(gram.dtype) / jnp.sum(fresh).astype(gram.dtype)
+    shared = algebra.share_between_equal_rows(gram, mean)
+    solved = algebra.solve(algebra.factor(gram, shift), shared)
+    direction = rows.combine(-n * algebra.share_between_equal_rows(gram, solved))
+    return jax.tree.map(lambda keep, x: jnp.where(keep, x, jnp.zeros_like(x)), mask, direction)
