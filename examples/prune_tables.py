@@ -25,7 +25,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         "influence": _influence,
     }
     made = {name: make(results[name]) for name, make in makers.items() if results.get(name)}
-    if "recomputation" in made:
+    if any(key.endswith(" 0 greedy, blocks") for key in results.get("recomputation", {})):
         made["gains"] = _gains(results["recomputation"])
     return made
 
@@ -69,27 +69,19 @@ def _recomputation(found: dict[str, Any]) -> str:
 
 
 def _gains(found: dict[str, Any]) -> str:
-    """What each part of the default gains and costs, on the first set of gradients."""
-    parts = ["joint, blocks", "greedy, blocks"]
-    parts += sorted({key.split(" ", 3)[3] for key in found if " default, " in key}, reverse=True)
+    """What each part of the default gains and costs, where all of them were tried."""
+    end = " 0 greedy, blocks"
+    columns = sorted(key.removesuffix(end) for key in found if key.endswith(end))
+    methods = {key.split(" ", 3)[3]: None for key in found if key.startswith(columns[-1])}
     rows = []
-    for method in [*parts, DEFAULT]:
-        mine = {k.split(" ")[1]: r for k, r in found.items() if k.split(" ", 2)[2] == f"0 {method}"}
-        mine = {s: r for s, r in mine.items() if any(k.split(" ")[1] == s for k in _first(found))}
-        if mine:
-            cells = [f"{mine[s]['accuracy']:.1f}" for s in sorted(mine)]
-            rows.append([method, *cells, f"{_seconds_a_step(mine):.1f} s"])
-            head = ["with recomputation", *[f"{float(s):.0%}" for s in sorted(mine)]]
-    return _table([*head, "a step, without gradients"], rows) if rows else ""
-
-
-def _first(found: dict[str, Any]) -> list[str]:
-    """The runs that all parts were tried in."""
-    return [key for key in found if key.endswith(" 0 greedy, blocks")]
-
-
-def _seconds_a_step(found: dict[str, Any]) -> float:
-    return float(np.mean([r["prune_seconds"] / len(r["chosen"]) for r in found.values()]))
+    for method in methods:
+        mine = [found.get(f"{column} 0 {method}") for column in columns]
+        # The first steps compile; a step is timed without its gradients.
+        seconds = np.median([second for run in mine if run for second in run["step_seconds"][2:]])
+        cells = [f"{run['accuracy']:.1f}" if run else "" for run in mine]
+        rows.append([method, *cells, f"{seconds:.1f} s"])
+    head = [f"{float(c.split()[1]):.0%}, {c.split()[0]} x" for c in columns]
+    return _table(["one set of gradients", *head, "a step"], rows)
 
 
 def _patterns(found: dict[str, Any]) -> str:

@@ -197,6 +197,22 @@ def test_the_diagonal_is_positive_and_above_its_bound(kind, damping):
             assert np.all(oracles.flat(diagonal) >= bound * (1 - 1e-5))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-2])
+@pytest.mark.parametrize("kind", ["independent", "correlated", "duplicated"])
+def test_the_single_precision_diagonal_is_within_a_thousandth_from_damping_1e_8_on(kind, scale):
+    """Entry by entry: whole, blocks with B < n, and blocks with B > n."""
+    n, d = 64, 512
+    g = oracles.gradients(kind, n, d)
+    g = (scale * g / np.sqrt(np.mean(np.square(g, dtype=np.float64)))).astype(np.float32)
+    held = rows.as_rows(jnp.asarray(g))
+    for damping in (1e-8, 1e-6, 1e-4, 1e-2, 1.0):
+        for blocks, size in ((None, d), (32, 32), (128, 128)):
+            want = np.diag(oracles.block_inverse(g, damping, [size] * (d // size)))
+            for got in diagonals(held, jnp.float32(damping), blocks):
+                assert np.all(np.asarray(got) > 0)
+                np.testing.assert_allclose(got, want, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("name", "storage"), [("whole", "per_leaf"), ("tens", "flat")])
 def test_the_diagonal_of_a_masked_fisher(name, storage):
     g = some(N)

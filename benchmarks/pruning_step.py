@@ -1,0 +1,124 @@
+"""Time and memory of a pruning step on ResNet-20, gradients apart.
+
+    python benchmarks/pruning_step.py
+
+A process each for scoring, selecting and updating 80 % of 268,336 weights with n = 256: whole,
+in blocks of 128, and with greedy masks. Linux only: it reads the peak from ``/proc``. Writes
+``results/pruning_step.json`` and the table in
+``docs/pruning-results.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import memory
+import numpy as np
+import report
+
+from mfac_jax import pruning, rows
+
+N, SPARSITY, DAMPING = 256, 0.8, 1e-5
+# The kernels of ResNet-20, without the 1 x 1 shortcuts.
+SHAPES = [(3, 3, 3, 16), *[(3, 3, 16, 16)] * 6, (3, 3, 16, 32), *[(3, 3, 32, 32)] * 5]
+SHAPES += [(3, 3, 32, 64), *[(3, 3, 64, 64)] * 5, (64, 10)]
+WAYS = {
+    "whole": {"score": "mfac", "blocks": None},
+    "blocks of 128": {"score": "mfac", "blocks": 128},
+    "greedy, blocks of 128": {"score": "greedy", "blocks": 128},
+}
+BARS = {"whole": 4.0, "blocks of 128": 4.0, "greedy, blocks of 128": 8.0}
+MEMORY_BAR = 2.5
+PAGE = "pruning-results.md"
+
+
+def measure(way: str, runs: int = 5) -> dict[str, Any]:
+    """Seconds of each run, the compilation, and the peak as a multiple of the gradients."""
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.standard_normal(shape, np.float32)) / 20 for shape in SHAPES]
+    d = sum(leaf.size for leaf in params)
+    held = rows.empty_rows(params, N)
+    write = jax.jit(lambda held, i, g: held.write(i, g)[0], donate_argnums=0)
+    for i in range(N):
+        flat = rng.standard_normal(d, np.float32) / np.float32(np.sqrt(d))
+        parts = np.split(flat, np.cumsum([leaf.size for leaf in params])[:-1])
+        gradient = [part.reshape(shape) for part, shape in zip(parts, SHAPES, strict=True)]
+        held = write(held, jnp.int32(i), gradient)
+    mask = pruning.initial_mask(params)
+    jax.block_until_ready(held)
+    options = {"damping": DAMPING, "path_filter": "", **WAYS[way]}
+    seconds = []
+    for _ in range(runs + 1):
+        if seconds:  # compiled by now: from here on, a peak is that of a step
+            memory.return_freed_memory()
+            before = _start_peak()
+        start = time.perf_counter()
+        done = pruning.prune_step(params, mask, held, SPARSITY, **options)
+        jax.block_until_ready(done)
+        seconds.append(time.perf_counter() - start)
+    size = 4 * N * d
+    return {
+        "first": seconds[0],
+        "seconds": seconds[1:],
+        "peak": (size + _status("VmHWM") - before) / size,
+    }
+
+
+def _start_peak() -> int:
+    """Forgets the peak of this process so far (Linux); returns what it has now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def table(results: dict) -> str:
+    """The table of the documentation."""
+    lines = [
+        "| step, n = 256, 80 % | time | wanted | with compilation | peak, in gradients | wanted |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for way, found in results["ways"].items():
+        median = float(np.median(found["seconds"]))
+        lines.append(
+            f"| {way} | {median:.2f} s | < {BARS[way]:.0f} s | {found['first']:.1f} s "
+            f"| {found['peak']:.2f} x | < {MEMORY_BAR} x |"
+        )
+    where = results["environment"]
+    lines += ["", f"{where['device']}, jax {where['jax']}, {where['date']}."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures every way in a process of its own; ``--render`` only writes the table."""
+    if sys.argv[1:] == ["--render"]:
+        report.write_table(
+            report.ROOT / "docs" / PAGE, "pruning-step", table(report.load("pruning_step"))
+        )
+        return
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(sys.argv[1])))
+        return
+    ways = {}
+    for way in WAYS:
+        command = [sys.executable, __file__, way]
+        out = subprocess.run(command, check=True, capture_output=True, text=True)
+        ways[way] = json.loads(out.stdout.splitlines()[-1])
+        print(way, ways[way], flush=True)
+    results = {"environment": report.environment(), "ways": ways}
+    report.save("pruning_step", results)
+    report.write_table(report.ROOT / "docs" / PAGE, "pruning-step", table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The pruning experiment runs from end to end at small size."""
+
+import json
+import pickle
+
+import jax
+import numpy as np
+import prune_resnet20
+import prune_tables
+import pytest
+import resnet20
+from flax import nnx
+
+pytestmark = pytest.mark.jax_defaults
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experiment")
+    prune_resnet20.main(["--smoke", "--out", str(folder)])
+    return folder
+
+
+def test_every_run_is_measured_and_shown(out):
+    results = json.loads((out / "smoke.json").read_text())
+    todo = prune_resnet20.runs(prune_resnet20.SMOKE)
+    assert {run.part for run in todo} == set(prune_tables.tables(results)) - {"gains"}
+    for run in todo:
+        assert results[run.part][run.key]["seconds"] > 0
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    text = (out / "tables.md").read_text()
+    assert all(method in text for method in [*prune_resnet20.METHODS, prune_tables.DEFAULT])
+    assert "2:4" in text
+    assert "per example" in text
+
+
+def test_it_goes_on_where_it_was(out, monkeypatch, capsys):
+    path = out / "smoke.json"
+    results = json.loads(path.read_text())
+    lost = results["influence"].popitem()
+    path.write_text(json.dumps(results))
+    measured = []
+    monkeypatch.setattr(
+        prune_resnet20, "measure", lambda _, run: measured.append(run.key) or lost[1]
+    )
+    prune_resnet20.main(["--smoke", "--out", str(out)])
+    assert measured == [lost[0]]
+    assert "1 runs to do" in capsys.readouterr().out
+    assert json.loads(path.read_text())["influence"] == results["influence"] | dict([lost])
+
+
+def test_full_size_covers_what_is_asked_for():
+    todo = {(run.part, run.key) for run in prune_resnet20.runs(prune_resnet20.FULL)}
+    assert len(todo) == len(prune_resnet20.runs(prune_resnet20.FULL))
+    for method in [*prune_resnet20.METHODS, prune_tables.DEFAULT]:
+        assert ("one_shot", f"0 {method}") in todo
+    for seed in range(3):
+        assert ("recomputation", f"8 0.9 {seed} {prune_tables.DEFAULT}") in todo
+    assert ("recomputation", "16 0.8 0 reference, whole") in todo
+    assert ("recomputation", "8 0.95 0 reference, blocks") in todo
+
+
+def test_what_is_missing_is_said(tmp_path):
+    with pytest.raises(SystemExit, match=r"--data-dir DIR with DIR/resnet20.*--smoke"):
+        prune_resnet20.main(["--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--weights FILE"):
+        prune_resnet20.main(["--data-dir", str(tmp_path), "--out", str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match="no CIFAR-10 in"):
+        resnet20.load_cifar10(tmp_path)
+
+
+def test_a_download_that_fails_is_said(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(resnet20, "CACHE", tmp_path / "cache" / "cifar.tar.gz")
+    monkeypatch.setattr(resnet20.urllib.request, "urlretrieve", fail)
+    with pytest.raises(OSError, match=r"no network.*--data-dir"):
+        resnet20.load_cifar10(None)
+
+
+def test_batches_of_the_standard_archive_are_read(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    images = np.arange(4 * 3072, dtype=np.uint8).reshape(4, 3072)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        (folder / name).write_bytes(pickle.dumps({b"data": images, b"labels": [0, 1, 2, 3]}))
+    data = resnet20.load_cifar10(tmp_path)
+    assert data.train.shape == (20, 32, 32, 3)
+    assert data.test_labels.tolist() == [0, 1, 2, 3]
+    # A plane of 1,024 bytes a colour, rows first.
+    assert data.test[1, 2, 3].tolist() == [images[1, c * 1024 + 2 * 32 + 3] for c in range(3)]
+
+
+def test_the_paper_s_weights_are_put_in_their_places(tmp_path):
+    rng = np.random.default_rng(0)
+    model = resnet20.ResNet(nnx.Rngs(0))
+    arrays = {}
+
+    def conv(name, width_in, width, size):
+        arrays[f"{name}.weight"] = rng.normal(size=(width, width_in, size, size))
+
+    def norm(name, width):
+        for field in ("weight", "bias", "running_mean", "running_var"):
+            arrays[f"{name}.{field}"] = rng.random(width)
+
+    conv("conv1", 3, 16, 3)
+    norm("bn1", 16)
+    for stage, width in enumerate((16, 32, 64), 1):
+        for block in range(3):
+            name, before = f"layer{stage}.{block}", width // 2 if stage > 1 and not block else width
+            conv(f"{name}.conv1", before, width, 3)
+            norm(f"{name}.bn1", width)
+            conv(f"{name}.conv2", width, width, 3)
+            norm(f"{name}.bn2", width)
+            if before != width:
+                conv(f"{name}.downsample.0", before, width, 1)
+                norm(f"{name}.downsample.1", width)
+    arrays["fc.weight"], arrays["fc.bias"] = rng.normal(size=(10, 64)), rng.random(10)
+    arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
+    np.savez(tmp_path / "weights.npz", **arrays)
+    resnet20.load_weights(model, tmp_path / "weights.npz")
+    params = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert sum(leaf.size for leaf in params) == sum(
+        a.size for name, a in arrays.items() if "running" not in name
+    )
+    kernel = model.blocks.layers[4].conv2.kernel.get_value()
+    np.testing.assert_array_equal(
+        np.transpose(kernel, (3, 2, 0, 1)), arrays["layer2.1.conv2.weight"]
+    )
+    np.testing.assert_array_equal(
+        model.blocks.layers[6].norm3.var.get_value(), arrays["layer3.0.downsample.1.running_var"]
+    )
