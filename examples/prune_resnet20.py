@@ -48,6 +48,7 @@ from tqdm import tqdm
 from mfac_jax import collect_gradients, pruning
 from mfac_jax.pruning import Setting
 
+DENSE = 91.4  # per cent, of the weights that the paper's authors have published
 DAMPING = 1e-5  # the paper's
 BLOCK = 128
 METHODS = {
@@ -331,6 +332,7 @@ class Experiments:
             num_gradients=count,
             gradients=self.gradients(seed, count),
             calibration=network.calibration,
+            num_calibration=len(network.calibration),
             progress=False,
             **{"path_filter": is_pruned, **PARTS.get(method, {}), **options},
         )
@@ -460,20 +462,39 @@ def outcomes(setup: Setup, todo: list[Run]) -> Iterator[tuple[Run, dict[str, Any
                 yield waiting.pop(future), future.result()
 
 
+def processor() -> str:
+    """What is computed on."""
+    device = jax.devices()[0].device_kind
+    info = Path("/proc/cpuinfo")
+    if jax.default_backend() != "cpu" or not info.exists():
+        return device
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "name" in line]
+    return next((name for name in names if name), device)
+
+
 def run_all(setup: Setup, todo: list[Run], path: Path) -> dict[str, Any]:
     """Does what ``path`` does not hold yet, and writes it there run by run."""
-    results = json.loads(path.read_text()) if path.exists() else {"wall_seconds": 0.0}
-    todo = [run for run in todo if run.key not in results.get(run.part, {})]
-    results["environment"] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": jax.devices()[0].device_kind,
+    network = experiments(setup).network
+    dense = network.accuracy(network.params)
+    if not setup.smoke and abs(dense - DENSE) > 0.2:
+        sys.exit(
+            f"The dense network has {dense:.2f} %: expected {DENSE} %, with the paper's weights."
+        )
+    environment = {
+        "device": processor(),
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "python": platform.python_version(),
+        "scale": json.loads(json.dumps(experiments(setup).scale._asdict())),
     }
-    if "dense" not in results:
-        network = experiments(setup).network
-        results["dense"] = network.accuracy(network.params)
+    results = {"environment": environment | {"date": time.strftime("%Y-%m-%d")}}
+    results |= {"dense": dense, "wall_seconds": 0.0}
+    if path.exists():
+        results = json.loads(path.read_text())
+        there = {key: results["environment"].get(key) for key in environment}
+        if there != environment:
+            sys.exit(f"{path} comes from elsewhere: expected {environment}, got {there}.")
+    todo = [run for run in todo if run.key not in results.get(run.part, {})]
     print(f"Dense accuracy {results['dense']:.2f} %; {len(todo)} runs to do.")
     began, before = time.perf_counter(), results["wall_seconds"]
     with tqdm(total=len(todo), unit="run", disable=None) as bar:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 PyTree = Any
 
@@ -141,7 +141,7 @@ class Layout:
             return jnp.zeros((0,), dtype)
         return jnp.concatenate([jnp.ravel(jnp.asarray(leaf)).astype(dtype) for leaf in leaves])
 
-    def unflatten(self, vector: Float[Array, " d"]) -> PyTree:
+    def unflatten(self, vector: Shaped[Array, " d"]) -> PyTree:
         """A vector of ``d`` coordinates as a tree, in the vector's dtype."""
         parts = jnp.split(vector, np.cumsum(self.sizes)[:-1]) if self.sizes else []
         leaves = [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]

@@ -169,7 +169,7 @@ def fill_rows(
     progress: bool = True,
 ) -> Rows:
     """:func:`collect_gradients` into the rows from ``first`` on of ``rows``, which are used up."""
-    _check_functions(loss_fn, sample_labels, key)
+    check_functions(loss_fn, sample_labels, key)
     if isinstance(batches, jax.Array | np.ndarray) or not isinstance(batches, Iterable):
         raise TypeError(
             f"batches must be an iterable of batches, got {type(batches).__name__}; "
@@ -221,7 +221,7 @@ def _write_gradients(
     """Writes rows ``row .. row + count - 1``; returns which gradients are finite."""
 
     def scalar_loss(params: PyTree, batch: PyTree) -> Array:
-        return _check_scalar(loss_fn(params, batch))
+        return check_scalar(loss_fn(params, batch))
 
     def gradient(batch: PyTree, row: Int[Array, ""]) -> PyTree:
         if sample_labels is not None and key is not None:
@@ -356,7 +356,8 @@ def _on_device(batch: PyTree, number: int) -> tuple[PyTree, int]:
     return jax.tree.unflatten(treedef, arrays), lengths.pop()
 
 
-def _check_functions(loss_fn: Any, sample_labels: Any, key: Any) -> None:
+def check_functions(loss_fn: Any, sample_labels: Any, key: Any) -> None:
+    """What is to be a function is one, and what goes together does."""
     for value, name in ((loss_fn, "loss_fn"), (sample_labels, "sample_labels")):
         if name == "sample_labels" and value is None:
             continue
@@ -393,7 +394,8 @@ def _chunk_size(chunk_size: Any, per_example: Any, d: int, m: int) -> int | None
     return min(_checks.positive_int(chunk_size, "chunk_size"), m)
 
 
-def _check_scalar(loss: Any) -> Array:
+def check_scalar(loss: Any) -> Array:
+    """What a loss function returns, once it is known to be one real number."""
     if not jax.tree_util.all_leaves([loss]):
         raise TypeError(
             f"loss_fn must return a scalar and nothing else, got {jax.tree.structure(loss)}."

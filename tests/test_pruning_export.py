@@ -70,3 +70,35 @@ def test_what_is_wrong_is_said(pruned, tmp_path):
         pruning.load(tmp_path / "net.npz", {**params, "more": jnp.ones(1)})
     with pytest.raises(ValueError, match=r"'bias' .*\(5,\).*\(4,\)"):
         pruning.load(tmp_path / "net.npz", {**params, "bias": jnp.ones(5)})
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_every_dtype_comes_back_exactly(tmp_path, suffix):
+    params = {
+        "file": jnp.asarray([1.0, 1 / 3, -2.0], jnp.bfloat16),
+        "allow_pickle": jnp.asarray([[1 / 3]], jnp.float16),
+    }
+    mask = {"file": jnp.asarray([True, True, False]), "allow_pickle": jnp.ones((1, 1), bool)}
+    pruning.save(tmp_path / f"a{suffix}", params, mask)
+    got, got_mask = pruning.load(tmp_path / f"a{suffix}", params)
+    assert got["file"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got["file"], params["file"].at[2].set(0))
+    np.testing.assert_array_equal(got["allow_pickle"], params["allow_pickle"])
+    np.testing.assert_array_equal(got_mask["file"], mask["file"])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"a/b": jnp.ones(1), "a": {"b": jnp.zeros(1)}},
+        {"w": jnp.ones(1), "mask": {"w": jnp.ones(1)}},
+    ],
+)
+def test_names_that_collide_are_refused(tmp_path, params):
+    with pytest.raises(ValueError, match="two arrays would go by the name"):
+        pruning.save(tmp_path / "a.npz", params, pruning.initial_mask(params))
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_a_scalar_is_not_made_sparse():
+    assert float(pruning.to_bcoo(jnp.float32(2.0), jnp.asarray(False))) == 2.0

@@ -9,7 +9,8 @@ import oracles
 import pytest
 
 from mfac_jax import pruning, rows
-from mfac_jax.pruning import _groups
+from mfac_jax.pruning import _groups, _scores
+from mfac_jax.pruning._patterns import Grouping
 from mfac_jax.rows import SelectedRows, TransposedRows
 
 N = 12
@@ -33,12 +34,14 @@ def turned(leaf, pattern, lead=0):
     Groups are in the order of outputs (the last axis), then inputs (the one before).
     """
     x = np.asarray(leaf, np.float64)
+    given = pattern.axis
+    if given is None:
+        given = -1 if isinstance(pattern, pruning.Slices) else -2
+    axis = given % (x.ndim - lead) + lead
     if isinstance(pattern, pruning.Slices):
-        axis = pattern.axis % (x.ndim - lead) + lead
         moved = np.moveaxis(x, axis, lead)
         return moved.reshape(*x.shape[:lead], x.shape[axis], -1)
     size = pattern.m if isinstance(pattern, pruning.NofM) else pattern.size
-    axis = pattern.axis % (x.ndim - lead) + lead
     places = [*range(lead, x.ndim - 2)]
     order = [a for a in (x.ndim - 1, x.ndim - 2, *places) if a != axis]
     return x.transpose(*range(lead), *order, axis).reshape(*x.shape[:lead], -1, size)
@@ -288,6 +291,7 @@ def step(params=None, **options):
         ({"pattern": pruning.BlocksOf(4, axis=-1)}, r"multiple of 4.*\['a'\]"),
         ({"pattern": pruning.BlocksOf(4, axis=2)}, r"multiple of 4.*\['a'\]"),
         ({"pattern": pruning.Slices(axis=2)}, r"does not have.*path_filter"),
+        ({"pattern": pruning.NofM(2, 4), "output_axis": 2}, r"output_axis=2 .*\['b'\]"),
         ({"pattern": pruning.NofM(2, 4), "sparsity": 0.6}, r"at most 64 of 128"),
         ({"pattern": pruning.NofM(2, 4), "blocks": 6}, "multiples of 4"),
         ({"pattern": pruning.Slices(), "blocks": 16}, "blocks='leaf'"),
@@ -327,3 +331,117 @@ def test_patterns_of_wrong_type():
         step(pattern="2:4")
     with pytest.raises(TypeError, match="axis must be a Python int"):
         pruning.Slices(axis=1.0)
+
+
+@pytest.mark.parametrize("pattern", [pruning.NofM(2, 4), pruning.BlocksOf(4)])
+def test_patterns_lie_along_the_inputs_wherever_those_are(pattern):
+    w, g = (
+        jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32),
+        jnp.ones((3, 4, 8)),
+    )
+
+    def groups(weights, gradients, **options):
+        _, mask, _ = pruning.prune_step(
+            weights,
+            jnp.ones(weights.shape, bool),
+            rows.as_rows(gradients, weights),
+            0.5,
+            damping=0.1,
+            score="magnitude",
+            pattern=pattern,
+            **options,
+        )
+        return np.asarray(mask)
+
+    outputs_first = groups(w, g, output_axis=0)
+    np.testing.assert_array_equal(groups(w.T, g.swapaxes(1, 2)).T, outputs_first)
+    alive = outputs_first.reshape(4, 2, 4).sum(2)
+    assert set(alive.ravel().tolist()) == ({2} if isinstance(pattern, pruning.NofM) else {0, 4})
+
+
+def test_slices_are_outputs_wherever_those_are():
+    w, g = jnp.arange(1.0, 33.0).reshape(4, 8), jnp.ones((3, 4, 8))
+    for axis in (0, -1):
+        _, mask, _ = pruning.prune_step(
+            w,
+            jnp.ones((4, 8), bool),
+            rows.as_rows(g, w),
+            0.5,
+            damping=0.1,
+            score="magnitude",
+            pattern=pruning.Slices(),
+            output_axis=axis,
+        )
+        outputs = np.asarray(mask).all(axis=1 if axis == 0 else 0)
+        assert outputs.sum() == outputs.size // 2
+
+
+@pytest.mark.parametrize("pattern", [pruning.BlocksOf(4), pruning.Slices(axis=0)])
+def test_groups_that_are_pruned_in_part_are_refused(pattern):
+    mask = {"a": jnp.ones(SHAPES["a"], bool), "b": jnp.ones(SHAPES["b"], bool).at[2, 1].set(False)}
+    params, gradients = problem()
+    with pytest.raises(ValueError, match=r"of 1 groups of params\['b'\] a part is pruned"):
+        pruning.prune_step(
+            params,
+            mask,
+            rows.as_rows(gradients, params),
+            0.5,
+            damping=0.1,
+            pattern=pattern,
+            path_filter="",
+        )
+
+
+@pytest.mark.parametrize(("shape", "n", "sparsity"), [((4, 1), 2, 0.5), ((8, 1), 1, 0.75)])
+def test_n_of_m_leaves_no_layer_without_weights_however_small(shape, n, sparsity):
+    w = jnp.ones(shape)
+    _, mask, info = pruning.prune_step(
+        w,
+        jnp.ones(shape, bool),
+        rows.as_rows(jnp.ones((2, *shape)), w),  # fewer gradients than a group has weights
+        sparsity,
+        damping=0.1,
+        pattern=pruning.NofM(n, 4),
+    )
+    assert int(info.num_alive) == n * w.size // 4
+    assert np.all(np.asarray(mask).reshape(-1, 4).sum(1) == n)
+
+
+@pytest.mark.parametrize("score", ["mfac", "magnitude", "obd"])
+def test_empty_leaves_have_no_slices(score):
+    params = {"e": jnp.zeros((4, 0)), "w": jnp.arange(12.0).reshape(4, 3)}
+    g = rows.as_rows({"e": jnp.zeros((2, 4, 0)), "w": jnp.ones((2, 4, 3))}, params)
+    _, mask, info = pruning.prune_step(
+        params,
+        pruning.initial_mask(params),
+        g,
+        0.5,
+        damping=0.1,
+        pattern=pruning.Slices(),
+        score=score,
+        path_filter="",
+    )
+    assert mask["e"].shape == (4, 0)
+    assert int(info.num_pruned) == 4
+
+
+@pytest.mark.parametrize("damping", [1e-3, 1e-5, 1e-8])
+def test_slices_of_a_leaf_below_n_do_not_cancel(damping):
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)}
+    g = rng.normal(size=(256, 8, 16)).astype(np.float32)
+    given = _scores.Given(
+        {"w": params["w"].T},
+        rows.as_rows({"w": jnp.asarray(g.swapaxes(1, 2))}),
+        jnp.float32(damping),
+        {"w": jnp.ones((16, 8), bool)},
+        "leaf",
+        Grouping(pruning.Slices(), (8,), ((0, 1),)),
+    )
+    got = np.asarray(_scores.SCORES["mfac"](given)["w"])[:, 0]
+    flat = g.swapaxes(1, 2).reshape(256, 128)
+    inverse = oracles.inverse(flat, damping)
+    w = np.asarray(params["w"].T, np.float64)
+    blocks = [inverse[8 * i : 8 * i + 8, 8 * i : 8 * i + 8] for i in range(16)]
+    want = [w[i] @ np.linalg.solve(b, w[i]) / 2 for i, b in enumerate(blocks)]
+    np.testing.assert_allclose(got, want, rtol=1e-4)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mfac_jax import pruning
+from mfac_jax import pruning, rows
 from mfac_jax.pruning import _prune
 
 X = jax.random.normal(jax.random.key(0), (128, 12))
@@ -336,6 +336,8 @@ def test_a_relative_damping_follows_the_scale_of_the_loss(params):
             "inside blocks",
         ),
         ({"settings": [pruning.Setting("mfac", "joint", 8, -1.0)]}, ValueError, "damping"),
+        ({"settings": [SETTINGS[0]._replace(scales=())]}, ValueError, "scales is empty"),
+        ({"num_gradients": 0}, ValueError, "num_gradients must be at least 1"),
         ({"history": -1}, ValueError, "history must be at least 0"),
         ({"descents": [pruning.Descent(0.0, 1.0)]}, ValueError, "relative_damping"),
         (
@@ -363,8 +365,48 @@ def test_numbers_that_are_not_finite(params):
         pruning.prune(params, loss_fn, batches, 0.5, steps=1, num_gradients=4, progress=False)
 
 
+def test_a_mask_that_is_given_is_applied_at_once(params):
+    mask = pruning.initial_mask(params)
+    mask["a"]["bias"] = mask["a"]["bias"].at[3].set(False)  # not prunable
+    mask["a"]["kernel"] = mask["a"]["kernel"].at[:, ::2].set(False)
+    masked = jax.tree.map(lambda w, m: jnp.where(m, w, 0), params, mask)
+    pruned = run(params, mask=mask, calibration=BATCHES, steps=8)
+    assert pruned.report.steps[0].loss_before == pytest.approx(
+        np.mean([float(loss_fn(masked, batch)) for batch in BATCHES]), rel=1e-5
+    )
+    assert float(pruned.params["a"]["bias"][3]) == 0
+    assert not pruned.mask["a"]["bias"][3]
+    assert pruned.report.steps[-1].num_pruned == 144
+    assert pruned.report.steps[0].num_pruned > 96
+    even = run(params, 0.7, mask=mask, budget="uniform", settings=SETTINGS[2:], steps=4)
+    assert [layer.num_pruned for layer in even.report.layers] == [134, 34]
+
+
+def test_a_loss_after_fine_tuning_that_is_not_finite(params):
+    with pytest.raises(FloatingPointError, match="after fine_tune is nan"):
+        run(params, steps=1, fine_tune=lambda p, _: jax.tree.map(lambda w: w * jnp.nan, p))
+
+
+def test_given_gradients_that_are_not_finite(params):
+    g = rows.as_rows(jax.tree.map(lambda w: jnp.full((32, *w.shape), jnp.nan), params))
+    with pytest.raises(FloatingPointError, match=r"the gradients of params\['a'\]\['bias'\]"):
+        run(params, gradients=g)
+
+
 @pytest.mark.wrong_types
 def test_wrong_types(params):
+    with pytest.raises(TypeError, match="loss_fn must be a function, got NoneType"):
+        pruning.prune(params, None, BATCHES, 0.5)
+    with pytest.raises(TypeError, match="scalar and nothing else"):
+        pruning.prune(params, lambda p, b: (loss_fn(p, b), 1.0), BATCHES, 0.5)
+    with pytest.raises(TypeError, match="fine_tune must be a function, got int"):
+        run(params, fine_tune=3)
+    with pytest.raises(TypeError, match="calibration must be an iterable"):
+        run(params, calibration=X)
+    with pytest.raises(TypeError, match=r"give \[setting\]"):
+        run(params, settings=SETTINGS[0])
+    with pytest.raises(TypeError, match="descents must be Descent, got tuple"):
+        run(params, descents=[(0.1, 0.1)])
     with pytest.raises(TypeError, match="settings must be Setting, got str"):
         run(params, settings=["mfac"])
     with pytest.raises(TypeError, match=r"\[batch\]"):

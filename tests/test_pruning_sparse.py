@@ -135,3 +135,10 @@ def test_what_is_wrong_is_said(problem):
     update = functools.partial(pruning.sparse, optax.sgd(0.1))
     with pytest.raises(ValueError, match="structure"):
         update({"w": True}).init(params)
+
+
+def test_narrow_updates_leave_nothing_of_a_pruned_weight():
+    params = jnp.asarray(np.random.default_rng(0).normal(size=64), jnp.float32)
+    tx = pruning.sparse(optax.sgd(0.1), jnp.zeros(64, bool))
+    updates, _ = tx.update(jnp.ones(64, jnp.bfloat16), tx.init(params), params)
+    assert not np.any(optax.apply_updates(params, updates))

@@ -21,7 +21,7 @@ from mfac_jax import algebra, kernels
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.inverse._coordinates import as_coordinates, as_pairs
 from mfac_jax.inverse._partition import BlockRun
-from mfac_jax.rows import GradientRows, Implementation
+from mfac_jax.rows import GradientRows, Implementation, PermutedRows
 
 # map_blocks takes pieces of so many entries of the gradients at a time: 8 MiB in float32 at
 # the least and 256 MiB at the most. Blocks with B <= n go in four to six pieces, if that lies
@@ -29,7 +29,8 @@ from mfac_jax.rows import GradientRows, Implementation
 # piece then takes less memory than the gradients. More pieces take longer.
 _FEWEST_ENTRIES, _MOST_ENTRIES = 2**21, 2**26
 
-# So many pieces are written out one after another, more are a loop.
+# So many pieces are written out one after another, more are a loop. So are copies of single
+# columns, of which XLA would make all at first.
 _MOST_PIECES = 8
 
 
@@ -67,7 +68,7 @@ def map_blocks(
         part = -(-run.count // (4 if 2 * run.size <= n else 6)) if run.size <= n else 0
         count = min(max(part, fewest), most, run.count)
         pieces, rest = divmod(run.count, count)
-        if pieces <= _MOST_PIECES:
+        if pieces <= _MOST_PIECES and not isinstance(rows, PermutedRows):
             for first in range(0, run.count, count):
                 here = min(count, run.count - first)
                 out = piece(run.start + first * run.size, here, run.size)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.pruning._masks import pruned_count
-from mfac_jax.pruning._patterns import Grouping
+from mfac_jax.pruning._patterns import Grouping, NofM
 
 BUDGETS = ("global", "uniform", "erk")
 _MOST = 2**31 - 1
@@ -194,6 +194,8 @@ def _check_possible(
     # A known mask is counted at once, also while a caller is being traced.
     with jax.ensure_compile_time_eval():
         already = np.asarray([int(jnp.sum(~leaf)) for leaf in mask])
+        if grouping.goes_whole:
+            _check_whole_groups(mask, names, grouping)
     sizes = np.asarray(layout.sizes)
     most = np.round(sizes * grouping.most).astype(int)
     if counts.ndim:
@@ -218,6 +220,18 @@ def _check_possible(
             )
 
 
+def _check_whole_groups(mask: Sequence[Array], names: Sequence[str], grouping: Grouping) -> None:
+    leaves = zip(mask, names, grouping.orders, grouping.sizes, strict=True)
+    for leaf, name, order, size in leaves:
+        groups = np.transpose(np.asarray(leaf), order).reshape(-1, max(size, 1))
+        torn = int(np.sum(groups.any(axis=1) & ~groups.all(axis=1)))
+        if torn:
+            raise ValueError(
+                f"{grouping.pattern} takes groups as a whole, but of {torn} groups of params{name} "
+                "a part is pruned already."
+            )
+
+
 def _check_layers_stay(
     counts: Int[np.ndarray, "*layers"],
     sparsity: Any,
@@ -226,7 +240,9 @@ def _check_layers_stay(
     grouping: Grouping,
     costs: tuple[int, ...],
 ) -> None:
-    """No leaf may lose all of its weights."""
+    """No leaf may lose all of its weights (in an N:M pattern none can)."""
+    if isinstance(grouping.pattern, NofM):
+        return
     sizes, least = np.asarray(layout.sizes), np.asarray(grouping.sizes)
     most = np.maximum(sizes - least, 0)
     if counts.ndim:

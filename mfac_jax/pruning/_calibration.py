@@ -19,12 +19,13 @@ from jaxtyping import Array, Bool, Float
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
+from mfac_jax.gradients import check_scalar
 from mfac_jax.inverse import Blocks
 from mfac_jax.pruning._budgets import Target
 from mfac_jax.pruning._descent import descent
-from mfac_jax.pruning._outputs import WithinOutputs, as_static
-from mfac_jax.pruning._patterns import Grouping, Pattern, Slices, Unstructured
-from mfac_jax.pruning._scores import SCORES, check_score
+from mfac_jax.pruning._outputs import WithinOutputs, cut
+from mfac_jax.pruning._patterns import BlocksOf, Grouping, Pattern, Slices, Unstructured
+from mfac_jax.pruning._scores import LARGEST_GREEDY, SCORES, check_score
 from mfac_jax.pruning._step import PruneInfo, choose, move, work_out
 from mfac_jax.pruning._updates import UPDATES
 from mfac_jax.rows import GradientRows
@@ -118,7 +119,9 @@ def default_settings(pattern: Pattern = Unstructured()) -> tuple[Setting, ...]: 
         Exact masks and joint updates inside blocks, of outputs and across them; what the paper's
         code does; and magnitude without an update.
     """
-    if isinstance(pattern, Slices):
+    if isinstance(pattern, Slices) or (
+        isinstance(pattern, BlocksOf) and pattern.size > LARGEST_GREEDY
+    ):
         joint = Setting("mfac", "joint", "leaf", _RELATIVE_DAMPING, (1.0, 0.5), relative=True)
         return joint, _REFERENCE, _NOTHING
     within = Setting("greedy", "joint", WithinOutputs(_BLOCK), _RELATIVE_DAMPING, relative=True)
@@ -128,6 +131,8 @@ def default_settings(pattern: Pattern = Unstructured()) -> tuple[Setting, ...]: 
 def checked_settings(
     settings: Sequence[Setting], prunables: Layout, grouping: Grouping
 ) -> tuple[Setting, ...]:
+    if isinstance(settings, Setting):
+        raise TypeError("settings must be a sequence of Setting, got one: give [setting].")
     chosen = tuple(settings)
     if not chosen:
         raise ValueError("settings is empty: expected at least one Setting.")
@@ -137,8 +142,12 @@ def checked_settings(
         _checks.one_of(setting.score, "score", tuple(SCORES))
         _checks.one_of(setting.update, "update", tuple(UPDATES))
         _checks.positive_scalar(setting.damping, "damping")
-        cut = as_static(setting.blocks, prunables, grouping)
-        check_score(setting.score, prunables, cut, grouping)
+        if not setting.scales:
+            raise ValueError("scales is empty: expected at least one number.")
+        for scale in setting.scales:
+            _checks.positive_scalar(scale, "scales")
+        pieces = cut(setting.blocks, prunables, grouping)
+        check_score(setting.score, prunables, pieces.blocks, grouping)
     return chosen
 
 
@@ -189,8 +198,8 @@ def best_step(
         damping = jnp.asarray(setting.damping, rows.dtype)
         if setting.relative:
             damping = damping * mean
-        blocks = as_static(setting.blocks, rows.layout, grouping)
-        key = (setting.score, blocks, setting.damping, setting.relative)
+        pieces = cut(setting.blocks, rows.layout, grouping)
+        key = (setting.score, pieces, setting.damping, setting.relative)
         if key not in masks:
             masks[key] = choose(
                 weights,
@@ -199,7 +208,7 @@ def best_step(
                 target.counts,
                 damping,
                 score=setting.score,
-                blocks=blocks,
+                pieces=pieces,
                 grouping=grouping,
                 costs=target.costs,
                 keep_layers=keep_layers,
@@ -212,7 +221,7 @@ def best_step(
             rows,
             damping,
             update=setting.update,
-            blocks=blocks,
+            pieces=pieces,
             grouping=grouping,
         )
         for scale in setting.scales:
@@ -255,7 +264,7 @@ def _degrees_of_freedom(gram: Float[Array, "n n"], damping: Float[Array, ""]) ->
 
 @functools.partial(jax.jit, static_argnums=0)
 def _loss(loss_fn: LossFn, params: PyTree, batch: PyTree) -> Array:
-    return jnp.asarray(loss_fn(params, batch))
+    return check_scalar(loss_fn(params, batch))
 
 
 def mean_loss(loss_fn: LossFn, params: PyTree, batches: Sequence[PyTree]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def save(path: str | os.PathLike[str], params: PyTree, mask: PyTree) -> None:
 
     Raises:
         TypeError: a leaf is not real floating point, or the mask is not boolean.
-        ValueError: the mask does not fit, or the suffix is another.
+        ValueError: the mask does not fit, the suffix is another, or two arrays would go by one
+            name.
         ImportError: safetensors is wanted and not installed.
     """
     path = _checked(path)
@@ -38,10 +40,17 @@ def save(path: str | os.PathLike[str], params: PyTree, mask: PyTree) -> None:
     masks = layout.check_mask(mask)
     arrays: dict[str, np.ndarray] = {}
     for name, leaf, alive in zip(_names(params), jax.tree.leaves(params), masks, strict=True):
+        if {name, _MASK + name} & arrays.keys():
+            raise ValueError(f"two arrays would go by the name {name!r} or {_MASK + name!r}.")
         arrays[name] = np.where(alive, leaf, np.zeros((), jnp.result_type(leaf)))
         arrays[_MASK + name] = np.asarray(alive)
     if path.suffix == ".npz":
-        np.savez_compressed(path, allow_pickle=False, **arrays)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, array in arrays.items():
+                # What NumPy has no name for (bfloat16) goes exactly into float32.
+                known = array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, known, allow_pickle=False)
         return
     from safetensors.flax import save_file
 
@@ -56,7 +65,7 @@ def load(path: str | os.PathLike[str], params: PyTree) -> tuple[PyTree, PyTree]:
         params: the parameters, or anything with their structure and shapes.
 
     Returns:
-        Parameters and mask.
+        Parameters, in the dtypes of ``params``, and mask.
 
     Raises:
         ValueError: an array is missing or has another shape, or the suffix is another.
@@ -74,7 +83,7 @@ def load(path: str | os.PathLike[str], params: PyTree) -> tuple[PyTree, PyTree]:
         arrays = load_file(str(path))
     leaves: list[Array] = []
     masks: list[Array] = []
-    for name, shape in zip(_names(params), layout.shapes, strict=True):
+    for name, shape, dtype in zip(_names(params), layout.shapes, layout.dtypes, strict=True):
         for key, into in ((name, leaves), (_MASK + name, masks)):
             if key not in arrays:
                 raise ValueError(f"{path} has no array {key!r}; it has {sorted(arrays)}.")
@@ -83,15 +92,15 @@ def load(path: str | os.PathLike[str], params: PyTree) -> tuple[PyTree, PyTree]:
                     f"{key!r} in {path} has the wrong shape: expected {shape}, "
                     f"got {arrays[key].shape}."
                 )
-            into.append(jnp.asarray(arrays[key]))
+            into.append(jnp.asarray(arrays[key], jnp.bool_ if into is masks else dtype))
     return jax.tree.unflatten(layout.treedef, leaves), jax.tree.unflatten(layout.treedef, masks)
 
 
 def to_bcoo(params: PyTree, mask: PyTree) -> PyTree:
     """The alive weights as :class:`jax.experimental.sparse.BCOO` arrays.
 
-    Leaves without a pruned weight stay as they are. Not for use under ``jit``: how many weights
-    there are is part of an array's shape.
+    Leaves without a pruned weight stay as they are, and so do scalars. Not for use under
+    ``jit``: how many weights there are is part of an array's shape.
 
     Args:
         params: the parameters, a tree of real floating-point arrays.
@@ -115,7 +124,7 @@ def to_bcoo(params: PyTree, mask: PyTree) -> PyTree:
 
     def convert(leaf: Any, alive: Any) -> Any:
         alive = np.asarray(alive)
-        if alive.all():
+        if alive.all() or not alive.ndim:
             return jnp.asarray(leaf)
         indices = np.argwhere(alive).astype(np.int32)
         data = jnp.asarray(leaf)[tuple(indices.T)]

@@ -217,11 +217,11 @@ def select(
     """
     # Leaves whose weights go one by one keep their shape, and with it how they are spread.
     values = [
-        leaf if g == 1 else leaf.reshape(-1, max(g, 1))[:, 0]
+        leaf if g == 1 or not leaf.size else leaf.reshape(-1, g)[:, 0]
         for leaf, g in zip(scores, groups, strict=True)
     ]
     there = [
-        leaf if g == 1 else jnp.any(leaf.reshape(-1, max(g, 1)), axis=1)
+        leaf if g == 1 or not leaf.size else jnp.any(leaf.reshape(-1, g), axis=1)
         for leaf, g in zip(alive, groups, strict=True)
     ]
     if keep_layers:
@@ -237,7 +237,7 @@ def select(
             values = [v / w for v, w in zip(values, weights, strict=True)]
         kept = _mask_to_count(values, there, counts, costs=weights)
     return tuple(
-        leaf & (k if g == 1 else jnp.repeat(k, g).reshape(leaf.shape))
+        leaf & (k if k.shape == leaf.shape else jnp.repeat(k, g).reshape(leaf.shape))
         for leaf, k, g in zip(alive, kept, groups, strict=True)
     )
 

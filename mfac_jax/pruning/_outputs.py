@@ -1,4 +1,4 @@
-"""Blocks of the Fisher that respect the outputs of a layer."""
+"""Blocks of the Fisher, of a size or within the outputs of a layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from mfac_jax import _checks
 from mfac_jax._layout import Layout
 from mfac_jax.inverse import Blocks, block_runs
-from mfac_jax.pruning._patterns import Grouping
+from mfac_jax.pruning._arrange import Cut
+from mfac_jax.pruning._patterns import Grouping, NofM
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class WithinOutputs:
 
     The weights of an output are cut evenly into as few blocks as there can be. Blocks of a given
     number would begin in one output and end in the next, whose weights hardly make up for one
-    another.
+    another; so they do here only where no even cut is near. Outputs are what comes first in the
+    order in which leaves are turned: with groups along the outputs, the inputs.
 
     Attributes:
         most: weights that a block has at the most.
@@ -32,36 +34,39 @@ class WithinOutputs:
         return f"within outputs, up to {self.most}"
 
 
-def as_static(
-    blocks: Blocks | WithinOutputs, layout: Layout, grouping: Grouping | None = None
-) -> Blocks:
-    """``blocks`` in a form that can be a static argument, once it is known to fit.
-
-    Args:
-        blocks: what the caller wants.
-        layout: the parameters (before they are turned).
-        grouping: their groups; needed for :class:`WithinOutputs`.
-
-    Returns:
-        None, an int, ``"leaf"`` or the sizes of the blocks.
-    """
-    if isinstance(blocks, WithinOutputs):
-        if grouping is None:
-            raise TypeError("blocks=WithinOutputs(...) is for prune and prune_step.")
-        blocks = _sizes(blocks.most, layout, grouping)
+def as_static(blocks: Blocks, layout: Layout) -> Blocks:
+    """``blocks`` in a form that can be a static argument, once it is known to fit."""
     block_runs(layout, blocks)
     return blocks if blocks is None or isinstance(blocks, int | str) else tuple(blocks)
 
 
-def _sizes(most: int, layout: Layout, grouping: Grouping) -> tuple[int, ...]:
+def cut(blocks: Blocks | WithinOutputs, layout: Layout, grouping: Grouping) -> Cut:
+    """The blocks of a step, once they are known to fit.
+
+    Args:
+        blocks: what the caller wants.
+        layout: the parameters (before they are turned).
+        grouping: their groups.
+
+    Returns:
+        The blocks, and where weights may move. In N:M patterns, whose groups keep some of
+        their weights, and in blocks of given sizes they stay.
+    """
+    moves = not isinstance(grouping.pattern, NofM)
+    if not isinstance(blocks, WithinOutputs):
+        static = as_static(blocks, layout)
+        is_size = isinstance(static, int) and moves and layout.size > 0
+        return Cut(static, ((1, layout.size),) if is_size else ())
     sizes: list[int] = []
+    segments = []
     leaves = zip(layout.shapes, layout.sizes, grouping.orders, grouping.sizes, strict=True)
     for shape, total, order, group in leaves:
-        if not total:
-            continue
-        outputs = shape[order[0]] if len(shape) > 1 else 1
-        sizes += _even(total, total // outputs, max(most // group, 1), group)
-    return tuple(sizes)
+        if total:
+            width = total // (shape[order[0]] if len(shape) > 1 else 1)
+            inside = _even(total, width, max(blocks.most // group, 1), group)
+            sizes += inside
+            segments.append((total // width, width) if width % inside[0] == 0 else (1, total))
+    return Cut(as_static(tuple(sizes), layout), tuple(segments) if moves else ())
 
 
 def _even(total: int, width: int, most: int, group: int) -> Sequence[int]:

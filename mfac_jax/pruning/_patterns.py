@@ -34,20 +34,22 @@ class NofM:
     Attributes:
         n: weights that stay in each ``m``.
         m: neighbours that make a group.
-        axis: the axis they are neighbours along. By default the last but one, that of the
-            inputs in the kernels of Flax: products are summed along it.
+        axis: the axis they are neighbours along. By default that of the inputs, which
+            products are summed along: the last but one in Flax, where the last is that of the
+            outputs, and otherwise the one after that of the outputs.
     """
 
     n: int
     m: int
-    axis: int = -2
+    axis: int | None = None
 
     def __post_init__(self) -> None:
         _checks.positive_int(self.n, "n")
         _checks.positive_int(self.m, "m")
         if self.n >= self.m:
             raise ValueError(f"n must be below m, got n={self.n}, m={self.m}.")
-        _check_axis(self.axis)
+        if self.axis is not None:
+            _check_axis(self.axis)
 
     @property
     def removable(self) -> int:
@@ -61,33 +63,35 @@ class BlocksOf:
 
     Attributes:
         size: neighbours that make a group.
-        axis: the axis they are neighbours along. By default the last but one, that of the
-            inputs in the kernels of Flax: products are summed along it.
+        axis: the axis they are neighbours along; by default that of the inputs, as in
+            :class:`NofM`.
     """
 
     size: int
-    axis: int = -2
+    axis: int | None = None
 
     def __post_init__(self) -> None:
         _checks.positive_int(self.size, "size")
-        _check_axis(self.axis)
+        if self.axis is not None:
+            _check_axis(self.axis)
 
 
 @dataclass(frozen=True)
 class Slices:
     """All weights with one index along an axis go together.
 
-    ``Slices()`` prunes output channels (or neurons) of Flax kernels, ``Slices(axis=0)`` and
+    ``Slices()`` prunes output channels (or neurons), ``Slices(axis=0)`` and
     ``Slices(axis=1)`` rows and columns of matrices.
 
     Attributes:
-        axis: the axis; the last by default.
+        axis: the axis; that of the outputs by default.
     """
 
-    axis: int = -1
+    axis: int | None = None
 
     def __post_init__(self) -> None:
-        _check_axis(self.axis)
+        if self.axis is not None:
+            _check_axis(self.axis)
 
 
 Pattern = Unstructured | NofM | BlocksOf | Slices
@@ -165,27 +169,23 @@ def group(
     pairs = list(zip(names, layout.shapes, strict=True))
     return Grouping(
         pattern,
-        tuple(_group_size(pattern, *pair) for pair in pairs),
+        tuple(_group_size(pattern, *pair, output_axis) for pair in pairs),
         tuple(_axis_order(pattern, *pair, output_axis) for pair in pairs),
     )
 
 
-def _group_size(pattern: Pattern, path: str, shape: tuple[int, ...]) -> int:
+def _group_size(pattern: Pattern, path: str, shape: tuple[int, ...], output_axis: int) -> int:
     if isinstance(pattern, Unstructured):
         return 1
-    if not -len(shape) <= pattern.axis < len(shape):
-        raise ValueError(
-            f"{pattern} needs an axis {pattern.axis}, which params{path} of shape {shape} "
-            "does not have; leave the leaf out with path_filter."
-        )
-    along = shape[pattern.axis]
+    axis = _axis(pattern, path, shape, output_axis)
+    along = shape[axis]
     if isinstance(pattern, Slices):
         return math.prod(shape) // along if along else 0
     size = pattern.m if isinstance(pattern, NofM) else pattern.size
     if along % size:
         raise ValueError(
-            f"{pattern} needs axis {pattern.axis} to be a multiple of {size}, but "
-            f"params{path} has shape {shape}; leave the leaf out with path_filter."
+            f"{pattern} needs axis {axis} to be a multiple of {size}, but params{path} has "
+            f"shape {shape}; leave the leaf out with path_filter."
         )
     return size
 
@@ -195,24 +195,48 @@ def _axis_order(
 ) -> tuple[int, ...]:
     axes = list(range(len(shape)))
     if isinstance(pattern, Slices):
-        axes.insert(0, axes.pop(pattern.axis))
+        axes.insert(0, axes.pop(_axis(pattern, path, shape, output_axis)))
         return tuple(axes)
     if len(shape) < 2:
         return tuple(axes)
+    axes.insert(0, axes.pop(_output_axis(path, shape, output_axis)))
+    # Then inputs, then the places of a convolution: the order of PyTorch, out of that of Flax.
+    if axes[0] == len(shape) - 1:
+        axes.insert(1, axes.pop())
+    if not isinstance(pattern, Unstructured):
+        along = _axis(pattern, path, shape, output_axis)
+        axes.remove(along)
+        axes.append(along)
+    return tuple(axes)
+
+
+def _axis(
+    pattern: NofM | BlocksOf | Slices, path: str, shape: tuple[int, ...], output_axis: int
+) -> int:
+    """The axis of a pattern in a leaf, counted from 0."""
+    axis, rank = pattern.axis, len(shape)
+    if axis is None:
+        axis = _output_axis(path, shape, output_axis)
+        if not isinstance(pattern, Slices):  # the inputs
+            axis = axis - 1 if axis == rank - 1 else axis + 1
+    elif -rank <= axis < rank:
+        axis %= rank
+    if not 0 <= axis < rank:
+        wanted = "an axis of inputs" if pattern.axis is None else f"an axis {pattern.axis}"
+        raise ValueError(
+            f"{pattern} needs {wanted}, which params{path} of shape {shape} does not have; "
+            "leave the leaf out with path_filter."
+        )
+    return axis
+
+
+def _output_axis(path: str, shape: tuple[int, ...], output_axis: int) -> int:
     if not -len(shape) <= output_axis < len(shape):
         raise ValueError(
             f"output_axis={output_axis} needs such an axis, which params{path} of shape {shape} "
             "does not have; leave the leaf out with path_filter."
         )
-    axes.insert(0, axes.pop(output_axis))
-    # Then inputs, then the places of a convolution: the order of PyTorch, out of that of Flax.
-    if axes[0] == len(shape) - 1:
-        axes.insert(1, axes.pop())
-    if not isinstance(pattern, Unstructured):
-        along = pattern.axis % len(shape)
-        axes.remove(along)
-        axes.append(along)
-    return tuple(axes)
+    return output_axis % len(shape)
 
 
 def _check_axis(axis: object, name: str = "axis") -> None:

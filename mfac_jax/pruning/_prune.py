@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.gradients import cycle, fill_rows
+from mfac_jax.gradients import check_functions, cycle, fill_rows
 from mfac_jax.pruning._budgets import target_of
 from mfac_jax.pruning._calibration import (
     DESCENTS,
@@ -159,6 +160,10 @@ def prune(
         >>> pruned.mask["w"][:, 0].tolist()
         [True, True, False, False, False, False, False, False]
     """
+    check_functions(loss_fn, None, None)
+    if fine_tune is not None and not callable(fine_tune):
+        raise TypeError(f"fine_tune must be a function, got {type(fine_tune).__name__}.")
+    _checks.positive_int(num_gradients, "num_gradients")
     layout = Layout(params)
     mask_leaves = layout.check_mask(initial_mask(params) if mask is None else mask)
     keep = tuple(jax.tree.leaves(prunable(params, path_filter)))
@@ -185,8 +190,9 @@ def prune(
             allow_empty_layers=allow_empty_layers,
             mask=alive,
         )
-        for fraction in _fractions(sparsity, schedule, steps, mask_leaves)
+        for fraction in _fractions(sparsity, schedule, steps, mask_leaves, keep, budget, costs)
     ]
+    left_out = [jnp.zeros(shape, bool) for shape in layout.shapes]
     past = History(1 + _checks.non_negative_int(history, "history"), num_gradients)
     if gradients is not None:
         check_rows(gradients)
@@ -195,9 +201,11 @@ def prune(
             raise ValueError(
                 f"gradients must be num_gradients={num_gradients} rows, got {gradients.num_rows}."
             )
-    _check_finite(params, layout)
+        _check_finite(gradients.column_square_sums(), layout, "the gradients of params")
+    _check_finite(params, layout, "params")
     stream = _Stream(batches)
     held_out = _take(stream if calibration is None else calibration, num_calibration)
+    params = _under_mask(params, jax.tree.unflatten(layout.treedef, mask_leaves), layout)
     # All the way parameters are turned, and their gradients are collected so.
     params = network.turned(jax.tree.leaves(params))
     alive = tuple(map(jnp.transpose, alive, grouping.orders))
@@ -221,7 +229,7 @@ def prune(
                 progress=progress,
             )
             gradients = None
-            rows = past.take(collect, merge(mask_leaves, alive, keep))
+            rows = past.take(collect, merge(left_out, alive, keep))
             gradient_seconds = time.perf_counter() - began
             leaves = jax.tree.leaves(params)
 
@@ -247,6 +255,8 @@ def prune(
                 trained = _under_mask(fine_tune(network.back(params), mask), mask, layout)
                 params = network.turned(jax.tree.leaves(trained))
                 tuned = mean_loss(turned_loss, params, held_out)
+                if not math.isfinite(tuned):
+                    raise FloatingPointError(f"the loss after fine_tune is {tuned}.")
             reports.append(
                 StepReport(
                     num_pruned=int(step.info.num_pruned),
@@ -374,19 +384,24 @@ class _Stream:
     """Batches that are gone on with from one ``iter`` to the next, and begun again at the end."""
 
     def __init__(self, batches: Iterable[PyTree]):
-        if isinstance(batches, jax.Array | np.ndarray) or not isinstance(batches, Iterable):
-            raise TypeError(
-                f"batches must be an iterable of batches, got {type(batches).__name__}; "
-                "a single batch is given as [batch]."
-            )
+        _check_batches(batches, "batches")
         self._endless = cycle(batches)
 
     def __iter__(self) -> Iterator[PyTree]:
         return (batch for _, batch in self._endless)
 
 
+def _check_batches(batches: Any, name: str) -> None:
+    if isinstance(batches, jax.Array | np.ndarray) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} must be an iterable of batches, got {type(batches).__name__}; "
+            "a single batch is given as [batch]."
+        )
+
+
 def _take(batches: Iterable[PyTree], count: int) -> list[PyTree]:
     _checks.positive_int(count, "num_calibration")
+    _check_batches(batches, "calibration")
     taken = [jax.tree.map(jnp.array, batch) for batch in itertools.islice(iter(batches), count)]
     if not taken:
         raise ValueError("calibration is empty: expected at least one batch.")
@@ -394,7 +409,13 @@ def _take(batches: Iterable[PyTree], count: int) -> list[PyTree]:
 
 
 def _fractions(
-    sparsity: float | PyTree, schedule: str | Sequence[float], steps: int, mask: Sequence[Array]
+    sparsity: float | PyTree,
+    schedule: str | Sequence[float],
+    steps: int,
+    mask: Sequence[Array],
+    keep: Sequence[bool],
+    budget: str,
+    costs: PyTree | None,
 ) -> list[Any]:
     """The sparsity after each step: numbers, or trees of them."""
     is_number = jax.tree_util.all_leaves([sparsity])
@@ -412,8 +433,16 @@ def _fractions(
     pruned = [int(jnp.sum(~leaf)) for leaf in mask]
     if is_number:
         _checks.unit_interval(sparsity, "sparsity")
-        total = sum(leaf.size for leaf in mask)
-        start = min(sum(pruned) / max(total, 1), float(sparsity))
+        weights = jax.tree.leaves(costs) if costs is not None else [1] * len(mask)
+        counted = [
+            (cost * gone, cost * leaf.size)
+            for cost, gone, leaf, kept in zip(weights, pruned, mask, keep, strict=False)
+            if kept and leaf.size
+        ]
+        start = sum(gone for gone, _ in counted) / max(sum(size for _, size in counted), 1)
+        if budget != "global":  # no leaf is to be less pruned than it is
+            start = max((gone / size for gone, size in counted), default=0.0)
+        start = min(start, float(sparsity))
         return list(sparsity_schedule(float(sparsity), steps, kind=schedule, initial=start))
     leaves, treedef = jax.tree.flatten(sparsity)
     if len(leaves) != len(mask):
@@ -427,10 +456,10 @@ def _fractions(
     return [jax.tree.unflatten(treedef, row) for row in zip(*columns, strict=True)]
 
 
-def _check_finite(params: PyTree, layout: Layout) -> None:
+def _check_finite(params: PyTree, layout: Layout, name: str) -> None:
     for path, leaf in zip(layout.paths, jax.tree.leaves(params), strict=True):
         if not bool(jnp.all(jnp.isfinite(leaf))):
-            raise FloatingPointError(f"params{path} has NaN or Inf in it.")
+            raise FloatingPointError(f"{name}{path} has NaN or Inf in it.")
 
 
 def _under_mask(params: PyTree, mask: PyTree, layout: Layout) -> PyTree:

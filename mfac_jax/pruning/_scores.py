@@ -31,7 +31,7 @@ from mfac_jax.pruning._saliency import magnitude, obd_saliency, saliency
 from mfac_jax.rows import GradientRows
 
 # Blocks whose inverse is worked on as a matrix of B x B; larger ones are not.
-_LARGEST_GREEDY = 2048
+LARGEST_GREEDY = 2048
 
 
 class Given(NamedTuple):
@@ -58,7 +58,8 @@ _GroupScore = Callable[..., Float[Array, "b B"]]
 
 
 def _magnitude_score(given: Given) -> PyTree:
-    single = magnitude(given.weights, mask=given.alive)
+    wide = jax.tree.map(lambda w: w.astype(given.rows.dtype), given.weights)
+    single = magnitude(wide, mask=given.alive)
     if not given.grouping.goes_whole:
         return _of_weights(single, given)
     squares = jax.tree.map(lambda leaf: leaf * leaf, single)
@@ -123,10 +124,10 @@ def check_score(score: str, layout: Layout, blocks: Blocks, grouping: Grouping) 
             f"of {size}, got blocks={blocks!r}."
         )
     largest = max((run.size for run in runs), default=0)
-    if score == "greedy" and (isinstance(pattern, Slices) or largest > _LARGEST_GREEDY):
+    if score == "greedy" and (isinstance(pattern, Slices) or largest > LARGEST_GREEDY):
         raise ValueError(
             "score='greedy' removes weight by weight inside blocks of up to "
-            f"{_LARGEST_GREEDY} weights, got blocks={blocks!r} with {pattern}; blocks=128 is a "
+            f"{LARGEST_GREEDY} weights, got blocks={blocks!r} with {pattern}; blocks=128 is a "
             "good choice."
         )
 
@@ -140,6 +141,8 @@ def _of_weights(single: PyTree, given: Given) -> PyTree:
 
     def of_leaf(scores: Array, here: Array) -> Array:
         shape = scores.shape
+        if not scores.size:
+            return scores
         if isinstance(pattern, NofM):
             groups = scores.reshape(-1, pattern.m)
             lowest = lowest_in_groups(groups, here.reshape(groups.shape), pattern.removable)
@@ -166,6 +169,12 @@ def _of_groups(given: Given) -> PyTree:
     ]
     every = range(len(of_leaf))
     for scope in [[i] for i in every] if given.blocks == "leaf" else [list(every)]:
+        if given.blocks == "leaf" and 0 < layout.sizes[scope[0]] <= rows.num_rows:
+            # The side of the block is the smaller one, and free of cancellation.
+            leaf = BlockRun(starts[scope[0]], 1, layout.sizes[scope[0]])
+            own = grouping._replace(sizes=(grouping.sizes[scope[0]],))
+            parts.append(map_blocks(rows, (leaf,), _in_blocks(damping, own), *flat))
+            continue
         leaves, treedef = jax.tree.flatten(given.alive)
         within = [leaf & (i in scope) for i, leaf in enumerate(leaves)]
         gram = rows.gram(jax.tree.unflatten(treedef, within))
@@ -198,7 +207,8 @@ def _by_whole_inverse(
 ) -> _GroupScore:
     """Scores of groups, a block each, under the inverse that ``A = n lambda I + gram`` gives.
 
-    A group of up to n weights by ``[F^-1]_QQ = (I - W_Q^T W_Q) / lambda``, a larger one by
+    A group of up to n weights, or one that does not go whole, by
+    ``[F^-1]_QQ = (I - W_Q^T W_Q) / lambda``, a larger one by
 
         lambda / 2 (|w_Q|^2 + u^T (A - G_Q G_Q^T)^-1 u),   u = G_Q w_Q.
     """
@@ -210,7 +220,7 @@ def _by_whole_inverse(
         batch: Float[Array, "b n g"], w: Float[Array, "b g"], here: Bool[Array, "b g"]
     ) -> Float[Array, "b g"]:
         batch, floor = _alive_only(batch, here, damping)
-        if w.shape[1] > n:
+        if w.shape[1] > n and grouping.goes_whole:
             own = jnp.einsum("bng,bmg->bnm", batch, batch, precision="highest")
             dots = jnp.einsum("bng,bg->bn", batch, w, precision="highest")
             root = algebra.inverse_root(jnp.broadcast_to(gram, own.shape) - own, shift)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -73,8 +74,7 @@ def sparse(
             raise ValueError("sparse needs the parameters: update(updates, state, params).")
         gradients = jax.tree.map(_where, state.mask, updates, _zeros(updates))
         updates, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
-        to_zero = jax.tree.map(lambda u, p: (-jnp.asarray(p)).astype(u.dtype), updates, params)
-        updates = jax.tree.map(_where, state.mask, updates, to_zero)
+        updates = jax.tree.map(_where_alive, state.mask, updates, params)
         return updates, SparseState(state.mask, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -128,6 +128,12 @@ def _mask_like(params: PyTree, mask: PyTree | None) -> PyTree:
         mask = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), likes)
     leaves = Layout(likes).check_mask(mask)
     return jax.tree.unflatten(jax.tree.structure(params), [jnp.array(leaf) for leaf in leaves])
+
+
+def _where_alive(mask: Array, update: Array, weight: Array) -> Array:
+    """The update, or what takes a pruned weight to zero; in a dtype that can say so exactly."""
+    dtype = np.promote_types(update.dtype, jnp.asarray(weight).dtype)
+    return jnp.where(mask, update.astype(dtype), -jnp.asarray(weight).astype(dtype))
 
 
 def _where(mask: Array, inside: Array, outside: Array) -> Array:

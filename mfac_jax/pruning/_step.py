@@ -15,13 +15,15 @@ from jaxtyping import Array, Bool, Float, Int
 from mfac_jax import _checks
 from mfac_jax._layout import PyTree
 from mfac_jax.inverse import Blocks
+from mfac_jax.pruning._arrange import Arrangement, Cut
 from mfac_jax.pruning._budgets import target_of
 from mfac_jax.pruning._filters import PathFilter, prunable
 from mfac_jax.pruning._inputs import as_damping
 from mfac_jax.pruning._masks import num_pruned, select
-from mfac_jax.pruning._outputs import WithinOutputs, as_static
+from mfac_jax.pruning._outputs import WithinOutputs, cut
 from mfac_jax.pruning._patterns import (
     Grouping,
+    NofM,
     Pattern,
     Unstructured,
     check_pattern,
@@ -29,7 +31,7 @@ from mfac_jax.pruning._patterns import (
 )
 from mfac_jax.pruning._scores import SCORES, Given, check_score
 from mfac_jax.pruning._updates import UPDATES, full_update, quadratic_terms
-from mfac_jax.rows import GradientRows, SelectedRows, TransposedRows, check_rows, inverse_order
+from mfac_jax.rows import GradientRows, SelectedRows, check_rows
 
 
 class PruneInfo(NamedTuple):
@@ -162,8 +164,8 @@ def prune_step(
     selected = SelectedRows.of(rows, keep)
     names = [path for path, kept in zip(layout.paths, keep, strict=True) if kept]
     grouping = group(pattern, selected.layout, names, output_axis)
-    cut = as_static(blocks, selected.layout, grouping)
-    check_score(score, selected.layout, cut, grouping)
+    pieces = cut(blocks, selected.layout, grouping)
+    check_score(score, selected.layout, pieces.blocks, grouping)
     weights, masks = narrow(leaves, keep), narrow(mask_leaves, keep)
     target = target_of(
         sparsity,
@@ -184,13 +186,13 @@ def prune_step(
         target.counts,
         lam,
         score=score,
-        blocks=cut,
+        pieces=pieces,
         grouping=grouping,
         costs=target.costs,
         keep_layers=not allow_empty_layers,
     )
     delta, info = work_out(
-        weights, masks, new_masks, selected, lam, update=update, blocks=cut, grouping=grouping
+        weights, masks, new_masks, selected, lam, update=update, pieces=pieces, grouping=grouping
     )
     scale = jnp.asarray(step_scale, selected.dtype)
     new_weights, new_masks, info = _take(weights, masks, new_masks, delta, scale, info, good)
@@ -212,8 +214,9 @@ def _take(
     scores_good: Bool[Array, ""],
 ) -> tuple[tuple[Array, ...], tuple[Array, ...], PruneInfo]:
     """The new weights and mask if all is finite, the old ones if not."""
-    accepted = info.accepted & scores_good
     moved = move(params, new_mask, delta, scale)
+    finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in moved])
+    accepted = info.accepted & scores_good & jnp.all(finite)
     mask_out = tuple(jnp.where(accepted, *pair) for pair in zip(new_mask, mask, strict=True))
     params_out = tuple(jnp.where(accepted, *pair) for pair in zip(moved, params, strict=True))
     pruned = num_pruned(mask_out)
@@ -222,7 +225,7 @@ def _take(
     return params_out, mask_out, info
 
 
-@functools.partial(jax.jit, static_argnames=("score", "blocks", "grouping", "costs", "keep_layers"))
+@functools.partial(jax.jit, static_argnames=("score", "pieces", "grouping", "costs", "keep_layers"))
 def choose(
     params: tuple[Array, ...],
     mask: tuple[Array, ...],
@@ -231,28 +234,35 @@ def choose(
     damping: Float[Array, ""],
     *,
     score: str,
-    blocks: Blocks,
+    pieces: Cut,
     grouping: Grouping,
     costs: tuple[int, ...],
     keep_layers: bool,
 ) -> tuple[tuple[Array, ...], Bool[Array, ""]]:
     """The new mask, and whether the scores of all that goes are finite."""
-    turn = _Turn(grouping)
-    weights, alive = turn(params), turn(mask)
-    scores = SCORES[score](Given(weights, turn.rows(rows), damping, alive, blocks, grouping))
+    order = Arrangement(rows, mask, grouping, pieces)
+    given = Given(
+        order.arranged(params),
+        order.rows,
+        damping,
+        order.arranged(mask),
+        pieces.blocks,
+        order.grouping,
+    )
+    scores, alive = order.as_turned(SCORES[score](given)), order.turned(mask)
     kept = select(
         scores,
         alive,
         counts,
         groups=grouping.sizes if grouping.goes_whole else (1,) * len(grouping.sizes),
         costs=costs,
-        keep_layers=keep_layers,
+        keep_layers=keep_layers and not isinstance(grouping.pattern, NofM),
     )
     bad = [
         jnp.any(old & ~new & ~jnp.isfinite(s))
         for old, new, s in zip(alive, kept, scores, strict=True)
     ]
-    return turn.back(kept), ~jnp.any(jnp.stack(bad))
+    return order.back(kept), ~jnp.any(jnp.stack(bad))
 
 
 def work_out(
@@ -263,17 +273,17 @@ def work_out(
     damping: Float[Array, ""],
     *,
     update: str,
-    blocks: Blocks,
+    pieces: Cut,
     grouping: Grouping,
 ) -> tuple[tuple[Array, ...], PruneInfo]:
     """``delta`` for a new mask, and what it means."""
     delta = _delta(
-        params, mask, new_mask, rows, damping, update=update, blocks=blocks, grouping=grouping
+        params, mask, new_mask, rows, damping, update=update, pieces=pieces, grouping=grouping
     )
-    return delta, _describe(delta, new_mask, rows, damping, blocks=blocks, grouping=grouping)
+    return delta, _describe(delta, mask, new_mask, rows, damping, pieces=pieces, grouping=grouping)
 
 
-@functools.partial(jax.jit, static_argnames=("update", "blocks", "grouping"))
+@functools.partial(jax.jit, static_argnames=("update", "pieces", "grouping"))
 def _delta(
     params: tuple[Array, ...],
     mask: tuple[Array, ...],
@@ -282,29 +292,31 @@ def _delta(
     damping: Float[Array, ""],
     *,
     update: str,
-    blocks: Blocks,
+    pieces: Cut,
     grouping: Grouping,
 ) -> tuple[Array, ...]:
-    turn = _Turn(grouping)
-    weights, alive, kept = turn(params), turn(mask), turn(new_mask)
+    order = Arrangement(rows, mask, grouping, pieces)
+    weights, alive, kept = (order.arranged(leaves) for leaves in (params, mask, new_mask))
     delta = full_update(
-        weights, turn.rows(rows), damping, alive, kept, update=update, blocks=blocks
+        weights, order.rows, damping, alive, kept, update=update, blocks=pieces.blocks
     )
-    return turn.back(delta)
+    return order.back(order.as_turned(delta))
 
 
-@functools.partial(jax.jit, static_argnames=("blocks", "grouping"))
+@functools.partial(jax.jit, static_argnames=("pieces", "grouping"))
 def _describe(
     delta: tuple[Array, ...],
+    mask: tuple[Array, ...],
     new_mask: tuple[Array, ...],
     rows: GradientRows,
     damping: Float[Array, ""],
     *,
-    blocks: Blocks,
+    pieces: Cut,
     grouping: Grouping,
 ) -> PruneInfo:
-    turn = _Turn(grouping)
-    curvature, square = quadratic_terms(turn(delta), turn.rows(rows), blocks=blocks)
+    order = Arrangement(rows, mask, grouping, pieces)
+    arranged = order.arranged(delta)
+    curvature, square = quadratic_terms(arranged, order.rows, blocks=pieces.blocks)
     pruned = num_pruned(new_mask)
     return PruneInfo(
         accepted=jnp.all(jnp.stack([jnp.all(jnp.isfinite(change)) for change in delta])),
@@ -328,25 +340,6 @@ def move(
         jnp.where(new, _add(w, scale * d), jnp.zeros_like(w))
         for new, w, d in zip(mask, params, delta, strict=True)
     )
-
-
-class _Turn:
-    """Puts the weights of a group and of an output side by side, and back."""
-
-    def __init__(self, grouping: Grouping):
-        self._orders = grouping.orders
-
-    def __call__(self, leaves: Sequence[Array]) -> tuple[Array, ...]:
-        return tuple(jnp.transpose(x, axes) for x, axes in zip(leaves, self._orders, strict=True))
-
-    def back(self, leaves: Sequence[Array]) -> tuple[Array, ...]:
-        pairs = zip(leaves, self._orders, strict=True)
-        return tuple(jnp.transpose(x, inverse_order(axes)) for x, axes in pairs)
-
-    def rows(self, rows: GradientRows) -> GradientRows:
-        if all(axes == tuple(sorted(axes)) for axes in self._orders):
-            return rows
-        return TransposedRows.of(rows, self._orders)
 
 
 def narrow(leaves: Sequence[Array], keep: Sequence[bool]) -> tuple[Array, ...]:

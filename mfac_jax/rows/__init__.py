@@ -8,6 +8,7 @@ from mfac_jax.rows._base import GradientRows, Implementation, check_rows
 from mfac_jax.rows._create import as_rows, check_storage, empty_rows
 from mfac_jax.rows._flat import FlatRows
 from mfac_jax.rows._per_leaf import PerLeafRows
+from mfac_jax.rows._permuted import PermutedRows
 from mfac_jax.rows._selected import SelectedRows
 from mfac_jax.rows._transposed import TransposedRows, inverse_order
 
@@ -16,6 +17,7 @@ __all__ = [
     "GradientRows",
     "Implementation",
     "PerLeafRows",
+    "PermutedRows",
     "SelectedRows",
     "TransposedRows",
     "as_rows",

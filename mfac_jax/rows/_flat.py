@@ -139,7 +139,8 @@ class FlatRows(NamedTuple):
         return columns.astype(self.dtype)
 
     def take(self, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
-        tile, column = jnp.divmod(coordinates, self.block.shape[2])
+        # Behind a barrier, so that no number is worked out once a row.
+        tile, column = lax.optimization_barrier(jnp.divmod(coordinates, self.block.shape[2]))
         return self.block[tile, :, column].T.astype(self.dtype)
 
     def _gradient(self, gradient: PyTree) -> tuple[Float[Array, "t k"], Bool[Array, ""]]:

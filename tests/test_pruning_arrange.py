@@ -1,0 +1,119 @@
+"""Blocks over the weights that are alive."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from mfac_jax import pruning, rows
+from mfac_jax.pruning._arrange import alive_first
+from mfac_jax.rows import PermutedRows
+
+
+@pytest.mark.parametrize(
+    ("alive", "segments", "group", "order"),
+    [
+        ("10110010", ((1, 8),), 1, [0, 2, 3, 6, 1, 4, 5, 7]),
+        ("10110010", ((2, 4),), 1, [0, 2, 3, 1, 6, 4, 5, 7]),
+        ("00100000" + "0101", ((2, 4), (1, 4)), 2, [2, 3, 0, 1, 4, 5, 6, 7, 8, 9, 10, 11]),
+        ("1111", ((1, 4),), 1, [0, 1, 2, 3]),
+        ("0000", ((1, 4),), 4, [0, 1, 2, 3]),
+    ],
+)
+def test_what_is_alive_comes_first_in_every_row(alive, segments, group, order):
+    mask = jnp.asarray([c == "1" for c in alive])
+    assert jax.jit(alive_first, static_argnums=(1, 2))(mask, segments, group).tolist() == order
+
+
+def step(w, mask, g, **options):
+    return pruning.prune_step(w, mask, rows.as_rows(g, w), damping=0.05, **options)
+
+
+@pytest.mark.parametrize("score", ["mfac", "greedy"])
+@pytest.mark.parametrize("update", ["joint", "reference"])
+@pytest.mark.parametrize("storage", ["flat", "per_leaf"])
+def test_a_block_is_made_of_alive_weights(score, update, storage):
+    """A step from a mask is that of the alive weights by themselves."""
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=48), jnp.float32)
+    g = oracles.gradients("correlated", 20, 48)
+    alive = rng.random(48) < 0.6
+    count = int(alive.sum())
+    options = {"damping": 0.05, "blocks": 8, "score": score, "update": update, "path_filter": ""}
+    gone = count // 2
+    alone, kept, info = pruning.prune_step(
+        w[alive],
+        jnp.ones(count, bool),
+        rows.as_rows(jnp.asarray(g[:, alive])),
+        gone / count,
+        **options,
+    )
+    params = {"a": w[:20].reshape(4, 5).T, "b": w[20:]}
+    gradients = {
+        "a": jnp.asarray(g[:, :20].reshape(20, 4, 5).swapaxes(1, 2)),
+        "b": jnp.asarray(g[:, 20:]),
+    }
+    mask = {"a": jnp.asarray(alive[:20].reshape(4, 5).T), "b": jnp.asarray(alive[20:])}
+    held = rows.as_rows(gradients, params, storage=storage)
+    new, new_mask, new_info = pruning.prune_step(
+        params, mask, held, (48 - count + gone) / 48, **options
+    )
+    flat = np.concatenate([np.ravel(np.transpose(new["a"])), new["b"]])
+    flat_mask = np.concatenate([np.ravel(np.transpose(new_mask["a"])), new_mask["b"]])
+    np.testing.assert_array_equal(flat_mask[alive], kept)
+    assert not flat_mask[~alive].any()
+    np.testing.assert_allclose(flat[alive], alone, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        new_info.predicted_loss_increase, info.predicted_loss_increase, rtol=1e-4
+    )
+    assert int(new_info.num_pruned) == 48 - count + gone
+
+
+def test_within_outputs_weights_stay_in_their_output():
+    """With 3 of 12 alive in each, an output is one block of 4, whatever it was before."""
+    rng = np.random.default_rng(1)
+    w = jnp.asarray(rng.normal(size=(5, 12)), jnp.float32)
+    g = oracles.gradients("correlated", 20, 60)
+    alive = np.zeros((5, 12), bool)
+    for row in alive:
+        row[rng.choice(12, 3, replace=False)] = True
+    new, mask, info = step(
+        w,
+        jnp.asarray(alive),
+        jnp.asarray(g.reshape(20, 5, 12)),
+        sparsity=1 - 10 / 60,
+        blocks=pruning.WithinOutputs(4),
+        output_axis=0,
+        score="greedy",
+    )
+    kept = np.asarray(mask)
+    for row in range(5):
+        fisher = oracles.fisher(g.reshape(20, 5, 12)[:, row], 0.05)
+        s, q = np.flatnonzero(kept[row]), np.flatnonzero(alive[row] & ~kept[row])
+        moved = np.linalg.solve(fisher[np.ix_(s, s)], fisher[np.ix_(s, q)] @ np.asarray(w)[row, q])
+        np.testing.assert_allclose(
+            np.asarray(new)[row, s], np.asarray(w)[row, s] + moved, rtol=1e-4, atol=1e-5
+        )
+    assert int(info.num_alive) == 10
+
+
+@pytest.mark.parametrize("storage", ["flat", "per_leaf"])
+def test_permuted_rows_are_the_rows_in_another_order(storage):
+    rng = np.random.default_rng(2)
+    shapes = {"a": (3, 4), "b": (5,)}
+    gradients = {k: jnp.asarray(rng.normal(size=(6, *s)), jnp.float32) for k, s in shapes.items()}
+    held = rows.as_rows(gradients, storage=storage)
+    order = jnp.asarray(rng.permutation(17), jnp.int32)
+    view, matrix = PermutedRows.of(held, order), np.asarray(held.columns(0, 17))[:, order]
+    np.testing.assert_array_equal(view.columns(3, 9), matrix[:, 3:12])
+    np.testing.assert_array_equal(view.columns(jnp.int32(3), 9), matrix[:, 3:12])
+    np.testing.assert_array_equal(view.take(jnp.asarray([4, 4, 0])), matrix[:, [4, 4, 0]])
+    v, c = jnp.asarray(rng.normal(size=17), jnp.float32), jnp.arange(6.0)
+    np.testing.assert_allclose(view.dots(v), matrix @ np.asarray(v), rtol=1e-5)
+    np.testing.assert_allclose(view.combine(c), np.asarray(c) @ matrix, rtol=1e-5, atol=1e-5)
+    mask = jnp.asarray(rng.random(17) < 0.5)
+    masked = matrix * np.asarray(mask)
+    np.testing.assert_allclose(view.gram(mask), masked @ masked.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(view.gram(), matrix @ matrix.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(view.restrict(mask).columns(0, 17), masked)
