@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= auto
+# More for pytest, for example ARGS='-k pruning'.
+ARGS ?=
 
 BIN := $(VENV)/bin
 
@@ -24,7 +26,7 @@ demo: $(VENV)/.stamp-test
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # In an environment of its own: compilers for devices that the tests must not find.
 aot: $(VENV)-aot/.stamp

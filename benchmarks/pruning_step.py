@@ -103,7 +103,7 @@ def main() -> None:
     """Measures every way in a process of its own; ``--render`` only writes the table."""
     if sys.argv[1:] == ["--render"]:
         report.write_table(
-            report.ROOT / "docs" / PAGE, "pruning-step", table(report.load("pruning_step"))
+            report.ROOT / "docs" / PAGE, "pruning_step", table(report.load("pruning_step"))
         )
         return
     if len(sys.argv) > 1:
@@ -117,7 +117,7 @@ def main() -> None:
         print(way, ways[way], flush=True)
     results = {"environment": report.environment(), "ways": ways}
     report.save("pruning_step", results)
-    report.write_table(report.ROOT / "docs" / PAGE, "pruning-step", table(results))
+    report.write_table(report.ROOT / "docs" / PAGE, "pruning_step", table(results))
 
 
 if __name__ == "__main__":

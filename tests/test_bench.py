@@ -23,6 +23,8 @@ from workloads import DAMPING, Data, Workload
 
 from mfac_jax import carried
 
+pytestmark = pytest.mark.once
+
 WHOLE = Workload("test", 700, 24)
 of_measured_machines = pytest.mark.skipif(
     not bench.result_files(), reason="no machine has been measured"

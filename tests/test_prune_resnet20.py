@@ -11,7 +11,7 @@ import pytest
 import resnet20
 from flax import nnx
 
-pytestmark = pytest.mark.jax_defaults
+pytestmark = [pytest.mark.jax_defaults, pytest.mark.once]
 
 
 @pytest.fixture(scope="module")

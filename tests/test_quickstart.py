@@ -3,6 +3,8 @@
 import pytest
 import quickstart
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):

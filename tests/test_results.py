@@ -3,6 +3,8 @@
 import compiled
 import defaults
 import demo
+import pruning_results
+import pruning_step
 import pytest
 import report
 from report import ROOT
@@ -14,10 +16,19 @@ from report import ROOT
         ("README.md", "quickstart", demo.table),
         ("docs/defaults.md", "defaults", defaults.table),
         ("docs/implementations.md", "compiled", compiled.table),
+        ("docs/pruning-results.md", "pruning_step", pruning_step.table),
     ],
 )
 def test_table_is_that_of_the_result_file(page, name, render):
     assert report.read_table(ROOT / page, name) == render(report.load(name)).strip()
+
+
+def test_tables_of_the_pruned_network_are_those_of_the_result_file():
+    results = report.load(pruning_results.NAME)
+    for name, table in pruning_results.tables(results).items():
+        assert report.read_table(pruning_results.PAGE, name) == table.strip()
+    assert report.read_table(ROOT / "README.md", "resnet20") == pruning_results.summary(results)
+    assert pruning_results.FIGURE.read_bytes().startswith(b"\x89PNG")
 
 
 def test_figure_of_the_demo_is_there():

@@ -107,7 +107,8 @@ def reference_update(
     the same arguments, with the same result and errors.
 
     Reference: Frantar, Kurtic, Alistarh, NeurIPS 2021, section 4.1, and the pruner of
-    the published code. A departure: the Fisher is restricted to the alive weights.
+    the published code, which cuts its blocks out of the alive weights, as
+    :func:`prune_step` does; here blocks hold what lies in them, alive or not.
     """
     return _checked("reference", params, rows, damping, mask, new_mask, blocks)
 

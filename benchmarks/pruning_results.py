@@ -1,7 +1,7 @@
 """Writes what ``examples/prune_resnet20.py`` measured into the documentation.
 
     python examples/prune_resnet20.py --data-dir DIR --out DIR2
-    python benchmarks/pruning.py DIR2/results.json
+    python benchmarks/pruning_results.py DIR2/results.json
 
 Copies the result file to ``results/prune_resnet20.json`` and writes the tables and the figure of
 ``docs/pruning-results.md`` from it; without a file, from the one that is there.
@@ -10,6 +10,7 @@ Copies the result file to ``results/prune_resnet20.json`` and writes the tables 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def where(results: dict[str, Any]) -> str:
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
     """By the name of their markers."""
-    made = {"where": where(results), "bars": bars(results), **prune_tables.tables(results)}
+    parts = ("one_shot", "recomputation", "gains", "patterns", "gradual", "influence")
+    made = dict.fromkeys(parts, "*Not measured yet.*") | prune_tables.tables(results)
+    made |= {"where": where(results), "bars": bars(results)}
     return {f"resnet20-{name}": table for name, table in made.items()}
 
 
@@ -51,12 +54,12 @@ def _means(results: dict[str, Any]) -> dict[str, dict[tuple[int, float], float]]
         method: {column: float(np.mean(found)) for column, found in row.items()}
         for method, row in prune_tables.recomputation_cells(results["recomputation"]).items()
     }
-    for method, row in prune_tables.one_shot_cells(results["one_shot"]).items():
+    for method, row in prune_tables.one_shot_cells(results.get("one_shot", {})).items():
         for sparsity, found in row.items():
             column = 1, float(sparsity.rstrip("%")) / 100
             means.setdefault(method, {})[column] = float(np.mean(found))
     # Magnitude moves nothing, so that many steps prune what one does.
-    plain = means["magnitude"]
+    plain = means.setdefault("magnitude", {})
     for steps, sparsity in means[prune_tables.DEFAULT]:
         if (1, sparsity) in plain:
             plain[steps, sparsity] = plain[1, sparsity]
@@ -70,7 +73,9 @@ def summary(results: dict[str, Any]) -> str:
     head = [f"{results['dense']:.1f} % dense"]
     head += [f"{s:.0%}, {'one-shot' if k == 1 else f'{k} steps'}" for k, s in columns]
     lines = [head, ["---"] * 4]
-    lines += [[name, *[f"{means[name][column]:.1f}" for column in columns]] for name in names]
+    for name in names:
+        row = means.get(name, {})
+        lines.append([name, *[f"{row[column]:.1f}" if column in row else "" for column in columns]])
     at = results["environment"]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table}\n\n{at['device']}, jax {at['jax']}, {at['date']}."
@@ -82,14 +87,15 @@ def bars(results: dict[str, Any]) -> str:
     default = means[prune_tables.DEFAULT]
     lines = [["what", "wanted", "measured", ""], ["---"] * 4]
     for sparsity, wanted in BARS.items():
-        got = default[8, sparsity]
+        got = default.get((8, sparsity), math.nan)
         verdict = "met" if got >= wanted else "**not met**"
         what = f"the default, 8 recomputations, {sparsity:.0%}"
         lines.append([what, f">= {wanted:.1f}", f"{got:.1f}", verdict])
-    others = [means[name] for name in ("magnitude", "reference, whole", "reference, blocks")]
+    others = [means.get(n, {}) for n in ("magnitude", "reference, whole", "reference, blocks")]
     gaps = {
         column: got - max(row[column] for row in others if column in row)
         for column, got in default.items()
+        if any(column in row for row in others)
     }
     worst = min(gaps, key=lambda column: gaps[column])
     verdict = "met" if gaps[worst] >= 0 else "**not met**"
