@@ -33,7 +33,7 @@ Brain Surgeon", NeurIPS 1992. Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matri
 Approximations of Second-Order Information", NeurIPS 2021, section 4.1.
 """
 
-from mfac_jax.pruning._calibration import DESCENTS, Descent, Setting, Trial, default_settings
+from mfac_jax.pruning._calibration import Descent, Setting, Trial, default_settings
 from mfac_jax.pruning._export import load, save, to_bcoo
 from mfac_jax.pruning._filters import prunable
 from mfac_jax.pruning._masks import initial_mask, mask_to_count, mask_to_sparsity
@@ -53,7 +53,6 @@ from mfac_jax.pruning._updates import (
 )
 
 __all__ = [
-    "DESCENTS",
     "BlocksOf",
     "Descent",
     "LayerReport",
