@@ -170,11 +170,7 @@ def fill_rows(
 ) -> Rows:
     """:func:`collect_gradients` into the rows from ``first`` on of ``rows``, which are used up."""
     check_functions(loss_fn, sample_labels, key)
-    if isinstance(batches, jax.Array | np.ndarray) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"batches must be an iterable of batches, got {type(batches).__name__}; "
-            "a single batch is given as [batch]."
-        )
+    check_batches(batches, "batches")
     chunk = _chunk_size(chunk_size, per_example, Layout(params).size, count)
     if mask is not None:
         rows.layout.check_mask(mask)
@@ -354,6 +350,15 @@ def _on_device(batch: PyTree, number: int) -> tuple[PyTree, int]:
     # filled it with the next batch.
     arrays = [leaf if isinstance(leaf, jax.Array) else jnp.array(leaf) for _, leaf in leaves]
     return jax.tree.unflatten(treedef, arrays), lengths.pop()
+
+
+def check_batches(batches: Any, name: str) -> None:
+    """``batches`` is an iterable of them, and not one array."""
+    if isinstance(batches, jax.Array | np.ndarray) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} must be an iterable of batches, got {type(batches).__name__}; "
+            "a single batch is given as [batch]."
+        )
 
 
 def check_functions(loss_fn: Any, sample_labels: Any, key: Any) -> None:

@@ -18,7 +18,13 @@ from jaxtyping import Array, Bool, Int
 from mfac_jax._layout import PyTree
 from mfac_jax.inverse import Blocks
 from mfac_jax.pruning._patterns import Grouping
-from mfac_jax.rows import GradientRows, PermutedRows, TransposedRows, inverse_order
+from mfac_jax.rows import (
+    GradientRows,
+    PermutedRows,
+    TransposedRows,
+    transposed,
+    transposed_back,
+)
 
 
 class Cut(NamedTuple):
@@ -60,7 +66,7 @@ class Arrangement:
 
     def turned(self, leaves: Sequence[Array]) -> tuple[Array, ...]:
         """Leaves whose groups are rows."""
-        return tuple(jnp.transpose(x, axes) for x, axes in zip(leaves, self._orders, strict=True))
+        return transposed(leaves, self._orders)
 
     def arranged(self, leaves: Sequence[Array]) -> PyTree:
         """Leaves, or a vector, in the order of the rows."""
@@ -76,8 +82,7 @@ class Arrangement:
 
     def back(self, turned: Sequence[Array]) -> tuple[Array, ...]:
         """Turned leaves as they were."""
-        pairs = zip(turned, self._orders, strict=True)
-        return tuple(jnp.transpose(x, inverse_order(axes)) for x, axes in pairs)
+        return transposed_back(turned, self._orders)
 
 
 def alive_first(

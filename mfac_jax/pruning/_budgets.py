@@ -17,6 +17,7 @@ from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.pruning._masks import pruned_count
 from mfac_jax.pruning._patterns import Grouping, NofM
+from mfac_jax.rows import transposed
 
 BUDGETS = ("global", "uniform", "erk")
 _MOST = 2**31 - 1
@@ -86,10 +87,12 @@ def target_of(
         counts = np.asarray(round(number * total), np.int32)
     else:
         counts = pruned_count(sparsity, total)
-    if known and not any(isinstance(leaf, jax.core.Tracer) for leaf in mask):
-        _check_possible(counts, sparsity, selected, names, grouping, weigh, mask)
-    if known and not allow_empty_layers:
-        _check_layers_stay(counts, sparsity, selected, names, grouping, weigh)
+    if known:
+        wanted = _Wanted(counts, weigh, sparsity, selected, names, grouping)
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in mask):
+            wanted.check_possible(mask)
+        if not allow_empty_layers:
+            wanted.check_layers_stay()
     return Target(jnp.asarray(counts, jnp.int32), weigh)
 
 
@@ -181,78 +184,81 @@ def _rounded(wanted: np.ndarray, total: int) -> Int[np.ndarray, " layers"]:
     return counts.astype(np.int32)
 
 
-def _check_possible(
-    counts: Int[np.ndarray, "*layers"],
-    sparsity: Any,
-    layout: Layout,
-    names: Sequence[str],
-    grouping: Grouping,
-    costs: tuple[int, ...],
-    mask: Sequence[Array],
-) -> None:
-    """A target must not revive what is pruned, nor lie above what the pattern lets go."""
-    # A known mask is counted at once, also while a caller is being traced.
-    with jax.ensure_compile_time_eval():
-        already = np.asarray([int(jnp.sum(~leaf)) for leaf in mask])
-        if grouping.goes_whole:
-            _check_whole_groups(mask, names, grouping)
-    sizes = np.asarray(layout.sizes)
-    most = np.round(sizes * grouping.most).astype(int)
-    if counts.ndim:
-        where = [f" of params{name}" for name in names]
-        columns = [counts, already, most, sizes]
-    else:
-        cost = np.asarray(costs)
-        where = [""]
-        columns = [counts[None], *((cost * x).sum(keepdims=True) for x in (already, most, sizes))]
-    rows = np.stack(columns, axis=1).tolist()
-    for here, (count, least, largest, total) in zip(where, rows, strict=True):
-        if count < least:
-            raise ValueError(
-                "sparsity must not lie below what is pruned already, since pruned weights stay "
-                f"pruned: expected at least {least} of {total} weights{here}, "
-                f"got sparsity={sparsity} ({count} weights)."
-            )
-        if count > largest:
-            raise ValueError(
-                f"{grouping.pattern} lets at most {largest} of {total} weights{here} go, "
-                f"got sparsity={sparsity} ({count} weights)."
-            )
+class _Wanted(NamedTuple):
+    """A target that is checked.
 
+    Attributes:
+        counts: of weights, or of what they cost; in all, or in each leaf.
+        costs: what a weight of each leaf counts for.
+        sparsity: what the caller said, for messages.
+        layout: the prunable parameters.
+        names: what they are called, for messages.
+        grouping: their groups.
+    """
 
-def _check_whole_groups(mask: Sequence[Array], names: Sequence[str], grouping: Grouping) -> None:
-    leaves = zip(mask, names, grouping.orders, grouping.sizes, strict=True)
-    for leaf, name, order, size in leaves:
-        groups = np.transpose(np.asarray(leaf), order).reshape(-1, max(size, 1))
-        torn = int(np.sum(groups.any(axis=1) & ~groups.all(axis=1)))
-        if torn:
-            raise ValueError(
-                f"{grouping.pattern} takes groups as a whole, but of {torn} groups of params{name} "
-                "a part is pruned already."
-            )
+    counts: Int[np.ndarray, "*layers"]
+    costs: tuple[int, ...]
+    sparsity: Any
+    layout: Layout
+    names: Sequence[str]
+    grouping: Grouping
 
-
-def _check_layers_stay(
-    counts: Int[np.ndarray, "*layers"],
-    sparsity: Any,
-    layout: Layout,
-    names: Sequence[str],
-    grouping: Grouping,
-    costs: tuple[int, ...],
-) -> None:
-    """No leaf may lose all of its weights (in an N:M pattern none can)."""
-    if isinstance(grouping.pattern, NofM):
-        return
-    sizes, least = np.asarray(layout.sizes), np.asarray(grouping.sizes)
-    most = np.maximum(sizes - least, 0)
-    if counts.ndim:
-        over = [i for i, size in enumerate(sizes) if size and counts[i] > most[i]]
-        where = "".join(f" params{names[i]}" for i in over[:1])
-    else:
-        over = [0] * bool(counts > (np.asarray(costs) * most).sum())
-        where = " a layer"
-    if over:
-        raise ValueError(
-            f"sparsity={sparsity} would leave{where} without weights. "
-            "Set allow_empty_layers=True to let layers vanish."
+    def check_possible(self, mask: Sequence[Array]) -> None:
+        """It must not revive what is pruned, nor lie above what the pattern lets go."""
+        # A known mask is counted at once, also while a caller is being traced.
+        with jax.ensure_compile_time_eval():
+            already = np.asarray([int(jnp.sum(~leaf)) for leaf in mask])
+            if self.grouping.goes_whole:
+                self._check_whole_groups(mask)
+        counts, sizes = self.counts, np.asarray(self.layout.sizes)
+        most = np.round(sizes * self.grouping.most).astype(int)
+        where, columns = (
+            [f" of params{name}" for name in self.names],
+            [counts, already, most, sizes],
         )
+        if not counts.ndim:
+            cost = np.asarray(self.costs)
+            in_all = [(cost * column).sum(keepdims=True) for column in columns[1:]]
+            where, columns = [""], [counts[None], *in_all]
+        rows = np.stack(columns, axis=1).tolist()
+        for here, (count, least, largest, total) in zip(where, rows, strict=True):
+            if count < least:
+                raise ValueError(
+                    "sparsity must not lie below what is pruned already, since pruned weights stay "
+                    f"pruned: expected at least {least} of {total} weights{here}, "
+                    f"got sparsity={self.sparsity} ({count} weights)."
+                )
+            if count > largest:
+                raise ValueError(
+                    f"{self.grouping.pattern} lets at most {largest} of {total} weights{here} go, "
+                    f"got sparsity={self.sparsity} ({count} weights)."
+                )
+
+    def _check_whole_groups(self, mask: Sequence[Array]) -> None:
+        turned = transposed(mask, self.grouping.orders)
+        for leaf, name, size in zip(turned, self.names, self.grouping.sizes, strict=True):
+            groups = np.asarray(leaf).reshape(-1, max(size, 1))
+            torn = int(np.sum(groups.any(axis=1) & ~groups.all(axis=1)))
+            if torn:
+                raise ValueError(
+                    f"{self.grouping.pattern} takes groups as a whole, but of {torn} groups of "
+                    f"params{name} a part is pruned already."
+                )
+
+    def check_layers_stay(self) -> None:
+        """No leaf may lose all of its weights (in an N:M pattern none can)."""
+        if isinstance(self.grouping.pattern, NofM):
+            return
+        sizes = np.asarray(self.layout.sizes)
+        most = np.maximum(sizes - np.asarray(self.grouping.sizes), 0)
+        if self.counts.ndim:
+            over = [i for i, size in enumerate(sizes) if size and self.counts[i] > most[i]]
+            where = "".join(f" params{self.names[i]}" for i in over[:1])
+        else:
+            over = [0] * bool(self.counts > (np.asarray(self.costs) * most).sum())
+            where = " a layer"
+        if over:
+            raise ValueError(
+                f"sparsity={self.sparsity} would leave{where} without weights. "
+                "Set allow_empty_layers=True to let layers vanish."
+            )

@@ -26,7 +26,7 @@ from mfac_jax.pruning._descent import descent
 from mfac_jax.pruning._outputs import WithinOutputs, cut
 from mfac_jax.pruning._patterns import BlocksOf, Grouping, Pattern, Slices, Unstructured
 from mfac_jax.pruning._scores import LARGEST_GREEDY, SCORES, check_score
-from mfac_jax.pruning._step import PruneInfo, choose, move, work_out
+from mfac_jax.pruning._step import Problem, PruneInfo, choose, move, work_out
 from mfac_jax.pruning._updates import UPDATES
 from mfac_jax.rows import GradientRows
 
@@ -199,31 +199,18 @@ def best_step(
         if setting.relative:
             damping = damping * mean
         pieces = cut(setting.blocks, rows.layout, grouping)
+        problem = Problem(weights, alive, rows, damping, pieces, grouping)
         key = (setting.score, pieces, setting.damping, setting.relative)
         if key not in masks:
             masks[key] = choose(
-                weights,
-                alive,
-                rows,
+                problem,
                 target.counts,
-                damping,
                 score=setting.score,
-                pieces=pieces,
-                grouping=grouping,
                 costs=target.costs,
                 keep_layers=keep_layers,
             )
         mask, good = masks[key]
-        delta, info = work_out(
-            weights,
-            alive,
-            mask,
-            rows,
-            damping,
-            update=setting.update,
-            pieces=pieces,
-            grouping=grouping,
-        )
+        delta, info = work_out(problem, mask, update=setting.update)
         for scale in setting.scales:
             moved = move(weights, mask, delta, jnp.asarray(scale, rows.dtype))
             loss = loss_of(moved) if bool(good & info.accepted) else math.nan

@@ -7,8 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.gradients import check_functions, cycle, fill_rows
+from mfac_jax.gradients import check_batches, check_functions, cycle, fill_rows
 from mfac_jax.pruning._budgets import target_of
 from mfac_jax.pruning._calibration import (
     DESCENTS,
@@ -35,9 +34,10 @@ from mfac_jax.pruning._calibration import (
 from mfac_jax.pruning._filters import PathFilter, prunable
 from mfac_jax.pruning._history import History
 from mfac_jax.pruning._masks import initial_mask
-from mfac_jax.pruning._patterns import Grouping, Pattern, Unstructured, check_pattern, group
+from mfac_jax.pruning._network import Network, TurnedLoss
+from mfac_jax.pruning._patterns import Pattern, Unstructured, check_pattern, group
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport, peak_memory
-from mfac_jax.pruning._schedules import sparsity_schedule
+from mfac_jax.pruning._schedules import schedule_of
 from mfac_jax.pruning._step import merge, narrow
 from mfac_jax.rows import (
     FlatRows,
@@ -46,7 +46,7 @@ from mfac_jax.rows import (
     TransposedRows,
     check_rows,
     empty_rows,
-    inverse_order,
+    transposed,
 )
 
 FineTune = Callable[[PyTree, PyTree], PyTree]
@@ -95,10 +95,11 @@ def prune(
 ) -> Pruned:
     """Prunes a network: a percentage is all it takes.
 
-    In each of ``steps`` steps gradients are taken at the weights as they are, every one of
-    ``settings`` is worked out, and the one with the least loss on calibration batches is
-    taken: the quadratic model behind an update oversteps where gradients are few, and says
-    nothing of it.
+    In each of ``steps`` steps gradients are taken at the weights as they are, beside those of
+    the step before; every one of ``settings`` is worked out, and the one with the least loss on
+    calibration batches is taken: the quadratic model behind an update oversteps where gradients
+    are few, and says nothing of it. Then ``descents`` are tried: short steps of the weights that
+    stay, down the loss.
 
     Args:
         params: the parameters, a tree of real floating-point arrays.
@@ -144,7 +145,8 @@ def prune(
         TypeError: an argument has the wrong type.
         ValueError: as :func:`prune_step` and :func:`mfac_jax.collect_gradients`; or there are
             no calibration batches or settings. Nothing has been done then.
-        FloatingPointError: a weight, a gradient, or every loss after a step is not finite.
+        FloatingPointError: a weight, a gradient, the loss after ``fine_tune``, or every loss after
+            a step is not finite.
 
     Example:
         >>> import jax
@@ -172,7 +174,7 @@ def prune(
     prunables = Layout(tuple(jax.ShapeDtypeStruct(*like) for *like, kept in shapes if kept))
     names = [path for path, kept in zip(layout.paths, keep, strict=True) if kept]
     grouping = group(pattern, prunables, names, output_axis)
-    network = _Network(layout, keep, grouping)
+    network = Network(layout, keep, grouping)
     alive = narrow(mask_leaves, keep)
     settings = checked_settings(
         default_settings(pattern) if settings is None else settings, prunables, grouping
@@ -190,7 +192,7 @@ def prune(
             allow_empty_layers=allow_empty_layers,
             mask=alive,
         )
-        for fraction in _fractions(sparsity, schedule, steps, mask_leaves, keep, budget, costs)
+        for fraction in schedule_of(sparsity, schedule, steps, mask_leaves, keep, budget, costs)
     ]
     left_out = [jnp.zeros(shape, bool) for shape in layout.shapes]
     past = History(1 + _checks.non_negative_int(history, "history"), num_gradients)
@@ -207,9 +209,9 @@ def prune(
     held_out = _take(stream if calibration is None else calibration, num_calibration)
     params = _under_mask(params, jax.tree.unflatten(layout.treedef, mask_leaves), layout)
     # All the way parameters are turned, and their gradients are collected so.
-    params = network.turned(jax.tree.leaves(params))
-    alive = tuple(map(jnp.transpose, alive, grouping.orders))
-    turned_loss = _TurnedLoss(loss_fn, network.orders)
+    params = network.turned(params)
+    alive = transposed(alive, grouping.orders)
+    turned_loss = TurnedLoss(loss_fn, network.orders)
     loss = mean_loss(turned_loss, params, held_out)
 
     reports = []
@@ -253,7 +255,7 @@ def prune(
             if fine_tune is not None:
                 mask = network.mask(mask_leaves, alive)
                 trained = _under_mask(fine_tune(network.back(params), mask), mask, layout)
-                params = network.turned(jax.tree.leaves(trained))
+                params = network.turned(trained)
                 tuned = mean_loss(turned_loss, params, held_out)
                 if not math.isfinite(tuned):
                     raise FloatingPointError(f"the loss after fine_tune is {tuned}.")
@@ -285,67 +287,6 @@ def prune(
     )
     report = PruneReport(tuple(reports), layers)
     return Pruned(network.back(params), network.mask(mask_leaves, alive), report)
-
-
-class _Network(NamedTuple):
-    """What does not change from step to step.
-
-    Attributes:
-        layout: all parameters, as the caller has them.
-        keep: which of them are prunable.
-        grouping: the groups of those.
-    """
-
-    layout: Layout
-    keep: tuple[bool, ...]
-    grouping: Grouping
-
-    @property
-    def orders(self) -> tuple[tuple[int, ...], ...]:
-        """The axes of every leaf in the order in which prunable ones are turned."""
-        turned = iter(self.grouping.orders)
-        pairs = zip(self.layout.shapes, self.keep, strict=True)
-        return tuple(next(turned) if kept else tuple(range(len(shape))) for shape, kept in pairs)
-
-    def tree(self, leaves: Sequence[Array], selected: Sequence[Array]) -> PyTree:
-        """All parameters, from all leaves and the new prunable ones."""
-        return jax.tree.unflatten(self.layout.treedef, merge(leaves, selected, self.keep))
-
-    def turned(self, leaves: Sequence[Array]) -> PyTree:
-        """The caller's leaves as a tree of turned ones."""
-        turned = [
-            jnp.transpose(jnp.asarray(x), o) for x, o in zip(leaves, self.orders, strict=True)
-        ]
-        return jax.tree.unflatten(self.layout.treedef, turned)
-
-    def back(self, params: PyTree) -> PyTree:
-        """And back."""
-        return _turn_back(params, self.orders)
-
-    def mask(self, leaves: Sequence[Array], alive: Sequence[Array]) -> PyTree:
-        """The caller's mask with what is alive of the turned prunable leaves."""
-        kept = [
-            jnp.transpose(x, inverse_order(o))
-            for x, o in zip(alive, self.grouping.orders, strict=True)
-        ]
-        return self.tree(leaves, kept)
-
-
-def _turn_back(params: PyTree, orders: tuple[tuple[int, ...], ...]) -> PyTree:
-    leaves, treedef = jax.tree.flatten(params)
-    pairs = zip(leaves, orders, strict=True)
-    return jax.tree.unflatten(treedef, [jnp.transpose(x, inverse_order(o)) for x, o in pairs])
-
-
-@dataclass(frozen=True)
-class _TurnedLoss:
-    """The loss of turned parameters; equal to another of the same function and orders."""
-
-    loss_fn: LossFn
-    orders: tuple[tuple[int, ...], ...]
-
-    def __call__(self, params: PyTree, batch: PyTree) -> Any:
-        return self.loss_fn(_turn_back(params, self.orders), batch)
 
 
 def _collect(
@@ -384,76 +325,20 @@ class _Stream:
     """Batches that are gone on with from one ``iter`` to the next, and begun again at the end."""
 
     def __init__(self, batches: Iterable[PyTree]):
-        _check_batches(batches, "batches")
+        check_batches(batches, "batches")
         self._endless = cycle(batches)
 
     def __iter__(self) -> Iterator[PyTree]:
         return (batch for _, batch in self._endless)
 
 
-def _check_batches(batches: Any, name: str) -> None:
-    if isinstance(batches, jax.Array | np.ndarray) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"{name} must be an iterable of batches, got {type(batches).__name__}; "
-            "a single batch is given as [batch]."
-        )
-
-
 def _take(batches: Iterable[PyTree], count: int) -> list[PyTree]:
     _checks.positive_int(count, "num_calibration")
-    _check_batches(batches, "calibration")
+    check_batches(batches, "calibration")
     taken = [jax.tree.map(jnp.array, batch) for batch in itertools.islice(iter(batches), count)]
     if not taken:
         raise ValueError("calibration is empty: expected at least one batch.")
     return taken
-
-
-def _fractions(
-    sparsity: float | PyTree,
-    schedule: str | Sequence[float],
-    steps: int,
-    mask: Sequence[Array],
-    keep: Sequence[bool],
-    budget: str,
-    costs: PyTree | None,
-) -> list[Any]:
-    """The sparsity after each step: numbers, or trees of them."""
-    is_number = jax.tree_util.all_leaves([sparsity])
-    if not isinstance(schedule, str):
-        given = [float(s) for s in schedule]
-        if not given or given != sorted(given) or given[-1] <= 0:
-            raise ValueError(f"schedule must be sparsities that rise, got {schedule!r}.")
-        if is_number and given[-1] != sparsity:
-            raise ValueError(
-                f"schedule must end at sparsity={sparsity}, got {given[-1]} as its last entry."
-            )
-        if is_number:
-            return given
-        return [jax.tree.map(lambda leaf, part=s / given[-1]: leaf * part, sparsity) for s in given]
-    pruned = [int(jnp.sum(~leaf)) for leaf in mask]
-    if is_number:
-        _checks.unit_interval(sparsity, "sparsity")
-        weights = jax.tree.leaves(costs) if costs is not None else [1] * len(mask)
-        counted = [
-            (cost * gone, cost * leaf.size)
-            for cost, gone, leaf, kept in zip(weights, pruned, mask, keep, strict=False)
-            if kept and leaf.size
-        ]
-        start = sum(gone for gone, _ in counted) / max(sum(size for _, size in counted), 1)
-        if budget != "global":  # no leaf is to be less pruned than it is
-            start = max((gone / size for gone, size in counted), default=0.0)
-        start = min(start, float(sparsity))
-        return list(sparsity_schedule(float(sparsity), steps, kind=schedule, initial=start))
-    leaves, treedef = jax.tree.flatten(sparsity)
-    if len(leaves) != len(mask):
-        return [sparsity]  # for the check of the structure to say so
-    columns = [
-        sparsity_schedule(
-            float(leaf), steps, kind=schedule, initial=min(gone / max(m.size, 1), float(leaf))
-        )
-        for leaf, gone, m in zip(leaves, pruned, mask, strict=True)
-    ]
-    return [jax.tree.unflatten(treedef, row) for row in zip(*columns, strict=True)]
 
 
 def _check_finite(params: PyTree, layout: Layout, name: str) -> None:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
 from mfac_jax import _checks
+from mfac_jax._layout import PyTree
 
 SCHEDULES = ("geometric", "cubic", "linear")
 
@@ -53,3 +61,65 @@ def sparsity_schedule(
         return 1 - (1 - initial) * ((1 - final) / (1 - initial)) ** part
 
     return tuple(after(step) for step in range(1, steps + 1))
+
+
+def schedule_of(
+    sparsity: float | PyTree,
+    schedule: str | Sequence[float],
+    steps: int,
+    mask: Sequence[Array],
+    keep: Sequence[bool],
+    budget: str,
+    costs: PyTree | None,
+) -> list[Any]:
+    """The sparsity after each step of :func:`mfac_jax.pruning.prune`: numbers, or trees of them.
+
+    Args:
+        sparsity: in the end.
+        schedule: a kind, or the sparsities after each step.
+        steps: how many, if it is a kind.
+        mask: the leaves of the mask so far.
+        keep: which leaves are prunable.
+        budget: where one number holds.
+        costs: of a weight of each leaf.
+
+    Raises:
+        ValueError: as :func:`sparsity_schedule`, or a schedule that is given does not rise to
+            ``sparsity``.
+    """
+    is_number = jax.tree_util.all_leaves([sparsity])
+    if not isinstance(schedule, str):
+        given = [float(s) for s in schedule]
+        if not given or given != sorted(given) or given[-1] <= 0:
+            raise ValueError(f"schedule must be sparsities that rise, got {schedule!r}.")
+        if is_number and given[-1] != sparsity:
+            raise ValueError(
+                f"schedule must end at sparsity={sparsity}, got {given[-1]} as its last entry."
+            )
+        if is_number:
+            return given
+        return [jax.tree.map(lambda leaf, part=s / given[-1]: leaf * part, sparsity) for s in given]
+    pruned = [int(jnp.sum(~leaf)) for leaf in mask]
+    if is_number:
+        _checks.unit_interval(sparsity, "sparsity")
+        weights = jax.tree.leaves(costs) if costs is not None else [1] * len(mask)
+        counted = [
+            (cost * gone, cost * leaf.size)
+            for cost, gone, leaf, kept in zip(weights, pruned, mask, keep, strict=False)
+            if kept and leaf.size
+        ]
+        start = sum(gone for gone, _ in counted) / max(sum(size for _, size in counted), 1)
+        if budget != "global":  # no leaf is to be less pruned than it is
+            start = max((gone / size for gone, size in counted), default=0.0)
+        start = min(start, float(sparsity))
+        return list(sparsity_schedule(float(sparsity), steps, kind=schedule, initial=start))
+    leaves, treedef = jax.tree.flatten(sparsity)
+    if len(leaves) != len(mask):
+        return [sparsity]  # for the check of the structure to say so
+    columns = [
+        sparsity_schedule(
+            float(leaf), steps, kind=schedule, initial=min(gone / max(m.size, 1), float(leaf))
+        )
+        for leaf, gone, m in zip(leaves, pruned, mask, strict=True)
+    ]
+    return [jax.tree.unflatten(treedef, row) for row in zip(*columns, strict=True)]

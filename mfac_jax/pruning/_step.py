@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -108,6 +109,8 @@ def prune_step(
             :class:`WithinOutputs` for blocks that do not cross the end of an output, or sizes
             that add up to the number of prunable weights. In a leaf of several axes coordinates
             are numbered output by output, and so that the weights of a group are neighbours.
+            Pruned weights make room: blocks of one size, and those within outputs, are cut out
+            of the alive ones (but in N:M patterns, and where sizes are given).
         step_scale: what the update of the weights that stay is multiplied by.
         path_filter: which leaves may be pruned; see :func:`prunable`.
         pattern: which weights can only go together: :class:`Unstructured`,
@@ -131,8 +134,8 @@ def prune_step(
         ValueError: ``params`` or ``mask`` do not fit the rows, ``sparsity`` lies
             outside [0, 1], below what is pruned already or above what ``pattern`` or the
             layers allow, ``damping`` is not positive, a name is unknown, the blocks do not
-            cover the prunable weights, the filter selects nothing, or the pattern does
-            not fit a leaf.
+            cover the prunable weights, the filter selects nothing, the pattern does not fit a
+            leaf, or of a group that goes as a whole a part is pruned already.
 
     Example:
         >>> import jax.numpy as jnp
@@ -178,22 +181,16 @@ def prune_step(
         allow_empty_layers=allow_empty_layers,
         mask=masks,
     )
+    problem = Problem(weights, masks, selected, lam, pieces, grouping)
     # Compiled one by one: as one program, XLA would keep what they all read of the rows.
     new_masks, good = choose(
-        weights,
-        masks,
-        selected,
+        problem,
         target.counts,
-        lam,
         score=score,
-        pieces=pieces,
-        grouping=grouping,
         costs=target.costs,
         keep_layers=not allow_empty_layers,
     )
-    delta, info = work_out(
-        weights, masks, new_masks, selected, lam, update=update, pieces=pieces, grouping=grouping
-    )
+    delta, info = work_out(problem, new_masks, update=update)
     scale = jnp.asarray(step_scale, selected.dtype)
     new_weights, new_masks, info = _take(weights, masks, new_masks, delta, scale, info, good)
 
@@ -225,31 +222,52 @@ def _take(
     return params_out, mask_out, info
 
 
-@functools.partial(jax.jit, static_argnames=("score", "pieces", "grouping", "costs", "keep_layers"))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Problem:
+    """What a step starts from; a pytree.
+
+    Attributes:
+        weights: the prunable leaves.
+        mask: which of them are alive.
+        rows: their gradients.
+        damping: ``lambda``.
+        pieces: how the Fisher is cut (static).
+        grouping: which weights can only go together (static).
+    """
+
+    weights: tuple[Array, ...]
+    mask: tuple[Array, ...]
+    rows: GradientRows
+    damping: Float[Array, ""]
+    pieces: Cut = field(metadata={"static": True})
+    grouping: Grouping = field(metadata={"static": True})
+
+    def arrangement(self) -> Arrangement:
+        """The order in which it is worked on."""
+        return Arrangement(self.rows, self.mask, self.grouping, self.pieces)
+
+
+@functools.partial(jax.jit, static_argnames=("score", "costs", "keep_layers"))
 def choose(
-    params: tuple[Array, ...],
-    mask: tuple[Array, ...],
-    rows: GradientRows,
+    problem: Problem,
     counts: Int[Array, "*layers"],
-    damping: Float[Array, ""],
     *,
     score: str,
-    pieces: Cut,
-    grouping: Grouping,
     costs: tuple[int, ...],
     keep_layers: bool,
 ) -> tuple[tuple[Array, ...], Bool[Array, ""]]:
     """The new mask, and whether the scores of all that goes are finite."""
-    order = Arrangement(rows, mask, grouping, pieces)
+    order, grouping = problem.arrangement(), problem.grouping
     given = Given(
-        order.arranged(params),
+        order.arranged(problem.weights),
         order.rows,
-        damping,
-        order.arranged(mask),
-        pieces.blocks,
+        problem.damping,
+        order.arranged(problem.mask),
+        problem.pieces.blocks,
         order.grouping,
     )
-    scores, alive = order.as_turned(SCORES[score](given)), order.turned(mask)
+    scores, alive = order.as_turned(SCORES[score](given)), order.turned(problem.mask)
     kept = select(
         scores,
         alive,
@@ -266,63 +284,40 @@ def choose(
 
 
 def work_out(
-    params: tuple[Array, ...],
-    mask: tuple[Array, ...],
-    new_mask: tuple[Array, ...],
-    rows: GradientRows,
-    damping: Float[Array, ""],
-    *,
-    update: str,
-    pieces: Cut,
-    grouping: Grouping,
+    problem: Problem, new_mask: tuple[Array, ...], *, update: str
 ) -> tuple[tuple[Array, ...], PruneInfo]:
     """``delta`` for a new mask, and what it means."""
-    delta = _delta(
-        params, mask, new_mask, rows, damping, update=update, pieces=pieces, grouping=grouping
-    )
-    return delta, _describe(delta, mask, new_mask, rows, damping, pieces=pieces, grouping=grouping)
+    delta = _delta(problem, new_mask, update=update)
+    return delta, _describe(problem, new_mask, delta)
 
 
-@functools.partial(jax.jit, static_argnames=("update", "pieces", "grouping"))
-def _delta(
-    params: tuple[Array, ...],
-    mask: tuple[Array, ...],
-    new_mask: tuple[Array, ...],
-    rows: GradientRows,
-    damping: Float[Array, ""],
-    *,
-    update: str,
-    pieces: Cut,
-    grouping: Grouping,
-) -> tuple[Array, ...]:
-    order = Arrangement(rows, mask, grouping, pieces)
-    weights, alive, kept = (order.arranged(leaves) for leaves in (params, mask, new_mask))
+@functools.partial(jax.jit, static_argnames="update")
+def _delta(problem: Problem, new_mask: tuple[Array, ...], *, update: str) -> tuple[Array, ...]:
+    order = problem.arrangement()
     delta = full_update(
-        weights, order.rows, damping, alive, kept, update=update, blocks=pieces.blocks
+        order.arranged(problem.weights),
+        order.rows,
+        problem.damping,
+        order.arranged(problem.mask),
+        order.arranged(new_mask),
+        update=update,
+        blocks=problem.pieces.blocks,
     )
     return order.back(order.as_turned(delta))
 
 
-@functools.partial(jax.jit, static_argnames=("pieces", "grouping"))
-def _describe(
-    delta: tuple[Array, ...],
-    mask: tuple[Array, ...],
-    new_mask: tuple[Array, ...],
-    rows: GradientRows,
-    damping: Float[Array, ""],
-    *,
-    pieces: Cut,
-    grouping: Grouping,
-) -> PruneInfo:
-    order = Arrangement(rows, mask, grouping, pieces)
-    arranged = order.arranged(delta)
-    curvature, square = quadratic_terms(arranged, order.rows, blocks=pieces.blocks)
+@jax.jit
+def _describe(problem: Problem, new_mask: tuple[Array, ...], delta: tuple[Array, ...]) -> PruneInfo:
+    order = problem.arrangement()
+    curvature, square = quadratic_terms(
+        order.arranged(delta), order.rows, blocks=problem.pieces.blocks
+    )
     pruned = num_pruned(new_mask)
     return PruneInfo(
         accepted=jnp.all(jnp.stack([jnp.all(jnp.isfinite(change)) for change in delta])),
         num_pruned=pruned,
-        num_alive=rows.layout.size - pruned,
-        predicted_loss_increase=(curvature + damping * square) / 2,
+        num_alive=problem.rows.layout.size - pruned,
+        predicted_loss_increase=(curvature + problem.damping * square) / 2,
         undamped_loss_increase=curvature / 2,
         update_norm=_norm(delta, new_mask),
         removed_norm=_norm(delta, [~leaf for leaf in new_mask]),

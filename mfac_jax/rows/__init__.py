@@ -10,7 +10,7 @@ from mfac_jax.rows._flat import FlatRows
 from mfac_jax.rows._per_leaf import PerLeafRows
 from mfac_jax.rows._permuted import PermutedRows
 from mfac_jax.rows._selected import SelectedRows
-from mfac_jax.rows._transposed import TransposedRows, inverse_order
+from mfac_jax.rows._transposed import TransposedRows, transposed, transposed_back
 
 __all__ = [
     "FlatRows",
@@ -24,5 +24,6 @@ __all__ = [
     "check_rows",
     "check_storage",
     "empty_rows",
-    "inverse_order",
+    "transposed",
+    "transposed_back",
 ]

@@ -16,9 +16,20 @@ from mfac_jax._layout import Layout, PyTree
 from mfac_jax.rows._base import GradientRows
 from mfac_jax.rows._view import RowsView
 
+Orders = tuple[tuple[int, ...], ...]
 
-def inverse_order(order: Sequence[int]) -> tuple[int, ...]:
-    """The order of axes that undoes a transposition."""
+
+def transposed(leaves: Sequence[Array], orders: Orders) -> tuple[Array, ...]:
+    """Every leaf with its axes in the given order."""
+    return tuple(jnp.transpose(leaf, order) for leaf, order in zip(leaves, orders, strict=True))
+
+
+def transposed_back(leaves: Sequence[Array], orders: Orders) -> tuple[Array, ...]:
+    """What :func:`transposed` has made of leaves, as they were."""
+    return transposed(leaves, tuple(_inverse(order) for order in orders))
+
+
+def _inverse(order: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=lambda i: order[i]))
 
 
@@ -95,10 +106,10 @@ class TransposedRows(RowsView):
         return self.base.take(lax.optimization_barrier(stored_at))
 
     def to_base(self, tree: PyTree) -> PyTree:
-        return self._each(tree, lambda leaf, order: jnp.transpose(leaf, inverse_order(order)))
+        return self._each(tree, transposed_back)
 
     def from_base(self, tree: PyTree) -> PyTree:
-        return self._each(tree, lambda leaf, order: jnp.transpose(leaf, order))
+        return self._each(tree, transposed)
 
     def mask_to_base(self, mask: PyTree | None) -> PyTree | None:
         if mask is None:
@@ -106,7 +117,8 @@ class TransposedRows(RowsView):
         leaves = self.layout.check_mask(mask)
         return self.to_base(jax.tree.unflatten(self.layout.treedef, leaves))
 
-    def _each(self, tree: PyTree, function: Callable[[Array, tuple[int, ...]], Array]) -> PyTree:
-        leaves = zip(jax.tree.leaves(tree), self.orders, strict=True)
-        turned = [function(jnp.asarray(leaf), order) for leaf, order in leaves]
-        return jax.tree.unflatten(self.layout.treedef, turned)
+    def _each(
+        self, tree: PyTree, function: Callable[[list[Array], Orders], tuple[Array, ...]]
+    ) -> PyTree:
+        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+        return jax.tree.unflatten(self.layout.treedef, function(leaves, self.orders))
