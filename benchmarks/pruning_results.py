@@ -80,8 +80,11 @@ def summary(results: dict[str, Any]) -> str:
             continue
         lines.append([name, *[f"{row[column]:.1f}" if column in row else "" for column in columns]])
     at = results["environment"]
+    cells = prune_tables.recomputation_cells(results["recomputation"])[prune_tables.DEFAULT]
+    sets = min(len(cells[column]) for column in columns if column in cells)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n{at['device']}, jax {at['jax']}, {at['date']}."
+    what = "Means of " + (f"{sets} sets" if sets > 1 else "one set") + " of gradients"
+    return f"{table}\n\n{what}; {at['device']}, jax {at['jax']}, {at['date']}."
 
 
 def bars(results: dict[str, Any]) -> str:

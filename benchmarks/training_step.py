@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +12,16 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
 import timing
 import workloads
 from flax import nnx
 
 from mfac_jax import mfac
+
+sys.path.insert(0, str(report.ROOT / "examples"))
+
+from resnet20 import ResNet
 
 BATCH = 128
 BASELINE = "SGD + momentum"
@@ -28,64 +32,6 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 for _name, _size in WINDOW_SIZES.items():
     OPTIMIZERS[_name] = functools.partial(mfac, 0.1, _size)
-
-
-class Residual(nnx.Module):
-    """Two 3 x 3 convolutions beside an identity or a 1 x 1 convolution."""
-
-    def __init__(self, width_in: int, width: int, rngs: nnx.Rngs):
-        strides = 1 if width_in == width else 2
-        self.conv1 = _conv(width_in, width, 3, strides, rngs)
-        self.norm1 = nnx.BatchNorm(width, rngs=rngs)
-        self.conv2 = _conv(width, width, 3, 1, rngs)
-        self.norm2 = nnx.BatchNorm(width, rngs=rngs)
-        self.shortcut = (
-            None
-            if width_in == width
-            else nnx.Sequential(
-                _conv(width_in, width, 1, strides, rngs), nnx.BatchNorm(width, rngs=rngs)
-            )
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        out = nnx.relu(self.norm1(self.conv1(x)))
-        out = self.norm2(self.conv2(out))
-        return nnx.relu(out + (x if self.shortcut is None else self.shortcut(x)))
-
-
-class ResNet(nnx.Module):
-    """Three stages of ``depth`` residual blocks: ResNet-20, 272,474 parameters, by default."""
-
-    def __init__(self, rngs: nnx.Rngs, width: int = 16, depth: int = 3):
-        self.conv = _conv(3, width, 3, 1, rngs)
-        self.norm = nnx.BatchNorm(width, rngs=rngs)
-        widths = [width, *[w for w in (width, 2 * width, 4 * width) for _ in range(depth)]]
-        blocks = [Residual(a, b, rngs) for a, b in itertools.pairwise(widths)]
-        self.stages = nnx.Sequential(*blocks)
-        self.dense = nnx.Linear(4 * width, 10, kernel_init=_kernel, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.stages(nnx.relu(self.norm(self.conv(x))))
-        return self.dense(x.mean((1, 2)))
-
-
-def _conv(width_in: int, width: int, size: int, strides: int, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(
-        width_in,
-        width,
-        (size, size),
-        strides=strides,
-        padding="SAME",
-        use_bias=False,
-        kernel_init=_kernel,
-        rngs=rngs,
-    )
-
-
-def _kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Normal entries of variance 2 / fan-in, from NumPy: nothing to compile a shape."""
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    return jnp.asarray(rng.normal(size=shape) * np.sqrt(2 / math.prod(shape[:-1])), dtype)
 
 
 def _fill(tx: Any, name: str, gradient: Any, params: Any) -> Any:
