@@ -23,6 +23,16 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if "CI" in os.environ else "local")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_what_was_compiled() -> Generator[None, None, None]:
+    """A process may only map so many pieces of memory, and every program takes a few.
+
+    With those of all files, XLA ran out of them (65,530 on Linux) and crashed as it compiled.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """What the marks ask for holds for a test and for its fixtures."""

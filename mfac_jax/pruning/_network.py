@@ -61,13 +61,21 @@ class Network(NamedTuple):
 
 @dataclass(frozen=True)
 class TurnedLoss:
-    """The loss of turned parameters; equal to another of the same function and orders."""
+    """The loss of turned parameters; equal to another of the same function and network.
+
+    What is not prunable counts as constant: nobody asks for those gradients, which would take
+    their share of the time.
+    """
 
     loss_fn: LossFn
     orders: tuple[tuple[int, ...], ...]
+    keep: tuple[bool, ...]
 
     def __call__(self, params: PyTree, batch: PyTree) -> Any:
-        return self.loss_fn(_back(params, self.orders), batch)
+        leaves, treedef = jax.tree.flatten(params)
+        pairs = zip(leaves, self.keep, strict=True)
+        leaves = [leaf if kept else jax.lax.stop_gradient(leaf) for leaf, kept in pairs]
+        return self.loss_fn(_back(jax.tree.unflatten(treedef, leaves), self.orders), batch)
 
 
 def _back(params: PyTree, orders: tuple[tuple[int, ...], ...]) -> PyTree:

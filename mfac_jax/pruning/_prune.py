@@ -211,7 +211,7 @@ def prune(
     # All the way parameters are turned, and their gradients are collected so.
     params = network.turned(params)
     alive = transposed(alive, grouping.orders)
-    turned_loss = TurnedLoss(loss_fn, network.orders)
+    turned_loss = TurnedLoss(loss_fn, network.orders, keep)
     loss = mean_loss(turned_loss, params, held_out)
 
     reports = []
