@@ -4,8 +4,7 @@
 
 A process each for scoring, selecting and updating 80 % of 268,336 weights with n = 256: whole,
 in blocks of 128, and with greedy masks. Linux only: it reads the peak from ``/proc``. Writes
-``results/pruning_step.json`` and the table in
-``docs/pruning-results.md``.
+``results/pruning_step.json`` and the table in ``docs/pruning-results.md``.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import machine
 import memory
 import numpy as np
 import report
@@ -95,7 +95,8 @@ def table(results: dict) -> str:
             f"| {found['peak']:.2f} x | < {MEMORY_BAR} x |"
         )
     where = results["environment"]
-    lines += ["", f"{where['device']}, jax {where['jax']}, {where['date']}."]
+    device = f"{where['processor']}, {where['cores']} cores"
+    lines += ["", f"{device}, jax {where['jax']}, {where['date']}."]
     return "\n".join(lines)
 
 
@@ -115,7 +116,7 @@ def main() -> None:
         out = subprocess.run(command, check=True, capture_output=True, text=True)
         ways[way] = json.loads(out.stdout.splitlines()[-1])
         print(way, ways[way], flush=True)
-    results = {"environment": report.environment(), "ways": ways}
+    results = {"environment": machine.environment(), "ways": ways}
     report.save("pruning_step", results)
     report.write_table(report.ROOT / "docs" / PAGE, "pruning_step", table(results))
 

@@ -8,6 +8,7 @@ and CIFAR-10 (``cifar-10-batches-py/`` or ``cifar10/``); without it CIFAR-10 is 
 patterns, gradual pruning with training in between, and the influence of the number of gradients,
 of damping and of block size. Every run is written to ``results.json`` as it is done; started
 again, the program goes on where it was. At the end it draws a figure and writes the tables.
+Compiled programs are kept in ``compiled/`` beside them, which may be deleted.
 ``--smoke`` goes the whole way in a minute or two, with a small network on made-up pictures.
 """
 
@@ -110,14 +111,14 @@ FULL = Scale(
     several=(8, (0.8, 0.9)),
     patterns=(tuple(PATTERNS), 4),
     gradual=((0.75, 0.875, 0.95), 4, 60),
-    train_batch=128,
+    train_batch=64,
     counts=(16, 64, 256, 1024),
     dampings=(1e-6, 1e-4, 1e-3, 1e-2),
-    blocks=(32, 64, 256),
+    blocks=(32, 256),
 )
 # On an accelerator, training after each pruning step is as long as the paper's: two epochs.
 FULL_ON_ACCELERATOR = FULL._replace(
-    patterns=(tuple(PATTERNS), 8), gradual=((0.75, 0.875, 0.95), 20, 780)
+    patterns=(tuple(PATTERNS), 8), gradual=((0.75, 0.875, 0.95), 20, 780), train_batch=128
 )
 SMOKE = Scale(
     seeds=(0,),
@@ -139,8 +140,8 @@ class Network:
     """The network and its data, as functions of its parameters.
 
     Attributes:
-        params: the pretrained parameters.
-        statistics: of the normalisation layers, as they are at inference.
+        params: the pretrained parameters, and beside them the statistics of the normalisation
+            layers, which training moves as well.
         training_graph: the network in training.
         calibration: batches that settings are judged by.
     """
@@ -148,7 +149,7 @@ class Network:
     def __init__(self, model: ResNet, data: Data):
         self.data = data
         model.eval()
-        self._graph, self.params, self.statistics = nnx.split(model, nnx.Param, ...)
+        self._graph, self.params = nnx.split(model)
         model.train()
         self.training_graph = nnx.graphdef(model)
         held = np.random.default_rng(2026).permutation(len(data.train))[:512]
@@ -159,12 +160,12 @@ class Network:
         ]
         self._test = [
             (normalize(data.test[i : i + 50]), data.test_labels[i : i + 50])
-            for i in range(0, len(data.test), 50)  # on a CPU faster than larger ones
+            for i in range(0, len(data.test), 50)
         ]
 
         @jax.jit
-        def count_hits(params: Any, statistics: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-            logits = nnx.merge(self._graph, params, statistics)(x)
+        def count_hits(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+            logits = nnx.merge(self._graph, params)(x)
             return jnp.sum(jnp.argmax(logits, axis=1) == y)
 
         self._count_hits = count_hits
@@ -172,13 +173,12 @@ class Network:
     def loss(self, params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         """The mean loss of a batch, as at inference."""
         x, y = batch
-        logits = nnx.merge(self._graph, params, self.statistics)(x)
+        logits = nnx.merge(self._graph, params)(x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    def accuracy(self, params: Any, statistics: Any = None) -> float:
+    def accuracy(self, params: Any) -> float:
         """On the test images, in per cent."""
-        statistics = self.statistics if statistics is None else statistics
-        hits = [self._count_hits(params, statistics, *batch) for batch in self._test]
+        hits = [self._count_hits(params, *batch) for batch in self._test]
         return 100 * sum(map(int, hits)) / len(self.data.test)
 
     def batches(self, seed: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -193,36 +193,34 @@ class Network:
 
 
 class Tuner:
-    """Trains under a mask, normalisation statistics included; for ``fine_tune``.
-
-    Attributes:
-        statistics: of the normalisation layers, as training leaves them.
-    """
+    """Trains the weights under a mask, and with them the normalisation; for ``fine_tune``."""
 
     def __init__(self, network: Network, batches: Iterator[Any], steps: int):
-        self.statistics = network.statistics
         self._batches, self._steps = batches, steps
         self._tx = pruning.sparse(optax.sgd(0.01, momentum=0.9))
 
         @jax.jit
-        def step(params: Any, statistics: Any, state: Any, batch: Any) -> Any:
-            def loss(params: Any) -> Any:
-                model = nnx.merge(network.training_graph, params, statistics, copy=True)
+        def step(params: Any, state: Any, batch: Any) -> Any:
+            weights, statistics = nnx.split_state(params, nnx.Param, ...)
+
+            def loss(weights: Any) -> Any:
+                model = nnx.merge(network.training_graph, weights, statistics, copy=True)
                 logits = model(batch[0])
                 losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
                 return losses.mean(), nnx.state(model, nnx.Not(nnx.Param))
 
-            gradient, statistics = jax.grad(loss, has_aux=True)(params)
-            updates, state = self._tx.update(gradient, state, params)
-            return optax.apply_updates(params, updates), statistics, state
+            gradient, statistics = jax.grad(loss, has_aux=True)(weights)
+            updates, state = self._tx.update(gradient, state, weights)
+            return nnx.merge_state(optax.apply_updates(weights, updates), statistics), state
 
         self._step = step
 
     def __call__(self, params: Any, mask: Any) -> Any:
-        state = pruning.set_mask(self._tx.init(params), mask)
+        weights, _ = nnx.split_state(params, nnx.Param, ...)
+        alive, _ = nnx.split_state(mask, nnx.Param, ...)
+        state = pruning.set_mask(self._tx.init(weights), alive)
         for _ in range(self._steps):
-            batch = next(self._batches)
-            params, self.statistics, state = self._step(params, self.statistics, state, batch)
+            params, state = self._step(params, state, next(self._batches))
         return params
 
 
@@ -291,7 +289,7 @@ class Experiments:
             schedule="cubic",
             fine_tune=tuner,
         )
-        outcome = _outcome(self.network.accuracy(pruned.params, tuner.statistics), pruned)
+        outcome = _outcome(self.network.accuracy(pruned.params), pruned)
         return outcome | {"training_steps": steps * training}
 
     def influence(self, n: int, kind: str, damping: float, block: int) -> dict[str, Any]:
@@ -372,7 +370,7 @@ def runs(scale: Scale) -> list[Run]:
         for seed in scale.seeds:
             for sparsity in sparsities:
                 if (steps, sparsity) in [(scale.several[0], s) for s in scale.several[1]]:
-                    methods = [REFERENCES[1], DEFAULT]
+                    methods = [*REFERENCES, DEFAULT]
                     if seed == scale.seeds[0]:
                         methods = [*REFERENCES, "joint, blocks", "greedy, blocks", DEFAULT]
                         methods[-1:-1] = PARTS if sparsity == scale.several[1][-1] else []
@@ -380,6 +378,8 @@ def runs(scale: Scale) -> list[Run]:
                     methods = [*REFERENCES, DEFAULT]
                 else:
                     continue
+                if steps == scale.several[0] and seed == scale.seeds[0]:
+                    methods = ["magnitude", *methods]  # of which the number of steps is no matter
                 todo += [Run("recomputation", (steps, sparsity, seed, m)) for m in methods]
     todo.append(Run("one_shot", (scale.seeds[0], "magnitude")))
     for seed in scale.seeds:
@@ -388,13 +388,11 @@ def runs(scale: Scale) -> list[Run]:
     todo += [Run("patterns", (name, m)) for name in names for m in ("magnitude", DEFAULT)]
     for sparsity in scale.gradual[0]:
         todo += [Run("gradual", (sparsity, method)) for method in ("magnitude", DEFAULT)]
-    middle = scale.counts[len(scale.counts) // 2]
     for kind in ("batch", "example"):
-        for n in scale.counts:
-            todo.append(Run("influence", (n, kind, DAMPING, BLOCK)))
-            if n == middle:
-                todo += [Run("influence", (n, kind, x, BLOCK)) for x in scale.dampings]
-                todo += [Run("influence", (n, kind, DAMPING, x)) for x in scale.blocks]
+        todo += [Run("influence", (n, kind, DAMPING, BLOCK)) for n in scale.counts]
+    middle = scale.counts[len(scale.counts) // 2]
+    todo += [Run("influence", (middle, "batch", x, BLOCK)) for x in scale.dampings]
+    todo += [Run("influence", (middle, "batch", DAMPING, x)) for x in scale.blocks]
     return todo
 
 
@@ -404,6 +402,7 @@ class Setup(NamedTuple):
     smoke: bool
     data_dir: Path | None
     weights: Path | None
+    out: Path
 
 
 @functools.cache
@@ -433,19 +432,21 @@ def _take_core(cores: Any) -> None:
     os.sched_setaffinity(0, {cores.get()})
 
 
-def outcomes(setup: Setup, todo: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Every run and what came out, as they are done.
-
-    On a CPU of several cores, a process on each: two convolutions at a time on a core each are
-    faster than one on two.
-    """
-    workers = 1
+def num_workers(setup: Setup) -> int:
+    """Runs at a time: on a CPU one on each of several cores, else one."""
     if jax.default_backend() == "cpu" and hasattr(os, "sched_setaffinity") and not setup.smoke:
-        workers = min(len(os.sched_getaffinity(0)), 4)
+        return min(len(os.sched_getaffinity(0)), 4)
+    return 1
+
+
+def outcomes(setup: Setup, todo: list[Run], workers: int) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Every run and what came out, as they are done; several ``workers`` are a process each."""
     if workers == 1:
         for run in todo:
             yield run, measure(setup, run)
         return
+    # What one of them compiles the others read, and so do those of a program started again.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(setup.out / "compiled"))
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
     for core in sorted(os.sched_getaffinity(0))[:workers]:
@@ -498,7 +499,7 @@ def run_all(setup: Setup, todo: list[Run], path: Path) -> dict[str, Any]:
     print(f"Dense accuracy {results['dense']:.2f} %; {len(todo)} runs to do.")
     began, before = time.perf_counter(), results["wall_seconds"]
     with tqdm(total=len(todo), unit="run", disable=None) as bar:
-        for run, done in outcomes(setup, todo):
+        for run, done in outcomes(setup, todo, num_workers(setup)):
             results.setdefault(run.part, {})[run.key] = done
             results["wall_seconds"] = before + time.perf_counter() - began
             part = path.with_suffix(".part")
@@ -520,7 +521,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--only", nargs="+", choices=every, default=every, help="experiments")
     options = parser.parse_args(arguments)
     weights = options.weights or (options.data_dir and options.data_dir / WEIGHTS)
-    setup = Setup(options.smoke, options.data_dir, weights)
+    setup = Setup(options.smoke, options.data_dir, weights, options.out)
     if not options.smoke and (weights is None or not weights.exists()):
         sys.exit(
             f"The pretrained weights are needed: expected --data-dir DIR with DIR/{WEIGHTS}, "

@@ -5,6 +5,7 @@ Not a program of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,49 +31,47 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     return made
 
 
-def one_shot_cells(found: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """Accuracies by method and sparsity, one a set of gradients."""
-    cells: dict[str, dict[str, list[float]]] = {}
+# Accuracies by method, by sparsity and number of steps, and by set of gradients.
+Cells = dict[str, dict[tuple[float, int], dict[int, float]]]
+
+
+def one_shot_cells(found: dict[str, Any]) -> Cells:
+    """Of one step."""
+    cells: Cells = {}
     for key, run in found.items():
-        row = cells.setdefault(key.split(" ", 1)[1], {})
+        seed, method = key.split(" ", 1)
         for sparsity, outcome in run.items():
             if sparsity != "seconds":
-                row.setdefault(f"{float(sparsity):.0%}", []).append(outcome["accuracy"])
+                row = cells.setdefault(method, {}).setdefault((float(sparsity), 1), {})
+                row[int(seed)] = outcome["accuracy"]
     return cells
 
 
-def recomputation_cells(
-    found: dict[str, Any], what: str = "accuracy"
-) -> dict[str, dict[tuple[int, float], list[float]]]:
-    """Accuracies by method and by number of recomputations and sparsity."""
-    cells: dict[str, dict[tuple[int, float], list[float]]] = {}
+def recomputation_cells(found: dict[str, Any]) -> Cells:
+    """Of several steps."""
+    cells: Cells = {}
     for key, run in found.items():
-        steps, sparsity, _, method = key.split(" ", 3)
-        column = int(steps), float(sparsity)
-        cells.setdefault(method, {}).setdefault(column, []).append(run[what])
+        steps, sparsity, seed, method = key.split(" ", 3)
+        row = cells.setdefault(method, {}).setdefault((float(sparsity), int(steps)), {})
+        row[int(seed)] = run["accuracy"]
     return cells
 
 
 def _one_shot(found: dict[str, Any]) -> str:
-    return _grid("one-shot", one_shot_cells(found))
+    return _grid("one-shot", one_shot_cells(found), lambda column: f"{column[0]:.0%}")
 
 
 def _recomputation(found: dict[str, Any]) -> str:
     cells = recomputation_cells(found)
-    named = {
-        method: {f"{s:.0%}, {k} x": row[k, s] for k, s in sorted(row, key=lambda c: (c[1], c[0]))}
-        for method, row in cells.items()
-        if not method.startswith("default, ")
-    }
-    columns = sorted({c for row in cells.values() for c in row}, key=lambda c: (c[1], c[0]))
-    return _grid("recomputations", named, [f"{s:.0%}, {k} x" for k, s in columns])
+    whole = {method: row for method, row in cells.items() if not method.startswith("default, ")}
+    return _grid("recomputations", whole, lambda column: f"{column[0]:.0%}, {column[1]} x")
 
 
 def _gains(found: dict[str, Any]) -> str:
     """What each part of the default gains and costs, where all of them were tried."""
     end = " 0 greedy, blocks"
     columns = sorted(key.removesuffix(end) for key in found if key.endswith(end))
-    methods = {key.split(" ", 3)[3]: None for key in found if key.startswith(columns[-1])}
+    methods = {key.split(" ", 3)[3]: None for key in found if key.startswith(f"{columns[-1]} 0 ")}
     rows = []
     for method in methods:
         mine = [found.get(f"{column} 0 {method}") for column in columns]
@@ -96,12 +95,12 @@ def _patterns(found: dict[str, Any]) -> str:
 
 
 def _gradual(found: dict[str, Any]) -> str:
-    cells: dict[str, dict[str, list[float]]] = {}
+    cells: Cells = {}
     for key, run in found.items():
         sparsity, method = key.split(" ", 1)
-        cells.setdefault(method, {})[f"{float(sparsity):.1%}"] = [run["accuracy"]]
+        cells.setdefault(method, {})[float(sparsity), 1] = {0: run["accuracy"]}
     steps = next(iter(found.values()))["training_steps"]
-    return _grid(f"gradual, {steps} training steps", cells)
+    return _grid(f"gradual, {steps} training steps", cells, lambda column: f"{column[0]:.1%}")
 
 
 def _influence(found: dict[str, Any]) -> str:
@@ -115,19 +114,16 @@ def _influence(found: dict[str, Any]) -> str:
     return _table(["gradients", "n", "damping", "block", "80%", "90%"], rows)
 
 
-def _grid(
-    title: str, cells: dict[str, dict[str, list[float]]], columns: list[str] | None = None
-) -> str:
-    if columns is None:
-        columns = list(dict.fromkeys(c for row in cells.values() for c in row))
+def _grid(title: str, cells: Cells, head: Callable[[tuple[float, int]], str]) -> str:
+    columns = sorted({column for row in cells.values() for column in row})
     rows = [
-        [name, *[_spread(row[c]) if c in row else "" for c in columns]]
+        [name, *[spread([*row[c].values()]) if c in row else "" for c in columns]]
         for name, row in cells.items()
     ]
-    return _table([title, *columns], rows)
+    return _table([title, *map(head, columns)], rows)
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
     """The mean, and the lowest and highest where there are several."""
     mean = f"{np.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f}-{max(values):.1f})"
@@ -145,8 +141,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, row in one_shot_cells(results.get("one_shot", {})).items():
-        sparsities = [float(s.rstrip("%")) for s in row]
-        values = list(row.values())
+        sparsities = [100 * sparsity for sparsity, _ in row]
+        values = [[*of_sets.values()] for of_sets in row.values()]
         left.plot(sparsities, [np.mean(v) for v in values], "o-", label=name, markersize=3)
         low, high = [min(v) for v in values], [max(v) for v in values]
         left.fill_between(sparsities, low, high, alpha=0.15)
@@ -155,9 +151,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     curves = recomputation_cells(results.get("recomputation", {}))
     for i, (method, row) in enumerate(curves.items()):
         for sparsity, style in styles.items():
-            steps = sorted(k for k, s in row if s == sparsity)
-            if len(steps) > 1 or (steps and len(curves) == 1):
-                means = [np.mean(row[k, sparsity]) for k in steps]
+            steps = sorted(k for s, k in row if s == sparsity)
+            if len(steps) > 1:
+                means = [np.mean([*row[sparsity, k].values()]) for k in steps]
                 label = f"{method}, {sparsity:.0%}"
                 right.plot(steps, means, style, color=f"C{i}", label=label, markersize=3)
     right.set(title="with recomputation", xlabel="recomputations", ylabel="test accuracy (%)")

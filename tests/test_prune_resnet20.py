@@ -49,15 +49,47 @@ def test_it_goes_on_where_it_was(out, monkeypatch, capsys):
     assert json.loads(path.read_text())["influence"] == results["influence"] | dict([lost])
 
 
+def test_runs_of_several_processes(tmp_path):
+    setup = prune_resnet20.Setup(True, None, None, tmp_path)
+    todo = [
+        run for run in prune_resnet20.runs(prune_resnet20.SMOKE) if run.key.endswith("magnitude")
+    ]
+    todo = [run for run in todo if run.part in ("one_shot", "recomputation")]
+    done = dict(prune_resnet20.outcomes(setup, todo, 2))
+    assert set(done) == set(todo)
+    assert len(todo) == 2
+    for run, got in done.items():
+        want = prune_resnet20.measure(setup, run)
+        assert got.keys() == want.keys()
+        assert got["seconds"] > 0
+    assert any((tmp_path / "compiled").iterdir())
+
+
 def test_full_size_covers_what_is_asked_for():
     todo = {(run.part, run.key) for run in prune_resnet20.runs(prune_resnet20.FULL)}
     assert len(todo) == len(prune_resnet20.runs(prune_resnet20.FULL))
-    for method in [*prune_resnet20.METHODS, prune_tables.DEFAULT]:
-        assert ("one_shot", f"0 {method}") in todo
-    for seed in range(3):
-        assert ("recomputation", f"8 0.9 {seed} {prune_tables.DEFAULT}") in todo
-    assert ("recomputation", "16 0.8 0 reference, whole") in todo
-    assert ("recomputation", "8 0.95 0 reference, blocks") in todo
+    every = [*prune_resnet20.METHODS, prune_tables.DEFAULT]
+    wanted = {("one_shot", f"{seed} {m}") for seed in range(3) for m in every[1:]}
+    wanted |= {("one_shot", "0 magnitude")}  # which has no gradients
+    compared = [*prune_resnet20.REFERENCES, prune_tables.DEFAULT]
+    for method in compared:
+        wanted |= {
+            ("recomputation", f"8 {sparsity} {seed} {method}")
+            for sparsity in (0.8, 0.9)
+            for seed in range(3)
+        }
+        wanted |= {
+            ("recomputation", f"{steps} {sparsity} 0 {method}")
+            for steps in (4, 16)
+            for sparsity in (0.8, 0.9)
+        }
+        wanted |= {("recomputation", f"8 0.95 0 {method}")}
+    for method in ("magnitude", prune_tables.DEFAULT):
+        wanted |= {("patterns", f"{name} {method}") for name in ("2:4", "1 x 4")}
+        wanted |= {("gradual", f"{sparsity} {method}") for sparsity in (0.75, 0.875, 0.95)}
+    for kind in ("batch", "example"):
+        wanted |= {("influence", f"{n} {kind} 1e-05 128") for n in (16, 1024)}
+    assert wanted <= todo
 
 
 def test_what_is_missing_is_said(tmp_path):

@@ -118,6 +118,32 @@ def test_below_what_is_pruned_in_a_leaf():
         pruning.prune_step(params, mask, g, [0.5, 0.5], damping=0.1, path_filter="")
 
 
+def test_a_leaf_that_is_ahead_of_its_budget_waits_for_the_others():
+    params, _ = problem([(8, 8), (4, 4)])
+    mask = [jnp.ones((8, 8), bool), jnp.ones((4, 4), bool).at[1:, 0].set(False)]
+
+    def loss(params, batch):
+        return sum(jnp.sum((w * batch.sum()) ** 2) for w in params)
+
+    batches = [jnp.ones(2) * (i + 1) for i in range(4)]
+    pruned = pruning.prune(
+        params,
+        loss,
+        batches,
+        0.6,
+        steps=4,
+        num_gradients=4,
+        budget="erk",
+        mask=mask,
+        path_filter="",
+        num_calibration=1,
+        settings=[pruning.Setting("magnitude", "none", None, 1e-3)],
+    )
+    want = _budgets.layer_counts(0.6, "erk", Layout(params)).tolist()
+    assert want[1] >= 3
+    assert [layer.num_pruned for layer in pruned.report.layers] == want
+
+
 @pytest.mark.parametrize("counts", [0, 7, 20, 41])
 def test_selection_by_cost_against_sorting(counts):
     rng = np.random.default_rng(counts)

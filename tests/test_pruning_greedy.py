@@ -79,7 +79,19 @@ def test_a_block_is_done_in_the_order_of_its_scores_even_if_costs_fall():
         jnp.ones((1, 3), bool),
         jnp.ones((1, 3)),
     )
-    assert len(set(np.asarray(scores)[0].tolist())) == 3
+    # Costs in the order of removal, on dense matrices.
+    left, costs, order = w[0].copy(), [], []
+    inverse = np.linalg.inv(fisher)
+    for _ in range(3):
+        cost = [left[q] ** 2 / inverse[q, q] if q not in order else np.inf for q in range(3)]
+        order.append(int(np.argmin(cost)))
+        costs.append(min(cost))
+        left = left - inverse[:, order[-1]] * left[order[-1]] / inverse[order[-1], order[-1]]
+        pivot = inverse[order[-1], order[-1]]
+        inverse = inverse - np.outer(inverse[:, order[-1]], inverse[order[-1]]) / pivot
+        inverse[order[-1], order[-1]] = 1.0
+    assert costs[2] < costs[1]
+    assert np.argsort(np.asarray(scores)[0]).tolist() == order
 
 
 @pytest.mark.parametrize("storage", ["flat", "per_leaf"])

@@ -140,6 +140,32 @@ def test_slices_in_leaf_blocks_score_by_the_leaf_alone(pattern):
     np.testing.assert_allclose(both["a"], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("score", ["magnitude", "obd"])
+@pytest.mark.parametrize("blocks", [3, pruning.WithinOutputs(4)])
+def test_slices_score_alike_whatever_the_blocks(score, blocks):
+    params = [jnp.array([[0.1, 1.0], [5.0, 0.0], [5.0, 0.0]]), jnp.arange(1.0, 9.0).reshape(2, 4)]
+    g = rows.as_rows([jnp.ones((3, *p.shape)) for p in params], params)
+
+    def step(blocks):
+        return pruning.prune_step(
+            params,
+            pruning.initial_mask(params),
+            g,
+            0.5,
+            damping=0.1,
+            score=score,
+            update="none",
+            blocks=blocks,
+            pattern=pruning.Slices(),
+        )
+
+    _, want, _ = step(None)
+    _, mask, info = step(blocks)
+    jax.tree.map(np.testing.assert_array_equal, mask, want)
+    assert not mask[0][:, 1].any()
+    assert info.accepted
+
+
 @pytest.mark.parametrize("n_of_m", [(2, 4), (1, 4), (1, 2), (3, 4), (4, 8)])
 @pytest.mark.parametrize("blocks", [None, 16])
 @pytest.mark.parametrize("score", ["mfac", "greedy", "obd", "magnitude"])

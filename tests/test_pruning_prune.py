@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from mfac_jax import pruning, rows
-from mfac_jax.pruning import _prune
+from mfac_jax import gradients, pruning, rows
+from mfac_jax.pruning import _prune, _step
 
 X = jax.random.normal(jax.random.key(0), (128, 12))
 Y = jnp.tanh(X @ jax.random.normal(jax.random.key(1), (12, 3)))
@@ -45,10 +45,10 @@ def params():
     return params
 
 
-def run(params, sparsity=0.6, **options):
+def run(params, sparsity=0.6, batches=BATCHES, **options):
     chosen = {"steps": 3, "num_gradients": 32, "settings": SETTINGS, "progress": False}
     plain = {"history": 0, "descents": ()}
-    return pruning.prune(params, loss_fn, BATCHES, sparsity, **{**chosen, **plain, **options})
+    return pruning.prune(params, loss_fn, batches, sparsity, **{**chosen, **plain, **options})
 
 
 def full_loss(params):
@@ -114,6 +114,8 @@ def test_a_step_is_that_of_prune_step(params):
         run(params, gradients=g, num_gradients=8)
     with pytest.raises(ValueError, match="structure"):
         run(params["a"], gradients=g)
+    with pytest.raises(ValueError, match="dtype is that of the gradients"):
+        run(params, gradients=g, dtype=jnp.bfloat16)
 
 
 def test_a_descent_is_the_optimizer_s_direction_at_the_gradients_of_the_step(params):
@@ -323,6 +325,17 @@ def test_a_relative_damping_follows_the_scale_of_the_loss(params):
         ({"pattern": pruning.NofM(2, 5)}, ValueError, "multiple of 5"),
         ({"sparsity": {"a": 0.5}}, ValueError, "structure"),
         (
+            {"sparsity": {"a": {"bias": 0, "kernel": 0.5}, "b": {"kernel": 1.2}}},
+            ValueError,
+            r"sparsity\['b'\]\['kernel'\] must lie in",
+        ),
+        (
+            {"costs": {"a": {"bias": 1, "kernel": 0}, "b": {"kernel": 1}}},
+            ValueError,
+            r"costs\['a'\]\['kernel'\] must be at least 1",
+        ),
+        ({"budget": "equal"}, ValueError, "budget must be one of"),
+        (
             {"settings": [pruning.Setting("best", "joint", 8, 1e-3)]},
             ValueError,
             "score must be one of",
@@ -362,7 +375,50 @@ def test_numbers_that_are_not_finite(params):
         run(bad)
     batches = [(x, y.at[0].set(jnp.inf)) for x, y in BATCHES]
     with pytest.raises(FloatingPointError, match="not finite"):
-        pruning.prune(params, loss_fn, batches, 0.5, steps=1, num_gradients=4, progress=False)
+        run(params, 0.5, batches=batches, calibration=BATCHES)
+
+
+def test_calibration_batches_that_are_not_finite(params, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(_prune, "fill_rows", fail)
+    with pytest.raises(
+        FloatingPointError, match="loss of params on the calibration batches is nan"
+    ):
+        run(params, calibration=[(X, Y * jnp.nan)])
+
+
+def test_another_sparsity_compiles_nothing_anew(params):
+    run(params, 0.5, history=1, descents=[pruning.Descent(0.02, 1e-3)])
+    compiled = _step.choose, _step._delta, _step._describe, gradients._write_gradients
+    before = [function._cache_size() for function in compiled]
+    run(params, 0.7, history=1, descents=[pruning.Descent(0.03, 1e-2)], schedule="cubic", steps=4)
+    assert [function._cache_size() for function in compiled] == before
+
+
+def test_state_beside_the_weights_may_be_trained_as_well():
+    """Normalisation statistics in the parameters: the next step's loss sees them."""
+
+    def loss(params, batch):
+        x, y = batch
+        out = x @ params["kernel"] - params["mean"][None]
+        return jnp.mean((out - y) ** 2)
+
+    start = {"kernel": jax.random.normal(jax.random.key(3), (12, 3)), "mean": jnp.zeros(3)}
+
+    def fine_tune(params, mask):
+        assert mask["mean"].all()
+        return params | {"mean": jnp.mean(X @ params["kernel"] - Y, axis=0)}
+
+    pruned = pruning.prune(
+        start, loss, BATCHES, 0.5, steps=3, num_gradients=16, fine_tune=fine_tune,
+        settings=SETTINGS[2:], descents=(), path_filter="kernel", progress=False,
+    )  # fmt: skip
+    assert np.any(pruned.params["mean"])
+    for one, after in zip(pruned.report.steps, pruned.report.steps[1:], strict=False):
+        assert one.loss_tuned < one.loss_after
+        assert after.loss_before == one.loss_tuned
 
 
 def test_a_mask_that_is_given_is_applied_at_once(params):

@@ -22,6 +22,12 @@ OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-2),
     "noise": lambda: optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)),
     "mfac": lambda: mfac_jax.mfac(0.05, 4),
+    "mfac of some": lambda: optax.chain(
+        optax.masked(mfac_jax.mfac_precondition(4, 0.1), {"w": True, "b": False}), optax.sgd(0.05)
+    ),
+    "mfac in parts": lambda: optax.multi_transform(
+        {"m": mfac_jax.mfac(0.05, 4), "s": optax.sgd(0.05)}, {"w": "m", "b": "s"}
+    ),
 }
 
 
@@ -130,6 +136,9 @@ def test_what_is_wrong_is_said(problem):
         pruning.set_mask(optax.adam(1e-3).init(params), mask)
     with pytest.raises(ValueError, match=r"\(6, 4\).*\(4, 6\)"):
         pruning.set_mask(state, {**mask, "w": jnp.ones((4, 6), bool)})
+    flat = pruning.sparse(optax.flatten(mfac_jax.mfac_precondition(4, 0.1))).init(params)
+    with pytest.raises(ValueError, match=r"window .* expected some of \['b'\], \['w'\]"):
+        pruning.set_mask(flat, mask)
     with pytest.raises(TypeError, match="must be boolean"):
         pruning.sparse(optax.sgd(0.1), jax.tree.map(lambda w: w * 0, params)).init(params)
     update = functools.partial(pruning.sparse, optax.sgd(0.1))

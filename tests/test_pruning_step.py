@@ -118,6 +118,18 @@ def test_sparsity_may_be_traced(problem):
     assert step._cache_size() == 1
 
 
+def test_no_layer_vanishes_whatever_the_sparsity_is_given_as(problem):
+    params, gradients = problem
+    mask, g = pruning.initial_mask(params), rows.as_rows(gradients, params)
+    for sparsity in (1.0, np.float32(1.0), jnp.asarray(1.0)):
+        with pytest.raises(ValueError, match="without weights"):
+            pruning.prune_step(params, mask, g, sparsity, damping=0.1)
+    step = jax.jit(lambda s: pruning.prune_step(params, mask, g, s, damping=0.1))
+    _, new_mask, info = step(jnp.asarray(1.0))
+    assert info.accepted
+    assert [int(np.sum(new_mask[k]["kernel"])) for k in ("fc1", "fc2")] == [1, 1]
+
+
 def test_scores_and_updates_to_choose_from(problem):
     params, gradients = problem
     mask, g = pruning.initial_mask(params), rows.as_rows(gradients, params)
@@ -292,7 +304,10 @@ def test_a_sparsity_below_what_is_pruned_already(problem):
     params, mask, _ = pruning.prune_step(params, pruning.initial_mask(params), g, 0.5, damping=0.1)
     with pytest.raises(ValueError, match=r"sparsity .* at least 21 of 42 .* \(17 weights\)"):
         pruning.prune_step(params, mask, g, 0.4, damping=0.1)
-    _, new_mask, info = pruning.prune_step(params, mask, g, jnp.asarray(0.4), damping=0.1)
+    with pytest.raises(ValueError, match="at least 21 of 42"):
+        pruning.prune_step(params, mask, g, jnp.asarray(0.4), damping=0.1)
+    traced = jax.jit(lambda sparsity: pruning.prune_step(params, mask, g, sparsity, damping=0.1))
+    _, new_mask, info = traced(jnp.asarray(0.4))
     np.testing.assert_array_equal(flat(new_mask), flat(mask))
     assert int(info.num_pruned) == 21
 

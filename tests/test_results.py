@@ -7,6 +7,7 @@ import pruning_results
 import pruning_step
 import pytest
 import report
+import swaps
 from report import ROOT
 
 
@@ -17,6 +18,7 @@ from report import ROOT
         ("docs/defaults.md", "defaults", defaults.table),
         ("docs/implementations.md", "compiled", compiled.table),
         ("docs/pruning-results.md", "pruning_step", pruning_step.table),
+        ("docs/pruning-results.md", "swaps", swaps.table),
     ],
 )
 def test_table_is_that_of_the_result_file(page, name, render):

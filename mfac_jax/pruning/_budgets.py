@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,12 +14,11 @@ from jaxtyping import Array, Int
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.pruning._masks import pruned_count
+from mfac_jax.pruning._masks import MOST_WEIGHTS, pruned_count
 from mfac_jax.pruning._patterns import Grouping, NofM
 from mfac_jax.rows import transposed
 
 BUDGETS = ("global", "uniform", "erk")
-_MOST = 2**31 - 1
 
 
 class Target(NamedTuple):
@@ -35,6 +33,26 @@ class Target(NamedTuple):
     costs: tuple[int, ...]
 
 
+def check_wanted(
+    sparsity: ArrayLike | PyTree,
+    budget: str,
+    costs: PyTree | None,
+    layout: Layout,
+    keep: Sequence[bool],
+) -> None:
+    """Sparsity, budget and costs are such as :func:`target_of` takes.
+
+    Raises:
+        TypeError: a number is none.
+        ValueError: one lies outside its range, a tree does not fit, or they do not go together.
+    """
+    _checks.one_of(budget, "budget", BUDGETS)
+    fractions = _fractions(sparsity, layout, keep)
+    _costs(costs, layout, keep, budget, fractions is None)
+    if fractions is None:
+        _checks.unit_interval(sparsity, "sparsity")
+
+
 def target_of(
     sparsity: ArrayLike | PyTree,
     budget: str,
@@ -46,6 +64,7 @@ def target_of(
     costs: PyTree | None,
     allow_empty_layers: bool,
     mask: Sequence[Array],
+    is_last: bool = True,
 ) -> Target:
     """How much is to be pruned in the end; see :func:`mfac_jax.pruning.prune_step`.
 
@@ -59,6 +78,8 @@ def target_of(
         costs: of a weight of each leaf, a tree like all parameters.
         allow_empty_layers: whether a leaf may lose all of its weights.
         mask: what of the prunable parameters is alive so far.
+        is_last: whether more is to be pruned later. A leaf of which more is pruned than it
+            is to be by now then waits for the others.
 
     Returns:
         The target, possible and not below what is pruned already.
@@ -71,22 +92,25 @@ def target_of(
     fractions = _fractions(sparsity, layout, keep)
     weigh = _costs(costs, layout, keep, budget, fractions is None)
     total = sum(cost * size for cost, size in zip(weigh, selected.sizes, strict=True))
-    if total > _MOST:
-        raise ValueError(f"costs must add up to at most {_MOST}, got {total}; take smaller units.")
+    if total > MOST_WEIGHTS:
+        raise ValueError(
+            f"costs must add up to at most {MOST_WEIGHTS}, got {total}; take smaller units."
+        )
     names = [path for path, kept in zip(layout.paths, keep, strict=True) if kept]
-    number = float(sparsity) if isinstance(sparsity, numbers.Real) else None
-    known = fractions is not None or number is not None
+    known = fractions is not None or not isinstance(sparsity, jax.core.Tracer)
     counts: Any
     if fractions is not None:
         pairs = zip(fractions, selected.sizes, strict=True)
         counts = np.asarray([round(f * size) for f, size in pairs], np.int32)
     elif budget != "global":
         counts = layer_counts(sparsity, budget, selected)
-    elif number is not None:
+    elif known:
         _checks.unit_interval(sparsity, "sparsity")
-        counts = np.asarray(round(number * total), np.int32)
+        counts = np.asarray(round(float(np.asarray(sparsity)) * total), np.int32)
     else:
         counts = pruned_count(sparsity, total)
+    if not is_last and np.ndim(counts):
+        counts = np.maximum(counts, [int(jnp.sum(~leaf)) for leaf in mask]).astype(np.int32)
     if known:
         wanted = _Wanted(counts, weigh, sparsity, selected, names, grouping)
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in mask):
@@ -221,17 +245,18 @@ class _Wanted(NamedTuple):
             in_all = [(cost * column).sum(keepdims=True) for column in columns[1:]]
             where, columns = [""], [counts[None], *in_all]
         rows = np.stack(columns, axis=1).tolist()
+        unit = "weights" if set(self.costs) <= {1} else "units of cost"
         for here, (count, least, largest, total) in zip(where, rows, strict=True):
             if count < least:
                 raise ValueError(
                     "sparsity must not lie below what is pruned already, since pruned weights stay "
-                    f"pruned: expected at least {least} of {total} weights{here}, "
-                    f"got sparsity={self.sparsity} ({count} weights)."
+                    f"pruned: expected at least {least} of {total} {unit}{here}, "
+                    f"got sparsity={self.sparsity} ({count} {unit})."
                 )
             if count > largest:
                 raise ValueError(
-                    f"{self.grouping.pattern} lets at most {largest} of {total} weights{here} go, "
-                    f"got sparsity={self.sparsity} ({count} weights)."
+                    f"{self.grouping.pattern} lets at most {largest} of {total} {unit}{here} go, "
+                    f"got sparsity={self.sparsity} ({count} {unit})."
                 )
 
     def _check_whole_groups(self, mask: Sequence[Array]) -> None:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.gradients import check_scalar
+from mfac_jax.gradients import LossFn, check_scalar
 from mfac_jax.inverse import Blocks
 from mfac_jax.pruning._budgets import Target
 from mfac_jax.pruning._descent import descent
@@ -29,8 +29,6 @@ from mfac_jax.pruning._scores import LARGEST_GREEDY, SCORES, check_score
 from mfac_jax.pruning._step import Problem, PruneInfo, choose, move, work_out
 from mfac_jax.pruning._updates import UPDATES
 from mfac_jax.rows import GradientRows
-
-LossFn = Callable[[PyTree, PyTree], Any]
 
 
 class Setting(NamedTuple):
@@ -169,7 +167,7 @@ class Step(NamedTuple):
     tried: tuple[Trial, ...]
     chosen: int
     damping: float
-    freedom: float = 0.0
+    freedom: float
 
 
 def best_step(
@@ -178,13 +176,26 @@ def best_step(
     weights: tuple[Array, ...],
     alive: tuple[Array, ...],
     rows: GradientRows,
-    fresh: Bool[Array, " n"],
     target: Target,
-    keep_layers: bool,
     loss_of: Callable[[Sequence[Array]], float],
+    *,
+    fresh: Bool[Array, " n"],
     descents: Sequence[Descent],
+    keep_layers: bool,
 ) -> Step:
     """Works out every setting, and every descent after the best; what has the least loss.
+
+    Args:
+        settings: at least one, checked.
+        grouping: the groups of the prunable leaves.
+        weights: those leaves.
+        alive: which of their weights are there.
+        rows: their gradients.
+        target: how many go.
+        loss_of: the loss on the calibration batches, of the prunable leaves.
+        fresh: which rows are gradients at these weights.
+        descents: to try, checked.
+        keep_layers: whether the best group of every leaf stays.
 
     Raises:
         FloatingPointError: all losses are NaN or Inf.
@@ -216,15 +227,21 @@ def best_step(
             loss = loss_of(moved) if bool(good & info.accepted) else math.nan
             tried.append(Trial(setting, scale, loss))
             if math.isfinite(loss) and (best is None or loss < tried[best.chosen].loss):
-                best = Step(moved, mask, info, (), len(tried) - 1, float(damping))
+                best = Step(moved, mask, info, (), len(tried) - 1, float(damping), math.nan)
     if best is None:
         raise FloatingPointError(
             "no setting gives a finite loss on the calibration batches: "
             f"tried {[trial.setting for trial in tried]}."
         )
     start, setting, scale = best, *tried[best.chosen][:2]
+    of_alive = rows.gram(start.mask) if descents else gram
+    directions: dict[float, PyTree] = {}
     for way in descents:
-        direction = descent(rows, start.mask, fresh, jnp.asarray(way.relative_damping, rows.dtype))
+        lam = way.relative_damping
+        if lam not in directions:
+            lam_array = jnp.asarray(lam, rows.dtype)
+            directions[lam] = descent(rows, of_alive, start.mask, fresh, lam_array)
+        direction = directions[lam]
         moved = move(start.weights, start.mask, direction, jnp.asarray(way[1], rows.dtype))
         loss = loss_of(moved)
         if loss < tried[best.chosen].loss:

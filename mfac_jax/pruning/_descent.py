@@ -19,6 +19,7 @@ from mfac_jax.rows import GradientRows
 @jax.jit
 def descent(
     rows: GradientRows,
+    gram: Float[Array, "n n"],
     mask: PyTree,
     fresh: Bool[Array, " n"],
     relative_damping: Float[Array, ""],
@@ -27,6 +28,7 @@ def descent(
 
     Args:
         rows: ``G``.
+        gram: ``G G^T`` over the weights that stay.
         mask: which weights stay.
         fresh: the rows whose mean is the gradient ``g``: ``a`` is the same there, 0 elsewhere.
         relative_damping: ``lambda`` as a fraction of the trace of ``G^T G / n``.
@@ -34,7 +36,7 @@ def descent(
     Returns:
         The direction, a tree like the parameters; 0 where no weight is, or no gradient.
     """
-    gram, n = rows.gram(mask), rows.num_rows
+    n = rows.num_rows
     trace = jnp.trace(gram) / n
     shift = n * relative_damping * jnp.where(trace > 0, trace, jnp.ones_like(trace))
     mean = fresh.astype(gram.dtype) / jnp.sum(fresh).astype(gram.dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.pruning._calibration import LossFn
+from mfac_jax.gradients import LossFn
 from mfac_jax.pruning._patterns import Grouping
 from mfac_jax.pruning._step import merge
 from mfac_jax.rows import transposed, transposed_back

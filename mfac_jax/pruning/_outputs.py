@@ -9,7 +9,7 @@ from mfac_jax import _checks
 from mfac_jax._layout import Layout
 from mfac_jax.inverse import Blocks, block_runs
 from mfac_jax.pruning._arrange import Cut
-from mfac_jax.pruning._patterns import Grouping, NofM
+from mfac_jax.pruning._patterns import BlocksOf, Grouping, Unstructured
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class WithinOutputs:
     order in which leaves are turned: with groups along the outputs, the inputs.
 
     Attributes:
-        most: weights that a block has at the most.
+        most: weights that a block has at the most, or one group of a pattern if that is larger.
     """
 
     most: int = 144
@@ -50,9 +50,10 @@ def cut(blocks: Blocks | WithinOutputs, layout: Layout, grouping: Grouping) -> C
 
     Returns:
         The blocks, and where weights may move. In N:M patterns, whose groups keep some of
-        their weights, and in blocks of given sizes they stay.
+        their weights, in slices, whose groups need not be of one size, and in blocks of given
+        sizes they stay.
     """
-    moves = not isinstance(grouping.pattern, NofM)
+    moves = isinstance(grouping.pattern, Unstructured | BlocksOf)
     if not isinstance(blocks, WithinOutputs):
         static = as_static(blocks, layout)
         is_size = isinstance(static, int) and moves and layout.size > 0

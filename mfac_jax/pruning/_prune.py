@@ -18,12 +18,11 @@ from tqdm.auto import tqdm
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.gradients import check_batches, check_functions, cycle, fill_rows
-from mfac_jax.pruning._budgets import target_of
+from mfac_jax.gradients import LossFn, check_batches, check_functions, cycle, fill_rows
+from mfac_jax.pruning._budgets import check_wanted, target_of
 from mfac_jax.pruning._calibration import (
     DESCENTS,
     Descent,
-    LossFn,
     Setting,
     best_step,
     checked_descents,
@@ -121,21 +120,24 @@ def prune(
             before the first step. Never give test data.
         num_calibration: how many batches of it.
         gradients: those of the first step, taken at ``params`` (all leaves), where they are at
-            hand: to prune to several sparsities out of the same, for example.
+            hand: to prune to several sparsities out of the same, for example. Later ones are
+            stored as they are.
         history: of how many steps before the gradients are used as well; each takes as much
             memory again.
         descents: what to try after the best setting: steps of the weights that stay, down the
             loss; () for none.
         mask: what is alive at first; all by default.
         fine_tune: ``fine_tune(params, mask) -> params``, called after every step: training
-            with :func:`sparse`, for example.
+            with :func:`sparse`, for example. State that training moves, such as the statistics
+            of normalisation layers, belongs into ``params``, where the loss sees it; say by
+            ``path_filter`` that it is not pruned.
         path_filter: which leaves may be pruned; see :func:`prunable`.
         pattern: which weights can only go together; see :func:`prune_step`.
         budget: where ``sparsity`` holds; see there.
         costs: of a weight of each leaf; see there.
         allow_empty_layers: whether a leaf may lose all of its weights.
         output_axis: the axis of the outputs in leaves of several axes; see :func:`prune_step`.
-        dtype: what gradients are stored in.
+        dtype: what gradients are stored in; not with ``gradients``.
         progress: show a progress bar, if there is a terminal or notebook to show it.
 
     Returns:
@@ -145,8 +147,8 @@ def prune(
         TypeError: an argument has the wrong type.
         ValueError: as :func:`prune_step` and :func:`mfac_jax.collect_gradients`; or there are
             no calibration batches or settings. Nothing has been done then.
-        FloatingPointError: a weight, a gradient, the loss after ``fine_tune``, or every loss after
-            a step is not finite.
+        FloatingPointError: a weight, the loss on the calibration batches, a gradient, every loss
+            after a step, or the loss after ``fine_tune`` is not finite.
 
     Example:
         >>> import jax
@@ -180,6 +182,8 @@ def prune(
         default_settings(pattern) if settings is None else settings, prunables, grouping
     )
     descents = checked_descents(descents)
+    check_wanted(sparsity, budget, costs, layout, keep)
+    fractions = schedule_of(sparsity, schedule, steps, mask_leaves, keep, costs)
     targets = [
         target_of(
             fraction,
@@ -191,14 +195,17 @@ def prune(
             costs=costs,
             allow_empty_layers=allow_empty_layers,
             mask=alive,
+            is_last=i == len(fractions) - 1,
         )
-        for fraction in schedule_of(sparsity, schedule, steps, mask_leaves, keep, budget, costs)
+        for i, fraction in enumerate(fractions)
     ]
     left_out = [jnp.zeros(shape, bool) for shape in layout.shapes]
     past = History(1 + _checks.non_negative_int(history, "history"), num_gradients)
     if gradients is not None:
         check_rows(gradients)
         gradients.layout.check(params, "params")
+        if dtype is not None:
+            raise ValueError("dtype is that of the gradients where they are given: leave it out.")
         if gradients.num_rows != num_gradients:
             raise ValueError(
                 f"gradients must be num_gradients={num_gradients} rows, got {gradients.num_rows}."
@@ -206,13 +213,15 @@ def prune(
         _check_finite(gradients.column_square_sums(), layout, "the gradients of params")
     _check_finite(params, layout, "params")
     stream = _Stream(batches)
-    held_out = _take(stream if calibration is None else calibration, num_calibration)
-    params = _under_mask(params, jax.tree.unflatten(layout.treedef, mask_leaves), layout)
+    held_out = _first(stream if calibration is None else calibration, num_calibration)
+    params = _under_mask(params, jax.tree.unflatten(layout.treedef, mask_leaves), layout, "params")
     # All the way parameters are turned, and their gradients are collected so.
     params = network.turned(params)
     alive = transposed(alive, grouping.orders)
     turned_loss = TurnedLoss(loss_fn, network.orders, keep)
     loss = mean_loss(turned_loss, params, held_out)
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss of params on the calibration batches is {loss}.")
 
     reports = []
     hidden = None if progress else True  # on None tqdm stays silent in a file
@@ -244,18 +253,20 @@ def prune(
                 narrow(leaves, keep),
                 alive,
                 SelectedRows.of(rows, keep),
-                past.fresh,
                 target,
-                not allow_empty_layers,
                 loss_of,
-                descents,
+                fresh=past.fresh,
+                descents=descents,
+                keep_layers=not allow_empty_layers,
             )
             params, alive = network.tree(leaves, step.weights), step.mask
             tuned = None
             if fine_tune is not None:
                 mask = network.mask(mask_leaves, alive)
-                trained = _under_mask(fine_tune(network.back(params), mask), mask, layout)
-                params = network.turned(trained)
+                trained = fine_tune(network.back(params), mask)
+                params = network.turned(
+                    _under_mask(trained, mask, layout, "the parameters from fine_tune")
+                )
                 tuned = mean_loss(turned_loss, params, held_out)
                 if not math.isfinite(tuned):
                     raise FloatingPointError(f"the loss after fine_tune is {tuned}.")
@@ -332,7 +343,7 @@ class _Stream:
         return (batch for _, batch in self._endless)
 
 
-def _take(batches: Iterable[PyTree], count: int) -> list[PyTree]:
+def _first(batches: Iterable[PyTree], count: int) -> list[PyTree]:
     _checks.positive_int(count, "num_calibration")
     check_batches(batches, "calibration")
     taken = [jax.tree.map(jnp.array, batch) for batch in itertools.islice(iter(batches), count)]
@@ -347,8 +358,8 @@ def _check_finite(params: PyTree, layout: Layout, name: str) -> None:
             raise FloatingPointError(f"{name}{path} has NaN or Inf in it.")
 
 
-def _under_mask(params: PyTree, mask: PyTree, layout: Layout) -> PyTree:
-    leaves = layout.check(params, "the parameters from fine_tune")
+def _under_mask(params: PyTree, mask: PyTree, layout: Layout, name: str) -> PyTree:
+    leaves = layout.check(params, name)
     pairs = zip(leaves, layout.check_mask(mask), strict=True)
     kept = [jnp.where(alive, leaf, jnp.zeros_like(leaf)) for leaf, alive in pairs]
     return jax.tree.unflatten(layout.treedef, kept)

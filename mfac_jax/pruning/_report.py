@@ -25,12 +25,14 @@ class StepReport:
         loss_before: on the calibration batches, before the step.
         loss_after: after it.
         loss_tuned: after fine-tuning, if there was any.
-        predicted_loss_increase: ``1/2 delta^T F delta`` of the whole update.
+        predicted_loss_increase: ``1/2 delta^T F delta`` of the update before it is scaled, with
+            the Fisher whole or in blocks, as it was taken.
         damping: ``lambda`` of the update that was taken.
         update_norm: how far the weights that stay were moved, before scaling.
         removed_norm: the size of what was pruned.
-        degrees_of_freedom: ``sum k_i / (k_i + n lambda)``, the directions in which the Fisher
-            outweighs the damping: near n, the update fits every gradient and may overstep.
+        degrees_of_freedom: ``sum k_i / (k_i + n lambda)``, the directions in which the whole
+            Fisher outweighs the damping: near n, an update by the whole Fisher fits every gradient
+            and may overstep. Of one in blocks it says less.
         gradient_seconds: time for the gradients.
         seconds: time for all of the step.
         peak_memory: bytes, the most this process (on a CPU) or the device has had so far;

@@ -69,18 +69,16 @@ def schedule_of(
     steps: int,
     mask: Sequence[Array],
     keep: Sequence[bool],
-    budget: str,
     costs: PyTree | None,
 ) -> list[Any]:
     """The sparsity after each step of :func:`mfac_jax.pruning.prune`: numbers, or trees of them.
 
     Args:
-        sparsity: in the end.
+        sparsity: in the end; well-formed.
         schedule: a kind, or the sparsities after each step.
         steps: how many, if it is a kind.
         mask: the leaves of the mask so far.
         keep: which leaves are prunable.
-        budget: where one number holds.
         costs: of a weight of each leaf.
 
     Raises:
@@ -101,21 +99,16 @@ def schedule_of(
         return [jax.tree.map(lambda leaf, part=s / given[-1]: leaf * part, sparsity) for s in given]
     pruned = [int(jnp.sum(~leaf)) for leaf in mask]
     if is_number:
-        _checks.unit_interval(sparsity, "sparsity")
         weights = jax.tree.leaves(costs) if costs is not None else [1] * len(mask)
         counted = [
             (cost * gone, cost * leaf.size)
-            for cost, gone, leaf, kept in zip(weights, pruned, mask, keep, strict=False)
+            for cost, gone, leaf, kept in zip(weights, pruned, mask, keep, strict=True)
             if kept and leaf.size
         ]
         start = sum(gone for gone, _ in counted) / max(sum(size for _, size in counted), 1)
-        if budget != "global":  # no leaf is to be less pruned than it is
-            start = max((gone / size for gone, size in counted), default=0.0)
         start = min(start, float(sparsity))
         return list(sparsity_schedule(float(sparsity), steps, kind=schedule, initial=start))
     leaves, treedef = jax.tree.flatten(sparsity)
-    if len(leaves) != len(mask):
-        return [sparsity]  # for the check of the structure to say so
     columns = [
         sparsity_schedule(
             float(leaf), steps, kind=schedule, initial=min(gone / max(m.size, 1), float(leaf))

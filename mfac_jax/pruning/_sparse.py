@@ -84,7 +84,8 @@ def set_mask(state: PyTree, mask: PyTree) -> PyTree:
     """The optimizer's state with another mask, after a pruning step.
 
     Windows of gradients in it, those of :func:`mfac_jax.mfac_precondition`, are restricted to
-    the new mask, so that what is pruned has no part in the Fisher any more.
+    the new mask, so that what is pruned has no part in the Fisher any more. They may be of some
+    of the parameters only (``optax.masked``, ``optax.multi_transform``).
 
     Args:
         state: the state of :func:`sparse`, or one that holds such states.
@@ -96,12 +97,9 @@ def set_mask(state: PyTree, mask: PyTree) -> PyTree:
     Raises:
         TypeError: the mask is not boolean.
         ValueError: there is no state of :func:`sparse` in ``state``, or the mask does not fit
-            the one that is there.
+            the one that is there or a window.
     """
     found = []
-
-    def of_window(part: Any) -> Any:
-        return window.restrict(part, mask) if isinstance(part, window.Window) else part
 
     def is_window(part: Any) -> bool:
         return isinstance(part, window.Window)
@@ -111,6 +109,10 @@ def set_mask(state: PyTree, mask: PyTree) -> PyTree:
             return part
         found.append(part)
         new = _mask_like(part.mask, mask)
+
+        def of_window(part: Any) -> Any:
+            return _restrict(part, new) if is_window(part) else part
+
         return SparseState(new, jax.tree.map(of_window, part.inner_state, is_leaf=is_window))
 
     new_state = jax.tree.map(replace, state, is_leaf=lambda part: isinstance(part, SparseState))
@@ -119,6 +121,22 @@ def set_mask(state: PyTree, mask: PyTree) -> PyTree:
             f"state must hold a state of mfac_jax.pruning.sparse, got {jax.tree.structure(state)}."
         )
     return new_state
+
+
+def _restrict(held: window.Window, mask: PyTree) -> window.Window:
+    """The window, of some parameters or all, under the mask of all."""
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(mask)]
+    of_path = dict(zip(paths, jax.tree.leaves(mask), strict=True))
+    layout = held.rows.layout
+    tree = jax.tree.unflatten(layout.treedef, layout.paths)
+    own = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    strange = [path for path in own if path not in of_path]
+    if strange:
+        raise ValueError(
+            f"a window of gradients in the state is of parameters{strange[0]}, which the mask "
+            f"does not have: expected some of {', '.join(of_path)}."
+        )
+    return window.restrict(held, jax.tree.unflatten(layout.treedef, [of_path[p] for p in own]))
 
 
 def _mask_like(params: PyTree, mask: PyTree | None) -> PyTree:
