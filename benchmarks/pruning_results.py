@@ -26,15 +26,8 @@ README = report.ROOT / "README.md"
 PAGE = report.ROOT / "docs" / "pruning-results.md"
 FIGURE = report.ROOT / "docs" / "assets" / "prune_resnet20.png"
 NAME = "prune_resnet20"
-# Accuracies that the default is held to, and those of the paper's code on the same network with one
-# other set of gradients, by sparsity and number of steps.
+# Accuracies that the default is held to, by sparsity and number of steps; and the time for it all.
 BARS = {(0.8, 8): 85.5, (0.9, 8): 75.5}
-_COLUMNS = [(0.5, 1), (0.6, 1), (0.7, 1), (0.8, 1), (0.9, 1), (0.8, 8), (0.9, 8)]
-_FOUND = {
-    "reference, whole": [90.1, 87.6, 81.0, 60.3, 11.1, 69.8, 24.8],
-    "reference, blocks": [90.2, 86.9, 80.8, 44.3, 10.1, 78.6, 67.2],
-}
-PAPER = {name: dict(zip(_COLUMNS, found, strict=True)) for name, found in _FOUND.items()}
 HOURS = 2
 PARTS = ("one_shot", "recomputation", "gains", "patterns", "gradual", "influence")
 
@@ -53,7 +46,6 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     """By the name of their markers."""
     made = dict.fromkeys(PARTS, "*Not measured yet.*") | prune_tables.tables(results)
     made |= {"where": where(results), "setup": setup(results), "bars": bars(results)}
-    made |= {"paper": paper(results)}
     return {f"resnet20-{name}": table for name, table in made.items()}
 
 
@@ -92,7 +84,7 @@ def summary(results: dict[str, Any]) -> str:
     """One-shot and eight recomputations, for the README."""
     cells, columns = _cells(results), [(0.8, 1), (0.8, 8), (0.9, 8)]
     columns = [column for column in columns if column in cells[prune_tables.DEFAULT]]
-    names = ["magnitude", *PAPER, prune_tables.DEFAULT]
+    names = ["magnitude", *prune_tables.REFERENCES, prune_tables.DEFAULT]
     head = [f"{results['dense']:.1f} % dense"]
     head += [f"{s:.0%}, {'one-shot' if k == 1 else f'{k} steps'}" for s, k in columns]
     lines = [head, ["---"] * len(head)]
@@ -118,7 +110,8 @@ def bars(results: dict[str, Any]) -> str:
         lines.append([what, f">= {wanted:.1f}", f"{got:.1f}", _verdict(got >= wanted)])
     gaps = {}
     for column, of_sets in default.items():
-        others = [cells.get(name, {}).get(column, {}) for name in ("magnitude", *PAPER)]
+        names = ("magnitude", *prune_tables.REFERENCES)
+        others = [cells.get(name, {}).get(column, {}) for name in names]
         of_each = [
             np.mean([of_sets[seed] - other[seed] for seed in of_sets if seed in other])
             for other in others
@@ -136,20 +129,6 @@ def bars(results: dict[str, Any]) -> str:
     is_there = set(prune_tables.tables(results)) >= set(PARTS)
     verdict = _verdict(hours < HOURS) if is_there else "not yet all of it"
     lines.append(["the whole of it", f"< {HOURS} h", f"{hours:.1f} h", verdict])
-    return _table(lines)
-
-
-def paper(results: dict[str, Any]) -> str:
-    """The reference's settings here beside its own code."""
-    cells = _cells(results)
-    lines = [["reference", "", "its own code", "here, mean (least-most)"], ["---"] * 4]
-    for name, row in PAPER.items():
-        for (sparsity, steps), theirs in row.items():
-            of_sets = cells.get(name, {}).get((sparsity, steps))
-            if of_sets:
-                at = f"{sparsity:.0%}, {'one-shot' if steps == 1 else f'{steps} x'}"
-                here = prune_tables.spread([*of_sets.values()])
-                lines.append([name, at, f"{theirs:.1f}", here])
     return _table(lines)
 
 

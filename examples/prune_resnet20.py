@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from prune_tables import DEFAULT, PATTERNS, draw, tables
+from prune_tables import DEFAULT, PATTERNS, REFERENCES, draw, tables
 from resnet20 import (
     WEIGHTS,
     Data,
@@ -61,7 +61,6 @@ METHODS = {
     "joint, blocks": Setting("mfac", "joint", BLOCK, DAMPING),
     "greedy, blocks": Setting("greedy", "joint", BLOCK, DAMPING),
 }
-REFERENCES = ("reference, whole", "reference, blocks")
 # The default, with less of what it has.
 PARTS = {
     "default, no history": {"history": 0},
@@ -363,23 +362,28 @@ class Run(NamedTuple):
         return " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in self.arguments)
 
 
+def compared(scale: Scale, steps: int, sparsity: float, seed: int) -> list[str]:
+    """The methods of a number of recomputations, a sparsity and a set of gradients."""
+    many, sparsities = scale.several
+    is_several = steps == many and sparsity in sparsities
+    if seed != scale.seeds[0]:
+        return [*REFERENCES, DEFAULT] if is_several else []
+    methods = [*REFERENCES]
+    if steps == many:  # to magnitude the number of steps is no matter
+        methods = ["magnitude", *methods]
+    if is_several:
+        methods += ["joint, blocks", "greedy, blocks"]
+        methods += PARTS if sparsity == sparsities[-1] else []
+    return [*methods, DEFAULT]
+
+
 def runs(scale: Scale) -> list[Run]:
     """All there is to do, in order."""
     todo = []
     for steps, sparsities in scale.recomputations:
         for seed in scale.seeds:
             for sparsity in sparsities:
-                if (steps, sparsity) in [(scale.several[0], s) for s in scale.several[1]]:
-                    methods = [*REFERENCES, DEFAULT]
-                    if seed == scale.seeds[0]:
-                        methods = [*REFERENCES, "joint, blocks", "greedy, blocks", DEFAULT]
-                        methods[-1:-1] = PARTS if sparsity == scale.several[1][-1] else []
-                elif seed == scale.seeds[0]:
-                    methods = [*REFERENCES, DEFAULT]
-                else:
-                    continue
-                if steps == scale.several[0] and seed == scale.seeds[0]:
-                    methods = ["magnitude", *methods]  # of which the number of steps is no matter
+                methods = compared(scale, steps, sparsity, seed)
                 todo += [Run("recomputation", (steps, sparsity, seed, m)) for m in methods]
     todo.append(Run("one_shot", (scale.seeds[0], "magnitude")))
     for seed in scale.seeds:
@@ -428,8 +432,10 @@ def measure(setup: Setup, run: Run) -> dict[str, Any]:
     return done | {"seconds": time.perf_counter() - began}
 
 
-def _take_core(cores: Any) -> None:
+def _start(cores: Any, cache: str) -> None:
+    """A process for itself on a core; what one compiles the others read, also those of later."""
     os.sched_setaffinity(0, {cores.get()})
+    jax.config.update("jax_compilation_cache_dir", cache)
 
 
 def num_workers(setup: Setup) -> int:
@@ -445,13 +451,11 @@ def outcomes(setup: Setup, todo: list[Run], workers: int) -> Iterator[tuple[Run,
         for run in todo:
             yield run, measure(setup, run)
         return
-    # What one of them compiles the others read, and so do those of a program started again.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(setup.out / "compiled"))
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
     for core in sorted(os.sched_getaffinity(0))[:workers]:
         cores.put(core)
-    pool = ProcessPoolExecutor(workers, context, _take_core, (cores,))
+    pool = ProcessPoolExecutor(workers, context, _start, (cores, str(setup.out / "compiled")))
     with pool:
         waiting, left = {}, list(todo)
         while left or waiting:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 DEFAULT = "default (calibrated)"
+# The settings of the paper's code.
+REFERENCES = ("reference, whole", "reference, blocks")
 # Sparsities that patterns are pruned to.
 PATTERNS = {"2:4": 0.5, "1:4": 0.75, "1 x 4": 0.8}
 

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from mfac_jax import window
 from mfac_jax._layout import Layout, PyTree
+from mfac_jax.pruning._masks import initial_mask
 
 
 class SparseState(NamedTuple):
@@ -125,26 +126,28 @@ def set_mask(state: PyTree, mask: PyTree) -> PyTree:
 
 def _restrict(held: window.Window, mask: PyTree) -> window.Window:
     """The window, of some parameters or all, under the mask of all."""
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(mask)]
-    of_path = dict(zip(paths, jax.tree.leaves(mask), strict=True))
+    of_path = dict(zip(_layout_of(mask).paths, jax.tree.leaves(mask), strict=True))
     layout = held.rows.layout
-    tree = jax.tree.unflatten(layout.treedef, layout.paths)
-    own = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    strange = [path for path in own if path not in of_path]
+    strange = [path for path in layout.paths if path not in of_path]
     if strange:
         raise ValueError(
             f"a window of gradients in the state is of parameters{strange[0]}, which the mask "
             f"does not have: expected some of {', '.join(of_path)}."
         )
-    return window.restrict(held, jax.tree.unflatten(layout.treedef, [of_path[p] for p in own]))
+    own = [of_path[path] for path in layout.paths]
+    return window.restrict(held, jax.tree.unflatten(layout.treedef, own))
+
+
+def _layout_of(tree: PyTree) -> Layout:
+    """The layout of parameters that ``tree``, of any dtypes, is like."""
+    return Layout(
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.float32), tree)
+    )
 
 
 def _mask_like(params: PyTree, mask: PyTree | None) -> PyTree:
     """``mask`` in the structure of ``params``, every leaf in full."""
-    likes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.float32), params)
-    if mask is None:
-        mask = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), likes)
-    leaves = Layout(likes).check_mask(mask)
+    leaves = _layout_of(params).check_mask(initial_mask(params) if mask is None else mask)
     return jax.tree.unflatten(jax.tree.structure(params), [jnp.array(leaf) for leaf in leaves])
 
 
