@@ -142,22 +142,25 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, row in one_shot_cells(results.get("one_shot", {})).items():
+    single = one_shot_cells(results.get("one_shot", {}))
+    several = recomputation_cells(results.get("recomputation", {}))
+    colors = {name: f"C{i}" for i, name in enumerate({**single, **several})}
+    for name, row in single.items():
         sparsities = [100 * sparsity for sparsity, _ in row]
         values = [[*of_sets.values()] for of_sets in row.values()]
-        left.plot(sparsities, [np.mean(v) for v in values], "o-", label=name, markersize=3)
+        means = [np.mean(v) for v in values]
+        left.plot(sparsities, means, "o-", color=colors[name], label=name, markersize=3)
         low, high = [min(v) for v in values], [max(v) for v in values]
-        left.fill_between(sparsities, low, high, alpha=0.15)
+        left.fill_between(sparsities, low, high, color=colors[name], alpha=0.15, linewidth=0)
     left.set(title="one-shot", xlabel="sparsity (%)", ylabel="test accuracy (%)")
     styles = {0.8: "o-", 0.9: "s--"}
-    curves = recomputation_cells(results.get("recomputation", {}))
-    for i, (method, row) in enumerate(curves.items()):
+    for method, row in several.items():
         for sparsity, style in styles.items():
             steps = sorted(k for s, k in row if s == sparsity)
             if len(steps) > 1:
                 means = [np.mean([*row[sparsity, k].values()]) for k in steps]
                 label = f"{method}, {sparsity:.0%}"
-                right.plot(steps, means, style, color=f"C{i}", label=label, markersize=3)
+                right.plot(steps, means, style, color=colors[method], label=label, markersize=3)
     right.set(title="with recomputation", xlabel="recomputations", ylabel="test accuracy (%)")
     for axes in (left, right):
         axes.axhline(results["dense"], color="black", linewidth=0.8, linestyle=":", label="dense")
