@@ -7,7 +7,8 @@ and CIFAR-10 (``cifar-10-batches-py/`` or ``cifar10/``); without it CIFAR-10 is 
 ``--weights`` names the file of weights. Five experiments: one-shot pruning, recomputation,
 patterns, gradual pruning with training in between, and the influence of the number of gradients,
 of damping and of block size. Every run is written to ``results.json`` as it is done; started
-again, the program goes on where it was. At the end it draws a figure and writes the tables.
+again, the program goes on where it was (after a change of the library give another ``--out``). At
+the end it draws a figure and writes the tables.
 Compiled programs are kept in ``compiled/`` beside them, which may be deleted.
 ``--smoke`` goes the whole way in a minute or two, with a small network on made-up pictures.
 """
@@ -482,6 +483,7 @@ def processor() -> str:
 
 def run_all(setup: Setup, todo: list[Run], path: Path) -> dict[str, Any]:
     """Does what ``path`` does not hold yet, and writes it there run by run."""
+    began = time.perf_counter()
     network = experiments(setup).network
     dense = network.accuracy(network.params)
     if not setup.smoke and abs(dense - DENSE) > 0.2:
@@ -504,7 +506,7 @@ def run_all(setup: Setup, todo: list[Run], path: Path) -> dict[str, Any]:
             sys.exit(f"{path} comes from elsewhere: expected {environment}, got {there}.")
     todo = [run for run in todo if run.key not in results.get(run.part, {})]
     print(f"Dense accuracy {results['dense']:.2f} %; {len(todo)} runs to do.")
-    began, before = time.perf_counter(), results["wall_seconds"]
+    before = results["wall_seconds"]
     with tqdm(total=len(todo), unit="run", disable=None) as bar:
         for run, done in outcomes(setup, todo, num_workers(setup)):
             results.setdefault(run.part, {})[run.key] = done

@@ -182,6 +182,7 @@ def test_schedules_end_exactly_and_rise():
     np.testing.assert_allclose(kept[1:] / kept[:-1], (0.1 / 0.8) ** (1 / 7))
     assert pruning.sparsity_schedule(0.0, 2) == (0.0, 0.0)
     assert pruning.sparsity_schedule(1.0, 2, kind="linear") == (0.5, 1.0)
+    assert pruning.sparsity_schedule(1.0, 1) == (1.0,)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +192,7 @@ def test_schedules_end_exactly_and_rise():
         ((1.1, 2), {}, "final must lie in"),
         ((0.5, 2), {"initial": 0.6}, "final must be at least initial=0.6"),
         ((0.5, 2), {"kind": "quadratic"}, "'geometric', 'cubic', 'linear'"),
+        ((1.0, 2), {}, "expected 'cubic' or 'linear' for a sparsity of 1"),
     ],
 )
 def test_schedules_that_are_none(args, options, words):

@@ -297,6 +297,35 @@ def test_defaults_fit_every_pattern_and_include_the_papers_setting_and_none(para
     assert pruned.report.steps[-1].sparsity == pytest.approx(0.4, abs=0.07)
 
 
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("schedule", [None, 0.5])
+def test_a_schedule_of_the_wrong_type(params, schedule):
+    with pytest.raises(TypeError, match="schedule must be the name of one, .* got"):
+        run(params, schedule=schedule)
+
+
+@pytest.mark.wrong_types
+def test_scalars_of_numpy_and_jax_are_numbers(params):
+    plain = run(
+        params, settings=[pruning.Setting("greedy", "joint", 24, 0.25)], schedule=(0.4, 0.6)
+    )
+    setting = pruning.Setting("greedy", "joint", np.int64(24), jnp.float32(0.25))
+    descents = [pruning.Descent(jnp.float32(0.25), np.float32(0.125))]
+    given = run(
+        params,
+        np.float32(0.6),
+        settings=[setting],
+        schedule=np.array([0.4, 0.6]),
+        descents=descents,
+    )
+    jax.tree.map(np.testing.assert_array_equal, plain.mask, given.mask)
+
+
+def test_groups_too_large_for_greedy_masks_are_pruned_by_default():
+    settings = pruning.default_settings(pruning.NofM(1024, 4096))
+    assert all(setting.score != "greedy" for setting in settings)
+
+
 def test_a_relative_damping_follows_the_scale_of_the_loss(params):
     setting = pruning.Setting("greedy", "joint", 24, 1e-2, relative=True)
     options = {"steps": 2, "num_gradients": 16, "settings": [setting], "descents": ()}
@@ -320,6 +349,12 @@ def test_a_relative_damping_follows_the_scale_of_the_loss(params):
         ({"schedule": (0.5, 0.4, 0.6)}, ValueError, "rise"),
         ({"schedule": (0.1, 0.5)}, ValueError, "must end at sparsity=0.6"),
         ({"schedule": "square"}, ValueError, "'geometric', 'cubic', 'linear'"),
+        ({"sparsity": 1.0, "allow_empty_layers": True}, ValueError, "expected 'cubic' or 'linear'"),
+        (
+            {"settings": [pruning.Setting("mfac", "joint", 8, 1e-3, scales=0.5)]},
+            TypeError,
+            "scales must be a sequence of numbers, got float",
+        ),
         ({"steps": 0}, ValueError, "steps must be at least 1"),
         ({"path_filter": "nothing"}, ValueError, "at least one parameter"),
         ({"pattern": pruning.NofM(2, 5)}, ValueError, "multiple of 5"),

@@ -1,5 +1,7 @@
 """One step, and steps through a schedule."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -175,12 +177,27 @@ def test_weights_that_are_pruned_stay_zero(problem):
     assert int(info.num_pruned) == round(0.7 * TOTAL)
 
 
-def test_a_step_that_is_not_finite_is_not_taken(problem):
+@pytest.mark.parametrize("blocks", [None, 10])
+def test_what_is_not_finite_is_an_error(problem, blocks):
+    params, gradients = problem
+    mask, g = pruning.initial_mask(params), rows.as_rows(gradients, params)
+    bad = jax.tree.map(lambda leaf: leaf, params)
+    bad["fc1"]["kernel"] = bad["fc1"]["kernel"].at[1, 1].set(jnp.inf)
+    with pytest.raises(FloatingPointError, match=r"params\['fc1'\]\['kernel'\] has NaN or Inf"):
+        pruning.prune_step(bad, mask, g, 0.5, damping=0.1, blocks=blocks)
+    gradients["fc1"]["kernel"] = gradients["fc1"]["kernel"].at[2, 1, 1].set(jnp.nan)
+    g = rows.as_rows(gradients, params)
+    with pytest.raises(FloatingPointError, match=r"gradients of params\['fc1'\]\['kernel'\]"):
+        pruning.prune_step(params, mask, g, 0.5, damping=0.1, blocks=blocks)
+
+
+def test_under_jit_a_step_that_is_not_finite_is_not_taken(problem):
     params, gradients = problem
     gradients["fc1"]["kernel"] = gradients["fc1"]["kernel"].at[2, 1, 1].set(jnp.nan)
     mask, g = pruning.initial_mask(params), rows.as_rows(gradients, params)
     for blocks in (None, 10):
-        new, new_mask, info = pruning.prune_step(params, mask, g, 0.5, damping=0.1, blocks=blocks)
+        step = jax.jit(functools.partial(pruning.prune_step, damping=0.1, blocks=blocks))
+        new, new_mask, info = step(params, mask, g, 0.5)
         assert not info.accepted
         assert int(info.num_pruned) == 0
         np.testing.assert_array_equal(flat(new), flat(params))

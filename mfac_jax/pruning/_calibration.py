@@ -24,7 +24,7 @@ from mfac_jax.inverse import Blocks
 from mfac_jax.pruning._budgets import Target
 from mfac_jax.pruning._descent import descent
 from mfac_jax.pruning._outputs import WithinOutputs, cut
-from mfac_jax.pruning._patterns import BlocksOf, Grouping, Pattern, Slices, Unstructured
+from mfac_jax.pruning._patterns import BlocksOf, Grouping, NofM, Pattern, Slices, Unstructured
 from mfac_jax.pruning._scores import LARGEST_GREEDY, SCORES, check_score
 from mfac_jax.pruning._step import Problem, PruneInfo, choose, move, work_out
 from mfac_jax.pruning._updates import UPDATES
@@ -95,7 +95,7 @@ class Trial(NamedTuple):
         )
 
 
-# What the paper's code does, and nothing at all.
+# What the paper's code does, the Fisher whole; and nothing at all.
 _REFERENCE = Setting("mfac", "reference", None, 1e-5)
 _NOTHING = Setting("magnitude", "none", None, 1e-5)
 # Blocks of up to so many weights are well determined by the gradients of two steps, and a small
@@ -114,12 +114,13 @@ def default_settings(pattern: Pattern = Unstructured()) -> tuple[Setting, ...]: 
         pattern: the pattern to prune in.
 
     Returns:
-        Exact masks and joint updates inside blocks, of outputs and across them; what the paper's
-        code does; and magnitude without an update.
+        Exact masks and joint updates inside the blocks of outputs, at two dampings; what the
+        paper's code does with the whole Fisher; and magnitude without an update.
     """
-    if isinstance(pattern, Slices) or (
-        isinstance(pattern, BlocksOf) and pattern.size > LARGEST_GREEDY
-    ):
+    is_large = (isinstance(pattern, BlocksOf) and pattern.size > LARGEST_GREEDY) or (
+        isinstance(pattern, NofM) and pattern.m > LARGEST_GREEDY
+    )
+    if isinstance(pattern, Slices) or is_large:
         joint = Setting("mfac", "joint", "leaf", _RELATIVE_DAMPING, (1.0, 0.5), relative=True)
         return joint, _REFERENCE, _NOTHING
     within = Setting("greedy", "joint", WithinOutputs(_BLOCK), _RELATIVE_DAMPING, relative=True)
@@ -140,13 +141,20 @@ def checked_settings(
         _checks.one_of(setting.score, "score", tuple(SCORES))
         _checks.one_of(setting.update, "update", tuple(UPDATES))
         _checks.positive_scalar(setting.damping, "damping")
+        if not isinstance(setting.scales, Sequence):
+            raise TypeError(
+                f"scales must be a sequence of numbers, got {type(setting.scales).__name__}."
+            )
         if not setting.scales:
             raise ValueError("scales is empty: expected at least one number.")
         for scale in setting.scales:
             _checks.positive_scalar(scale, "scales")
         pieces = cut(setting.blocks, prunables, grouping)
         check_score(setting.score, prunables, pieces.blocks, grouping)
-    return chosen
+    return tuple(
+        setting._replace(damping=float(setting.damping), scales=tuple(map(float, setting.scales)))
+        for setting in chosen
+    )
 
 
 def checked_descents(descents: Sequence[Descent]) -> tuple[Descent, ...]:
@@ -155,7 +163,7 @@ def checked_descents(descents: Sequence[Descent]) -> tuple[Descent, ...]:
             raise TypeError(f"descents must be Descent, got {type(way).__name__}.")
         _checks.positive_scalar(way.relative_damping, "relative_damping")
         _checks.positive_scalar(way.learning_rate, "learning_rate")
-    return tuple(descents)
+    return tuple(Descent(*map(float, way)) for way in descents)
 
 
 class Step(NamedTuple):

@@ -37,7 +37,9 @@ class WithinOutputs:
 def as_static(blocks: Blocks, layout: Layout) -> Blocks:
     """``blocks`` in a form that can be a static argument, once it is known to fit."""
     block_runs(layout, blocks)
-    return blocks if blocks is None or isinstance(blocks, int | str) else tuple(blocks)
+    if blocks is None or isinstance(blocks, str):
+        return blocks
+    return tuple(blocks) if isinstance(blocks, Sequence) else int(blocks)
 
 
 def cut(blocks: Blocks | WithinOutputs, layout: Layout, grouping: Grouping) -> Cut:

@@ -32,6 +32,7 @@ from mfac_jax.pruning._calibration import (
 )
 from mfac_jax.pruning._filters import PathFilter, prunable
 from mfac_jax.pruning._history import History
+from mfac_jax.pruning._inputs import check_finite
 from mfac_jax.pruning._masks import initial_mask
 from mfac_jax.pruning._network import Network, TurnedLoss
 from mfac_jax.pruning._patterns import Pattern, Unstructured, check_pattern, group
@@ -106,7 +107,8 @@ def prune(
             dropout as at inference.
         batches: training data, an iterable of batches; see
             :func:`mfac_jax.collect_gradients`. It is gone on with from step to step, and begun
-            again when it ends.
+            again when it ends: what an iterator or generator gives is kept in memory for that;
+            a list, or an object whose ``__iter__`` starts afresh, is not copied.
         sparsity: the fraction of prunable weights to prune in the end, or a tree of fractions
             like ``params``; see :func:`prune_step`.
         steps: how often gradients are taken anew; 1 is one-shot pruning.
@@ -116,8 +118,9 @@ def prune(
         per_example: one gradient an example in place of one a batch.
         settings: what to choose from in each step; by default :func:`default_settings`, a few
             that include the paper's own and no update at all.
-        calibration: the batches the loss is measured on; by default the next of ``batches``
-            before the first step. Never give test data.
+        calibration: the batches the loss is measured on; by default the first of ``batches``,
+            which gradients may be taken of as well once ``batches`` begins again. Never give test
+            data.
         num_calibration: how many batches of it.
         gradients: those of the first step, taken at ``params`` (all leaves), where they are at
             hand: to prune to several sparsities out of the same, for example. Later ones are
@@ -210,8 +213,8 @@ def prune(
             raise ValueError(
                 f"gradients must be num_gradients={num_gradients} rows, got {gradients.num_rows}."
             )
-        _check_finite(gradients.column_square_sums(), layout, "the gradients of params")
-    _check_finite(params, layout, "params")
+        check_finite(gradients.column_square_sums(), layout.paths, "the gradients of params")
+    check_finite(params, layout.paths, "params")
     stream = _Stream(batches)
     held_out = _first(stream if calibration is None else calibration, num_calibration)
     params = _under_mask(params, jax.tree.unflatten(layout.treedef, mask_leaves), layout, "params")
@@ -350,12 +353,6 @@ def _first(batches: Iterable[PyTree], count: int) -> list[PyTree]:
     if not taken:
         raise ValueError("calibration is empty: expected at least one batch.")
     return taken
-
-
-def _check_finite(params: PyTree, layout: Layout, name: str) -> None:
-    for path, leaf in zip(layout.paths, jax.tree.leaves(params), strict=True):
-        if not bool(jnp.all(jnp.isfinite(leaf))):
-            raise FloatingPointError(f"{name}{path} has NaN or Inf in it.")
 
 
 def _under_mask(params: PyTree, mask: PyTree, layout: Layout, name: str) -> PyTree:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from mfac_jax import _checks
@@ -21,7 +22,8 @@ def sparsity_schedule(
     """The sparsity after each of ``steps`` pruning steps, from ``initial`` to ``final``.
 
     Args:
-        final: the sparsity in the end, in [0, 1).
+        final: the sparsity in the end, in [0, 1]; 1 in one step, or in other kinds than
+            ``"geometric"``, which would get there at once.
         steps: how many steps there are.
         kind:
             - ``"geometric"``: every step leaves the same fraction of what is alive, as in the
@@ -35,7 +37,8 @@ def sparsity_schedule(
         The sparsities; the last is ``final`` exactly.
 
     Raises:
-        ValueError: a sparsity lies outside [0, 1], they fall, or ``kind`` is unknown.
+        ValueError: a sparsity lies outside [0, 1], they fall, ``kind`` is unknown, or a geometric
+            schedule of several steps would end at 1.
         TypeError: ``steps`` is not an int, or a sparsity is not a number.
 
     Example:
@@ -49,6 +52,11 @@ def sparsity_schedule(
     _checks.unit_interval(final, "final")
     if not initial <= final:
         raise ValueError(f"final must be at least initial={initial}, got {final}.")
+    if kind == "geometric" and final == 1 and initial < 1 and steps > 1:
+        raise ValueError(
+            "a geometric schedule leaves the same fraction in every step and ends below sparsity "
+            "1: expected 'cubic' or 'linear' for a sparsity of 1, or one step."
+        )
 
     def after(step: int) -> float:
         part = step / steps
@@ -86,11 +94,16 @@ def schedule_of(
             ``sparsity``.
     """
     is_number = jax.tree_util.all_leaves([sparsity])
+    if not isinstance(schedule, str | Sequence | np.ndarray | jax.Array):
+        raise TypeError(
+            "schedule must be the name of one, or the sparsities after each step, "
+            f"got {type(schedule).__name__}."
+        )
     if not isinstance(schedule, str):
         given = [float(s) for s in schedule]
         if not given or given != sorted(given) or given[-1] <= 0:
             raise ValueError(f"schedule must be sparsities that rise, got {schedule!r}.")
-        if is_number and given[-1] != sparsity:
+        if is_number and not np.isclose(given[-1], float(sparsity), rtol=1e-6, atol=0):
             raise ValueError(
                 f"schedule must end at sparsity={sparsity}, got {given[-1]} as its last entry."
             )

@@ -19,7 +19,7 @@ from mfac_jax.inverse import Blocks
 from mfac_jax.pruning._arrange import Arrangement, Cut
 from mfac_jax.pruning._budgets import target_of
 from mfac_jax.pruning._filters import PathFilter, prunable
-from mfac_jax.pruning._inputs import as_damping
+from mfac_jax.pruning._inputs import as_damping, check_finite
 from mfac_jax.pruning._masks import num_pruned, select
 from mfac_jax.pruning._outputs import WithinOutputs, cut
 from mfac_jax.pruning._patterns import (
@@ -41,7 +41,8 @@ class PruneInfo(NamedTuple):
     Attributes:
         accepted: whether the step was taken. A step whose update has NaN or Inf in it,
             or that would prune a weight whose score is not finite, is not: parameters
-            and mask are as before. Scalar bool.
+            and mask are as before. Under ``jit``, where nothing can be raised, that is so with
+            weights and gradients that are not finite. Scalar bool.
         num_pruned: weights that are pruned after the step; scalar int32.
         num_alive: those that are not; scalar int32.
         predicted_loss_increase: ``1/2 delta^T F delta`` for the update that was worked
@@ -136,6 +137,8 @@ def prune_step(
             layers allow, ``damping`` is not positive, a name is unknown, the blocks do not
             cover the prunable weights, the filter selects nothing, the pattern does not fit a
             leaf, or of a group that goes as a whole a part is pruned already.
+        FloatingPointError: a prunable weight or its gradients have NaN or Inf in them, and keep
+            the step from being taken (not under ``jit``: see :class:`PruneInfo`).
 
     Example:
         >>> import jax.numpy as jnp
@@ -193,6 +196,9 @@ def prune_step(
     delta, info = work_out(problem, new_masks, update=update)
     scale = jnp.asarray(step_scale, selected.dtype)
     new_weights, new_masks, info = _take(weights, masks, new_masks, delta, scale, info, good)
+    if not isinstance(info.accepted, jax.core.Tracer) and not bool(info.accepted):
+        check_finite(weights, names, "params")
+        check_finite(selected.column_square_sums(), names, "the gradients of params")
 
     def tree(whole: list[Array], part: tuple[Array, ...]) -> PyTree:
         return jax.tree_util.tree_unflatten(layout.treedef, merge(whole, part, keep))
