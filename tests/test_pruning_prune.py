@@ -300,7 +300,7 @@ def test_defaults_fit_every_pattern_and_include_the_papers_setting_and_none(para
 @pytest.mark.wrong_types
 @pytest.mark.parametrize("schedule", [None, 0.5])
 def test_a_schedule_of_the_wrong_type(params, schedule):
-    with pytest.raises(TypeError, match="schedule must be the name of one, .* got"):
+    with pytest.raises(TypeError, match=r"schedule must be the name of one, .* got"):
         run(params, schedule=schedule)
 
 
