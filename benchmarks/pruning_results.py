@@ -52,6 +52,9 @@ PAPER_CODE = {
         (0.9, 8): 67.2,
     },
 }
+# How often one more of what is normally distributed lies within the range of three of its kind,
+# measured from their mean.
+CLOSE = 0.76
 PARTS = ("one_shot", "recomputation", "gains", "patterns", "gradual", "influence")
 
 
@@ -154,8 +157,9 @@ def bars(results: dict[str, Any]) -> str:
     agreement = _agreement(results)
     what = "the references, from the paper's code at most as far as their sets lie apart"
     close = sum(abs(got - theirs) <= width for _, _, theirs, got, width in agreement)
-    wanted, got = f"{len(agreement)} of {len(agreement)}", f"{close} of {len(agreement)}"
-    lines.append([what, wanted, got, _verdict(close == len(agreement))])
+    least = _least(len(agreement))
+    wanted = f">= {least} of {len(agreement)} (one more set: {CLOSE:.0%} of the time)"
+    lines.append([what, wanted, f"{close} of {len(agreement)}", _verdict(close >= least)])
     hours = results["wall_seconds"] / 3600
     is_there = set(prune_tables.tables(results)) >= set(PARTS)
     verdict = _verdict(hours < HOURS) if is_there else "not yet all of it"
@@ -192,6 +196,16 @@ def _agreement(
                 width = max(of_sets) - min(of_sets)
                 found.append((name, column, theirs, float(np.mean(of_sets)), width))
     return found
+
+
+def _least(total: int) -> int:
+    """How many of ``total`` are close, but for one case in twenty, if all are of one kind."""
+    likely = 0.0
+    for count in range(total + 1):
+        likely += math.comb(total, count) * CLOSE**count * (1 - CLOSE) ** (total - count)
+        if likely > 0.05:
+            return count
+    return total
 
 
 def _head(column: tuple[float, int]) -> str:
