@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from mfac_jax import _checks
 from mfac_jax._layout import Layout
 from mfac_jax.inverse import Blocks, block_runs
@@ -37,9 +39,9 @@ class WithinOutputs:
 def as_static(blocks: Blocks, layout: Layout) -> Blocks:
     """``blocks`` in a form that can be a static argument, once it is known to fit."""
     block_runs(layout, blocks)
-    if blocks is None or isinstance(blocks, str):
-        return blocks
-    return tuple(blocks) if isinstance(blocks, Sequence) else int(blocks)
+    if isinstance(blocks, int | np.integer):
+        return int(blocks)
+    return blocks if blocks is None or isinstance(blocks, str) else tuple(blocks)
 
 
 def cut(blocks: Blocks | WithinOutputs, layout: Layout, grouping: Grouping) -> Cut:
