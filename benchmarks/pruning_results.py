@@ -62,8 +62,8 @@ def where(results: dict[str, Any]) -> str:
     """The dense network, and where and when all was measured."""
     at = results["environment"]
     return (
-        f"Dense, the network has {results['dense']:.2f} %. The runs on this page took "
-        f"{results['wall_seconds'] / 60:.0f} minutes on {at['device']}, {at['cores']} cores, "
+        f"Dense, the network has {results['dense']:.2f} %. The runs of this program took "
+        f"{results['wall_seconds'] / 60:.1f} minutes on {at['device']}, {at['cores']} cores, "
         f"jax {at['jax']}, {at['date']}."
     )
 
@@ -150,7 +150,7 @@ def bars(results: dict[str, Any]) -> str:
     widths = {column: max(d.values()) - min(d.values()) for column, d in default.items()}
     worst = min(gaps, key=lambda column: gaps[column] + widths[column])
     width = widths[worst]
-    what = "the default above the best of magnitude and both references, where it is least"
+    what = "the default above the best of magnitude and both references, where that is closest"
     wanted = f">= 0, within its spread there ({width:.1f})" if width else ">= 0"
     got = f"{gaps[worst]:+.1f} ({_head(worst)})"
     lines.append([what, wanted, got, _verdict(gaps[worst] >= -width)])

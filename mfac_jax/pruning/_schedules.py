@@ -108,7 +108,7 @@ def schedule_of(
                 f"schedule must end at sparsity={sparsity}, got {given[-1]} as its last entry."
             )
         if is_number:
-            return given
+            return [*given[:-1], float(sparsity)]
         return [jax.tree.map(lambda leaf, part=s / given[-1]: leaf * part, sparsity) for s in given]
     pruned = [int(jnp.sum(~leaf)) for leaf in mask]
     if is_number:
