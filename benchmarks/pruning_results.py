@@ -29,32 +29,6 @@ NAME = "prune_resnet20"
 # Accuracies that the default is held to, by sparsity and number of steps; and the time for it all.
 BARS = {(0.8, 8): 85.5, (0.9, 8): 75.5}
 MINUTES = 120
-# What the paper's own code reaches on this network, on a CPU with one set of gradients of its own:
-# accuracies by sparsity and number of steps. (Its whole and block-wise Fisher, damping 1e-5, blocks
-# of 128; 255 gradients of mini-batches of 32 in one step, 127 in each of eight.)
-PAPER_CODE = {
-    "reference, whole": {
-        (0.5, 1): 90.1,
-        (0.6, 1): 87.6,
-        (0.7, 1): 81.0,
-        (0.8, 1): 60.3,
-        (0.9, 1): 11.1,
-        (0.8, 8): 69.8,
-        (0.9, 8): 24.8,
-    },
-    "reference, blocks": {
-        (0.5, 1): 90.2,
-        (0.6, 1): 86.9,
-        (0.7, 1): 80.8,
-        (0.8, 1): 44.3,
-        (0.9, 1): 10.1,
-        (0.8, 8): 78.6,
-        (0.9, 8): 67.2,
-    },
-}
-# How often one more of what is normally distributed lies within the range of three of its kind,
-# measured from their mean.
-CLOSE = 0.76
 PARTS = ("one_shot", "recomputation", "gains", "patterns", "gradual", "influence")
 
 
@@ -72,7 +46,6 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     """By the name of their markers."""
     made = dict.fromkeys(PARTS, "*Not measured yet.*") | prune_tables.tables(results)
     made |= {"where": where(results), "setup": setup(results), "bars": bars(results)}
-    made["paper"] = paper(results)
     return {f"resnet20-{name}": table for name, table in made.items()}
 
 
@@ -85,8 +58,7 @@ def setup(results: dict[str, Any]) -> str:
         f"Gradients are of mini-batches of {scale['batch']} images, {one_shot} for one-shot "
         f"pruning and {several} in each of several steps. Patterns are pruned in "
         f"{scale['patterns'][1]} steps. Gradual pruning has {pruning_steps} steps with {training} "
-        f"training steps (SGD with momentum 0.9, learning rate 0.01, batches of "
-        f"{scale['train_batch']}) after each."
+        f"training steps (SGD with momentum, batches of {scale['train_batch']}) after each."
     )
 
 
@@ -114,7 +86,7 @@ def summary(results: dict[str, Any]) -> str:
     columns = [column for column in columns if column in cells[prune_tables.DEFAULT]]
     names = ["magnitude", *prune_tables.REFERENCES, prune_tables.DEFAULT]
     head = [f"{results['dense']:.1f} % dense"]
-    head += [f"{s:.0%}, {'one-shot' if k == 1 else f'{k} steps'}" for s, k in columns]
+    head += map(_head, columns)
     lines = [head, ["---"] * len(head)]
     for name in names:
         row = cells.get(name, {})
@@ -154,12 +126,6 @@ def bars(results: dict[str, Any]) -> str:
     wanted = f">= 0, within its spread there ({width:.1f})" if width else ">= 0"
     got = f"{gaps[worst]:+.1f} ({_head(worst)})"
     lines.append([what, wanted, got, _verdict(gaps[worst] >= -width)])
-    agreement = _agreement(results)
-    what = "the references, from the paper's code at most as far as their sets lie apart"
-    close = sum(abs(got - theirs) <= width for _, _, theirs, got, width in agreement)
-    least = _least(len(agreement))
-    wanted = f">= {least} of {len(agreement)} (one more set: {CLOSE:.0%} of the time)"
-    lines.append([what, wanted, f"{close} of {len(agreement)}", _verdict(close >= least)])
     minutes = results["wall_seconds"] / 60
     is_there = set(prune_tables.tables(results)) >= set(PARTS)
     verdict = _verdict(minutes < MINUTES) if is_there else "not yet all of it"
@@ -167,49 +133,8 @@ def bars(results: dict[str, Any]) -> str:
     return _table(lines)
 
 
-def paper(results: dict[str, Any]) -> str:
-    """The references beside the paper's own code."""
-    cells = _cells(results)
-    agreement = _agreement(results)
-    columns = list(dict.fromkeys(column for _, column, *_ in agreement))
-    lines = [["", *[_head(column) for column in columns]]]
-    lines.append(["---"] * len(lines[0]))
-    for name in PAPER_CODE:
-        theirs = {column: value for who, column, value, *_ in agreement if who == name}
-        mine = [
-            prune_tables.spread([*cells[name][c].values()]) if c in theirs else "" for c in columns
-        ]
-        lines.append([name, *mine])
-        lines.append([f"{name}: the paper's code", *[f"{theirs[c]:.1f}" for c in columns]])
-    return _table(lines)
-
-
-def _agreement(
-    results: dict[str, Any],
-) -> list[tuple[str, tuple[float, int], float, float, float]]:
-    """Method, column, the paper's code there, the mean here, and how far sets lie apart."""
-    cells, found = _cells(results), []
-    for name, row in PAPER_CODE.items():
-        for column, theirs in row.items():
-            of_sets = [*cells.get(name, {}).get(column, {}).values()]
-            if of_sets:
-                width = max(of_sets) - min(of_sets)
-                found.append((name, column, theirs, float(np.mean(of_sets)), width))
-    return found
-
-
-def _least(total: int) -> int:
-    """How many of ``total`` are close, but for one case in twenty, if all are of one kind."""
-    likely = 0.0
-    for count in range(total + 1):
-        likely += math.comb(total, count) * CLOSE**count * (1 - CLOSE) ** (total - count)
-        if likely > 0.05:
-            return count
-    return total
-
-
 def _head(column: tuple[float, int]) -> str:
-    return f"{column[0]:.0%}, {'one-shot' if column[1] == 1 else f'{column[1]} x'}"
+    return f"{column[0]:.0%}, {'one-shot' if column[1] == 1 else f'{column[1]} steps'}"
 
 
 def _verdict(met: bool) -> str:

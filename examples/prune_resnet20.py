@@ -452,8 +452,8 @@ def outcomes(setup: Setup, todo: list[Run], workers: int) -> Iterator[tuple[Run,
         for run in todo:
             yield run, measure(setup, run)
         return
-    # Large pages (glibc reads this as a process starts; others pass it over): on a CPU a gradient
-    # takes its memory anew every time, and a sixth of its time went into small pages.
+    # Large pages (glibc reads this as a process starts; others pass it over): on a CPU every
+    # gradient takes its memory anew, which is slow in small pages.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()

@@ -307,18 +307,20 @@ def test_a_schedule_of_the_wrong_type(params, schedule):
 @pytest.mark.wrong_types
 def test_scalars_of_numpy_and_jax_are_numbers(params):
     plain = run(
-        params, settings=[pruning.Setting("greedy", "joint", 24, 0.25)], schedule=(0.4, 0.6)
+        params,
+        settings=[pruning.Setting("greedy", "joint", 24, 0.25)],
+        schedule=(0.4, 0.6),
+        descents=[pruning.Descent(0.25, 0.125)],
     )
-    setting = pruning.Setting("greedy", "joint", np.int64(24), jnp.float32(0.25))
-    descents = [pruning.Descent(jnp.float32(0.25), np.float32(0.125))]
     given = run(
         params,
         np.float32(0.6),
-        settings=[setting],
+        settings=[pruning.Setting("greedy", "joint", np.int64(24), jnp.float32(0.25))],
         schedule=np.array([0.4, 0.6]),
-        descents=descents,
+        descents=[pruning.Descent(jnp.float32(0.25), np.float32(0.125))],
     )
     jax.tree.map(np.testing.assert_array_equal, plain.mask, given.mask)
+    jax.tree.map(np.testing.assert_array_equal, plain.params, given.params)
 
 
 def test_groups_too_large_for_greedy_masks_are_pruned_by_default():
@@ -480,7 +482,7 @@ def test_a_loss_after_fine_tuning_that_is_not_finite(params):
 
 def test_given_gradients_that_are_not_finite(params):
     g = rows.as_rows(jax.tree.map(lambda w: jnp.full((32, *w.shape), jnp.nan), params))
-    with pytest.raises(FloatingPointError, match=r"the gradients of params\['a'\]\['bias'\]"):
+    with pytest.raises(FloatingPointError, match=r"squared gradients of params\['a'\]\['bias'\]"):
         run(params, gradients=g)
 
 

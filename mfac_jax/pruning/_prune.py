@@ -117,7 +117,7 @@ def prune(
         num_gradients: how many each step takes.
         per_example: one gradient an example in place of one a batch.
         settings: what to choose from in each step; by default :func:`default_settings`, a few
-            that include the paper's own and no update at all.
+            that include the paper's own with the whole Fisher and no update at all.
         calibration: the batches the loss is measured on; by default the first of ``batches``,
             which gradients may be taken of as well once ``batches`` begins again. Never give test
             data.
@@ -213,7 +213,9 @@ def prune(
             raise ValueError(
                 f"gradients must be num_gradients={num_gradients} rows, got {gradients.num_rows}."
             )
-        check_finite(gradients.column_square_sums(), layout.paths, "the gradients of params")
+        check_finite(
+            gradients.column_square_sums(), layout.paths, "the squared gradients of params"
+        )
     check_finite(params, layout.paths, "params")
     stream = _Stream(batches)
     held_out = _first(stream if calibration is None else calibration, num_calibration)

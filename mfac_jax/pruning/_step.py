@@ -198,7 +198,7 @@ def prune_step(
     new_weights, new_masks, info = _take(weights, masks, new_masks, delta, scale, info, good)
     if not isinstance(info.accepted, jax.core.Tracer) and not bool(info.accepted):
         check_finite(weights, names, "params")
-        check_finite(selected.column_square_sums(), names, "the gradients of params")
+        check_finite(selected.column_square_sums(), names, "the squared gradients of params")
 
     def tree(whole: list[Array], part: tuple[Array, ...]) -> PyTree:
         return jax.tree_util.tree_unflatten(layout.treedef, merge(whole, part, keep))
