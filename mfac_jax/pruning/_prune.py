@@ -24,6 +24,7 @@ from mfac_jax.pruning._calibration import (
     DESCENTS,
     Descent,
     Setting,
+    Step,
     best_step,
     checked_descents,
     checked_settings,
@@ -205,17 +206,7 @@ def prune(
     left_out = [jnp.zeros(shape, bool) for shape in layout.shapes]
     past = History(1 + _checks.non_negative_int(history, "history"), num_gradients)
     if gradients is not None:
-        check_rows(gradients)
-        gradients.layout.check(params, "params")
-        if dtype is not None:
-            raise ValueError("dtype is that of the gradients where they are given: leave it out.")
-        if gradients.num_rows != num_gradients:
-            raise ValueError(
-                f"gradients must be num_gradients={num_gradients} rows, got {gradients.num_rows}."
-            )
-        check_finite(
-            gradients.column_square_sums(), layout.paths, "the squared gradients of params"
-        )
+        _check_given(gradients, params, num_gradients, dtype)
     check_finite(params, layout.paths, "params")
     stream = _Stream(batches)
     held_out = _first(stream if calibration is None else calibration, num_calibration)
@@ -275,25 +266,7 @@ def prune(
                 tuned = mean_loss(turned_loss, params, held_out)
                 if not math.isfinite(tuned):
                     raise FloatingPointError(f"the loss after fine_tune is {tuned}.")
-            reports.append(
-                StepReport(
-                    num_pruned=int(step.info.num_pruned),
-                    num_weights=prunables.size,
-                    chosen=step.chosen,
-                    tried=step.tried,
-                    loss_before=loss,
-                    loss_after=step.tried[step.chosen].loss,
-                    loss_tuned=tuned,
-                    predicted_loss_increase=float(step.info.predicted_loss_increase),
-                    update_norm=float(step.info.update_norm),
-                    removed_norm=float(step.info.removed_norm),
-                    damping=step.damping,
-                    degrees_of_freedom=step.freedom,
-                    gradient_seconds=gradient_seconds,
-                    seconds=time.perf_counter() - began,
-                    peak_memory=peak_memory(),
-                )
-            )
+            reports.append(_report(step, prunables.size, loss, tuned, gradient_seconds, began))
             loss = reports[-1].loss_after if tuned is None else tuned
             bar.update()
             bar.set_postfix(loss=f"{loss:.4g}", sparsity=f"{reports[-1].sparsity:.1%}")
@@ -303,6 +276,48 @@ def prune(
     )
     report = PruneReport(tuple(reports), layers)
     return Pruned(network.back(params), network.mask(mask_leaves, alive), report)
+
+
+def _check_given(
+    gradients: GradientRows, params: PyTree, num_gradients: int, dtype: DTypeLike | None
+) -> None:
+    check_rows(gradients)
+    gradients.layout.check(params, "params")
+    if dtype is not None:
+        raise ValueError("dtype is that of the gradients where they are given: leave it out.")
+    if gradients.num_rows != num_gradients:
+        raise ValueError(
+            f"gradients must be num_gradients={num_gradients} rows, got {gradients.num_rows}."
+        )
+    squares = gradients.column_square_sums()
+    check_finite(squares, gradients.layout.paths, "the squared gradients of params")
+
+
+def _report(
+    step: Step,
+    num_weights: int,
+    loss_before: float,
+    loss_tuned: float | None,
+    gradient_seconds: float,
+    began: float,
+) -> StepReport:
+    return StepReport(
+        num_pruned=int(step.info.num_pruned),
+        num_weights=num_weights,
+        chosen=step.chosen,
+        tried=step.tried,
+        loss_before=loss_before,
+        loss_after=step.tried[step.chosen].loss,
+        loss_tuned=loss_tuned,
+        predicted_loss_increase=float(step.info.predicted_loss_increase),
+        update_norm=float(step.info.update_norm),
+        removed_norm=float(step.info.removed_norm),
+        damping=step.damping,
+        degrees_of_freedom=step.freedom,
+        gradient_seconds=gradient_seconds,
+        seconds=time.perf_counter() - began,
+        peak_memory=peak_memory(),
+    )
 
 
 def _collect(
