@@ -118,7 +118,8 @@ class Layout:
                     f"got {np.shape(leaf)}."
                 )
         return [
-            jnp.broadcast_to(leaf, shape) for leaf, shape in zip(leaves, self.shapes, strict=True)
+            jnp.asarray(leaf) if np.shape(leaf) == shape else jnp.broadcast_to(leaf, shape)
+            for leaf, shape in zip(leaves, self.shapes, strict=True)
         ]
 
     def _leaves(self, tree: PyTree, name: str) -> list[Any]:

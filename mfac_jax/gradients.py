@@ -338,7 +338,7 @@ def cycle(batches: Iterable[PyTree]) -> Iterator[tuple[int, PyTree]]:
 
 def _on_device(batch: PyTree, number: int) -> tuple[PyTree, int]:
     """The batch as JAX arrays of its own, and its length."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(batch)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
     described = {f"{jax.tree_util.keystr(path)}": np.shape(leaf) for path, leaf in leaves}
     lengths = {shape[0] if shape else 0 for shape in described.values()}
     if len(lengths) != 1 or 0 in lengths:
@@ -346,10 +346,16 @@ def _on_device(batch: PyTree, number: int) -> tuple[PyTree, int]:
             f"batch {number} must be a tree of arrays with one leading axis of the same length "
             f">= 1, got shapes {described}."
         )
+    return on_device(batch), lengths.pop()
+
+
+def on_device(batch: PyTree) -> PyTree:
+    """The batch as JAX arrays of its own."""
     # jnp.array copies what is not JAX's: the device may read it after the caller has
     # filled it with the next batch.
-    arrays = [leaf if isinstance(leaf, jax.Array) else jnp.array(leaf) for _, leaf in leaves]
-    return jax.tree.unflatten(treedef, arrays), lengths.pop()
+    return jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), batch
+    )
 
 
 def check_batches(batches: Any, name: str) -> None:

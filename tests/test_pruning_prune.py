@@ -8,6 +8,8 @@ import pytest
 
 from mfac_jax import gradients, pruning, rows
 from mfac_jax.pruning import _prune, _step
+from mfac_jax.pruning._history import History
+from mfac_jax.rows import FlatRows, as_rows
 
 X = jax.random.normal(jax.random.key(0), (128, 12))
 Y = jnp.tanh(X @ jax.random.normal(jax.random.key(1), (12, 3)))
@@ -161,9 +163,6 @@ def test_the_gradients_of_earlier_steps_are_used_as_well(params):
 
 
 def test_history_holds_the_newest_steps_at_one_level():
-    from mfac_jax.pruning._history import History
-    from mfac_jax.rows import FlatRows, as_rows
-
     rng = np.random.default_rng(0)
     sets = [rng.normal(size=(3, 10)).astype(np.float32) * 4.0**i for i in range(5)]
     sets[3][:] = 0
@@ -173,23 +172,45 @@ def test_history_holds_the_newest_steps_at_one_level():
 
         def fill(rows, first, new=new):
             if rows is None:
-                return as_rows(jnp.asarray(new))
+                rows = as_rows(jnp.zeros((past.num_rows, 10)))
             matrix = np.array(rows.columns(0, 10))
             matrix[first : first + 3] = new
             return FlatRows.of(jnp.asarray(matrix), rows.layout, rows.implementation)
 
-        held = past.take(fill, alive)
-        matrix, fresh = np.asarray(held.columns(0, 10)), np.asarray(past.fresh)
+        matrix = np.asarray(past.take(fill, alive).columns(0, 10))
+        assert matrix.shape == (6, 10)
+        fresh, slot = past.mean != 0, i % 2
+        assert np.flatnonzero(fresh).tolist() == [3 * slot, 3 * slot + 1, 3 * slot + 2]
+        np.testing.assert_allclose(past.mean @ matrix, new.mean(0), rtol=1e-5, atol=1e-6)
+        if i == 0:  # zero rows, for which the others are scaled up, change no average
+            assert not matrix[~fresh].any()
+            np.testing.assert_allclose(matrix.T @ matrix / 6, new.T @ new / 3, rtol=1e-5)
+            continue
         np.testing.assert_array_equal(matrix[fresh], new)
-        assert matrix.shape == (3 if i == 0 else 6, 10)
-        if 0 < i < 3:
-            old = matrix[~fresh]
+        old, before = matrix[~fresh], sets[i - 1]
+        if i < 3:
             level = [np.sum(x[:, :7].astype(np.float64) ** 2) for x in (old, new)]
             assert level[0] == pytest.approx(level[1], rel=1e-5)
-            ratio = old / sets[i - 1]
+            ratio = old / before
             np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
-    # Nothing is scaled by a step without any gradient.
-    assert np.all(np.isfinite(matrix))
+        else:  # a step without any gradient sets no level, nor has one
+            np.testing.assert_array_equal(old, before)
+
+
+def test_a_first_step_without_any_gradient_leaves_no_scale_behind():
+    past, rows = History(2, 1), as_rows(jnp.zeros((2, 4)))
+
+    def write(value):
+        def fill(held, first):
+            held = held or rows
+            return held._replace(block=held.block.at[:, first].set(value))
+
+        return fill
+
+    alive = [jnp.asarray([True, False, False, False])]
+    past.take(write(jnp.asarray([0.0, 1.0, 1.0, 1.0])), alive)
+    held = past.take(write(jnp.ones(4)), alive)
+    np.testing.assert_allclose(held.columns(0, 4), [[0, 1, 1, 1], [1, 1, 1, 1]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +449,13 @@ def test_calibration_batches_that_are_not_finite(params, monkeypatch):
 
 def test_another_sparsity_compiles_nothing_anew(params):
     run(params, 0.5, history=1, descents=[pruning.Descent(0.02, 1e-3)])
-    compiled = _step.choose, _step._delta, _step._describe, gradients._write_gradients
+    compiled = (
+        _step._scores,
+        _step._select,
+        _step._delta,
+        _step._describe,
+        gradients._write_gradients,
+    )
     before = [function._cache_size() for function in compiled]
     run(params, 0.7, history=1, descents=[pruning.Descent(0.03, 1e-2)], schedule="cubic", steps=4)
     assert [function._cache_size() for function in compiled] == before

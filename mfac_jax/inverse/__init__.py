@@ -5,8 +5,9 @@ answers, whole or block by block, with the products, entries, determinant and sa
 of ``F^-1``; :func:`inverse_diagonal` goes for the diagonal alone, in a tile of memory.
 """
 
-from mfac_jax.inverse._blocks import BlockInverse, block_ihvp, invert_blocks, map_blocks
-from mfac_jax.inverse._create import fisher_inverse, inverse_diagonal
+from mfac_jax.inverse._blocks import BlockInverse, block_ihvp, invert_blocks
+from mfac_jax.inverse._create import fisher_inverse, inverse_diagonal, whole_diagonal
+from mfac_jax.inverse._map import map_blocks
 from mfac_jax.inverse._partition import BlockRun, Blocks, block_runs
 from mfac_jax.inverse._whole import WholeInverse
 
@@ -21,4 +22,5 @@ __all__ = [
     "inverse_diagonal",
     "invert_blocks",
     "map_blocks",
+    "whole_diagonal",
 ]

@@ -8,93 +8,19 @@ whitened as in the whole inverse. Blocks of one size are done as one batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from mfac_jax import algebra, kernels
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.inverse._coordinates import as_coordinates, as_pairs
+from mfac_jax.inverse._map import after
 from mfac_jax.inverse._partition import BlockRun
-from mfac_jax.rows import GradientRows, Implementation, PermutedRows
-
-# map_blocks takes pieces of so many entries of the gradients at a time: 8 MiB in float32 at
-# the least and 256 MiB at the most. Blocks with B <= n go in four to six pieces, if that lies
-# in between: with all that is made of it, a batch of gradients and four or five of matrices, a
-# piece then takes less memory than the gradients. More pieces take longer.
-_FEWEST_ENTRIES, _MOST_ENTRIES = 2**21, 2**26
-
-# So many pieces are written out one after another, more are a loop. So are copies of single
-# columns, of which XLA would make all at first.
-_MOST_PIECES = 8
-
-
-def map_blocks(
-    rows: GradientRows,
-    runs: tuple[BlockRun, ...],
-    function: Callable[..., Float[Array, "b k"]],
-    *vectors: Shaped[Array, " d"],
-) -> Float[Array, " k"]:
-    """Applies ``function`` to all blocks, some at a time, and puts the results in a row.
-
-    Args:
-        rows: ``G``.
-        runs: the blocks.
-        function: takes the gradients of b blocks of one size, (b, n, B), and those parts
-            of each of ``vectors``, (b, B). It returns an array of b rows.
-        vectors: flat vectors (d,) that are cut as the gradients are.
-
-    Returns:
-        The results, flattened, in the order of the blocks.
-    """
-    n = rows.num_rows
-
-    def piece(start: int | Int[Array, ""], count: int, size: int) -> Float[Array, "b k"]:
-        width = count * size
-        batch = jnp.moveaxis(rows.columns(start, width).reshape(n, count, size), 1, 0)
-        parts = [lax.dynamic_slice_in_dim(v, start, width).reshape(count, size) for v in vectors]
-        return function(_after(batch, results[-1:]), *parts)
-
-    results: list[Array] = []
-    for run in runs:
-        fewest, most = (
-            max(entries // (n * run.size), 1) for entries in (_FEWEST_ENTRIES, _MOST_ENTRIES)
-        )
-        part = -(-run.count // (4 if 2 * run.size <= n else 6)) if run.size <= n else 0
-        count = min(max(part, fewest), most, run.count)
-        pieces, rest = divmod(run.count, count)
-        if pieces <= _MOST_PIECES and not isinstance(rows, PermutedRows):
-            for first in range(0, run.count, count):
-                here = min(count, run.count - first)
-                out = piece(run.start + first * run.size, here, run.size)
-                results.append(out.reshape(-1))
-            continue
-        # A loop, so that only one piece is in memory at a time.
-        starts = run.start + count * run.size * jnp.arange(pieces)
-        looped = lax.map(lambda start, c=count, b=run.size: piece(start, c, b), starts)
-        results.append(looped.reshape(-1))
-        if rest:
-            start = run.start + pieces * count * run.size
-            results.append(piece(start, rest, run.size).reshape(-1))
-    return jnp.concatenate(results) if results else jnp.zeros(0, rows.dtype)
-
-
-def _after(batch: Float[Array, "b n B"], results: PyTree) -> Float[Array, "b n B"]:
-    """``batch``, but not before ``results`` are there.
-
-    Batched factorizations that do not depend on one another run at the same time, and XLA
-    for the CPU in jax 0.10 then lets them wait for one another forever.
-    """
-    for result in jax.tree.leaves(results):
-        word = lax.bitcast_convert_type(result.reshape(-1)[:1], jnp.uint8)
-        never = jnp.any(lax.population_count(word) > 8)
-        batch = jnp.where(never, jnp.zeros_like(batch), batch)
-    return batch
+from mfac_jax.rows import GradientRows, Implementation
 
 
 def _cut(flat: Shaped[Array, " d"], run: BlockRun) -> Shaped[Array, "b B"]:
@@ -299,7 +225,7 @@ class BlockInverse:
         for run in runs:
             tile = rows.columns(run.start, run.width)
             batch = jnp.moveaxis(tile.reshape(rows.num_rows, run.count, run.size), 1, 0)
-            parts.append(invert_blocks(_after(batch, parts[-1:]), damping))
+            parts.append(invert_blocks(after(batch, parts[-1:]), damping))
         return cls(tuple(parts), runs, rows.layout, rows.dtype)
 
     def ihvp(self, vector: PyTree) -> PyTree:

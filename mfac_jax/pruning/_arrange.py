@@ -89,17 +89,24 @@ def alive_first(
     alive: Bool[Array, " d"], segments: tuple[tuple[int, int], ...], group: int
 ) -> Int[Array, " d"]:
     """The coordinates, those of groups with a weight alive first in every row; else in order."""
-    parts, start = [], 0
+    here = jnp.any(alive.reshape(-1, group), axis=1).astype(jnp.int32)
+    until = jnp.cumsum(here, dtype=jnp.int32)
+    before = until - here
+    # Of every group, the first group of its row and their number.
+    firsts: list[Array] = []
+    widths: list[Array] = []
+    start = 0
     for count, width in segments:
-        here = jnp.any(alive[start : start + count * width].reshape(count, -1, group), axis=2)
-        there = jnp.cumsum(here, axis=1, dtype=jnp.int32)
-        gone = jnp.cumsum(~here, axis=1, dtype=jnp.int32)
-        place = jnp.where(here, there - 1, there[:, -1:] + gone - 1)
-        of_row = jnp.arange(count, dtype=jnp.int32)[:, None]
-        own = jnp.broadcast_to(jnp.arange(place.shape[1], dtype=jnp.int32), place.shape)
-        groups = jnp.zeros_like(place).at[of_row, place].set(own, unique_indices=True)
-        first = start + of_row * width + groups * group
-        within = jnp.arange(group, dtype=jnp.int32)[None, None]
-        parts.append((first[..., None] + within).reshape(-1))
-        start += count * width
-    return jnp.concatenate(parts)
+        size = width // group
+        own = jnp.arange(count * size, dtype=jnp.int32)
+        firsts.append(start + own // size * size)
+        widths.append(jnp.full_like(own, size))
+        start += count * size
+    first, in_row = jnp.concatenate(firsts), jnp.concatenate(widths)
+    there = before - before[first]
+    own = jnp.arange(here.size, dtype=jnp.int32)
+    gone = own - first - there
+    alive_in_row = until[first + in_row - 1] - before[first]
+    place = first + jnp.where(here > 0, there, alive_in_row + gone)
+    groups = jnp.zeros_like(own).at[place].set(own, unique_indices=True)
+    return (groups[:, None] * group + jnp.arange(group, dtype=jnp.int32)[None]).reshape(-1)

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.pruning._masks import MOST_WEIGHTS, pruned_count
+from mfac_jax.pruning._masks import MOST_WEIGHTS, pruned_count, pruned_of_leaves
 from mfac_jax.pruning._patterns import Grouping, NofM
 from mfac_jax.rows import transposed
 
@@ -110,14 +109,16 @@ def target_of(
     else:
         counts = pruned_count(sparsity, total)
     if not is_last and np.ndim(counts):
-        counts = np.maximum(counts, [int(jnp.sum(~leaf)) for leaf in mask]).astype(np.int32)
+        counts = np.maximum(counts, pruned_of_leaves(mask)).astype(np.int32)
     if known:
         wanted = _Wanted(counts, weigh, sparsity, selected, names, grouping)
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in mask):
             wanted.check_possible(mask)
         if not allow_empty_layers:
             wanted.check_layers_stay()
-    return Target(jnp.asarray(counts, jnp.int32), weigh)
+    if isinstance(counts, np.ndarray):
+        counts = jax.device_put(counts.astype(np.int32))  # which compiles nothing
+    return Target(counts, weigh)
 
 
 def _fractions(
@@ -231,7 +232,7 @@ class _Wanted(NamedTuple):
         """It must not revive what is pruned, nor lie above what the pattern lets go."""
         # A known mask is counted at once, also while a caller is being traced.
         with jax.ensure_compile_time_eval():
-            already = np.asarray([int(jnp.sum(~leaf)) for leaf in mask])
+            already = np.asarray(pruned_of_leaves(mask))
             if self.grouping.goes_whole:
                 self._check_whole_groups(mask)
         counts, sizes = self.counts, np.asarray(self.layout.sizes)

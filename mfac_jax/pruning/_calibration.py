@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
@@ -187,7 +187,7 @@ def best_step(
     target: Target,
     loss_of: Callable[[Sequence[Array]], float],
     *,
-    fresh: Bool[Array, " n"],
+    mean_of_newest: Float[np.ndarray, " n"],
     descents: Sequence[Descent],
     keep_layers: bool,
 ) -> Step:
@@ -201,7 +201,7 @@ def best_step(
         rows: their gradients.
         target: how many go.
         loss_of: the loss on the calibration batches, of the prunable leaves.
-        fresh: which rows are gradients at these weights.
+        mean_of_newest: ``a`` such that ``G^T a`` is the gradient at these weights.
         descents: to try, checked.
         keep_layers: whether the best group of every leaf stays.
 
@@ -210,15 +210,14 @@ def best_step(
     """
     masks: dict[tuple[Any, ...], tuple[tuple[Array, ...], Array]] = {}
     tried: list[Trial] = []
-    best: Step | None = None
-    gram = rows.gram(alive)
-    mean = _mean_diagonal(gram, alive)
+    best: _Found | None = None
+    chosen = -1
+    gram = _gram(rows, alive)
+    mean = float(_mean_diagonal(gram, alive))
     for setting in settings:
-        damping = jnp.asarray(setting.damping, rows.dtype)
-        if setting.relative:
-            damping = damping * mean
         pieces = cut(setting.blocks, rows.layout, grouping)
-        problem = Problem(weights, alive, rows, damping, pieces, grouping)
+        damping = np.asarray(setting.damping * (mean if setting.relative else 1), rows.dtype)
+        problem = Problem(weights, alive, rows, jax.device_put(damping), pieces, grouping)
         key = (setting.score, pieces, setting.damping, setting.relative)
         if key not in masks:
             masks[key] = choose(
@@ -231,32 +230,54 @@ def best_step(
         mask, good = masks[key]
         delta, info = work_out(problem, mask, update=setting.update)
         for scale in setting.scales:
-            moved = move(weights, mask, delta, jnp.asarray(scale, rows.dtype))
-            loss = loss_of(moved) if bool(good & info.accepted) else math.nan
+            moved = move(weights, mask, delta, np.asarray(scale, rows.dtype))
+            loss = loss_of(moved) if bool(good) and bool(info.accepted) else math.nan
             tried.append(Trial(setting, scale, loss))
-            if math.isfinite(loss) and (best is None or loss < tried[best.chosen].loss):
-                best = Step(moved, mask, info, (), len(tried) - 1, float(damping), math.nan)
+            if math.isfinite(loss) and (best is None or loss < tried[chosen].loss):
+                best, chosen = _Found(moved, mask, info, problem.damping), len(tried) - 1
     if best is None:
         raise FloatingPointError(
             "no setting gives a finite loss on the calibration batches: "
             f"tried {[trial.setting for trial in tried]}."
         )
-    start, setting, scale = best, *tried[best.chosen][:2]
-    of_alive = rows.gram(start.mask) if descents else gram
+    weights = best.weights
+    setting, scale = tried[chosen][:2]
+    of_alive = _gram(rows, best.mask) if descents else gram
     directions: dict[float, PyTree] = {}
     for way in descents:
         lam = way.relative_damping
         if lam not in directions:
-            lam_array = jnp.asarray(lam, rows.dtype)
-            directions[lam] = descent(rows, of_alive, start.mask, fresh, lam_array)
-        direction = directions[lam]
-        moved = move(start.weights, start.mask, direction, jnp.asarray(way[1], rows.dtype))
+            relative = np.asarray(lam, rows.dtype)
+            directions[lam] = descent(rows, of_alive, best.mask, mean_of_newest, relative)
+        rate = np.asarray(way.learning_rate, rows.dtype)
+        moved = move(best.weights, best.mask, directions[lam], rate)
         loss = loss_of(moved)
-        if loss < tried[best.chosen].loss:
-            best = best._replace(weights=moved, chosen=len(tried))
+        if loss < tried[chosen].loss:
+            weights, chosen = moved, len(tried)
         tried.append(Trial(setting, scale, loss, way))
-    freedom = _degrees_of_freedom(gram, jnp.asarray(best.damping, gram.dtype))
-    return best._replace(tried=tuple(tried), freedom=float(freedom))
+    return Step(
+        weights,
+        best.mask,
+        best.info,
+        tuple(tried),
+        chosen,
+        float(best.damping),
+        float(_degrees_of_freedom(gram, best.damping)),
+    )
+
+
+class _Found(NamedTuple):
+    """A setting that has been worked out."""
+
+    weights: tuple[Array, ...]
+    mask: tuple[Array, ...]
+    info: PruneInfo
+    damping: Float[Array, ""]
+
+
+@jax.jit
+def _gram(rows: GradientRows, alive: tuple[Array, ...]) -> Float[Array, "n n"]:
+    return rows.gram(alive)
 
 
 @jax.jit

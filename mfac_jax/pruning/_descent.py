@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from mfac_jax import algebra
 from mfac_jax._layout import PyTree
@@ -21,7 +21,7 @@ def descent(
     rows: GradientRows,
     gram: Float[Array, "n n"],
     mask: PyTree,
-    fresh: Bool[Array, " n"],
+    mean: Float[Array, " n"],
     relative_damping: Float[Array, ""],
 ) -> PyTree:
     """``-F^-1 g = -n G^T (n lambda I + G G^T)^-1 a`` on the weights that stay.
@@ -30,7 +30,7 @@ def descent(
         rows: ``G``.
         gram: ``G G^T`` over the weights that stay.
         mask: which weights stay.
-        fresh: the rows whose mean is the gradient ``g``: ``a`` is the same there, 0 elsewhere.
+        mean: ``a``, with ``g = G^T a``.
         relative_damping: ``lambda`` as a fraction of the trace of ``G^T G / n``.
 
     Returns:
@@ -39,8 +39,7 @@ def descent(
     n = rows.num_rows
     trace = jnp.trace(gram) / n
     shift = n * relative_damping * jnp.where(trace > 0, trace, jnp.ones_like(trace))
-    mean = fresh.astype(gram.dtype) / jnp.sum(fresh).astype(gram.dtype)
-    shared = algebra.share_between_equal_rows(gram, mean)
+    shared = algebra.share_between_equal_rows(gram, mean.astype(gram.dtype))
     solved = algebra.solve(algebra.factor(gram, shift), shared)
     direction = rows.combine(-n * algebra.share_between_equal_rows(gram, solved))
     return jax.tree.map(lambda keep, x: jnp.where(keep, x, jnp.zeros_like(x)), mask, direction)

@@ -3,17 +3,22 @@
 A step's own gradients are few. Those of the steps before it were taken nearby, at weights that
 were pruned less, and say much the same about the curvature. Only their size is another, since
 gradients grow with the loss; so they are scaled to the newest ones.
+
+There is room for all steps from the first one on, so that every step runs the same programs.
+Rows that are not filled yet are zero, and the others are scaled up for them: the Fisher is an
+average over the gradients that are there.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from mfac_jax.rows import FlatRows
 
@@ -31,48 +36,71 @@ class History:
         self.rows: FlatRows | None = None
         self._num_steps, self._count, self._taken = num_steps, num_gradients, 0
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that there is room for."""
+        return self._num_steps * self._count
+
     def take(self, fill: Fill, alive: Sequence[Array]) -> FlatRows:
         """Takes the gradients of a step in.
 
         Args:
-            fill: writes them into rows, which are used up, from a given one on; without rows
-                it makes some.
+            fill: writes them into the rows, from a given one on, and returns these; the rows are
+                donated. Without rows it makes ``num_rows`` of them, zero elsewhere.
             alive: the mask of all parameters.
 
         Returns:
             All that are held.
         """
-        count, slot = self._count, self._taken % self._num_steps
-        if self.rows is not None and self._taken < self._num_steps:
-            self.rows = _longer(self.rows, count)
-        self.rows = fill(self.rows, slot * count)
+        before = self._scale
+        self.rows = fill(self.rows, self._taken % self._num_steps * self._count)
         self._taken += 1
-        if self.rows.num_rows > count:
-            self.rows = _level(self.rows, self.fresh, tuple(alive), count=count)
+        if self._num_steps > 1:
+            self.rows = _level(
+                self.rows,
+                self._is_newest,
+                tuple(alive),
+                np.float32(before),
+                np.float32(self._scale),
+                count=self._count,
+            )
         return self.rows
 
     @property
-    def fresh(self) -> Bool[Array, " m"]:
-        """Which rows are the newest."""
-        held = min(self._taken, self._num_steps)
-        newest = (self._taken - 1) % self._num_steps
-        return jnp.asarray(np.repeat(np.arange(held) == newest, self._count))
+    def mean(self) -> Float[np.ndarray, " m"]:
+        """``a`` such that ``G^T a`` is the mean of the newest gradients."""
+        return (self._is_newest / (self._count * self._scale)).astype(np.float32)
 
+    @property
+    def _is_newest(self) -> Bool[np.ndarray, " m"]:
+        slot = (self._taken - 1) % self._num_steps
+        return np.repeat(np.arange(self._num_steps) == slot, self._count)
 
-@functools.partial(jax.jit, static_argnames="count")
-def _longer(rows: FlatRows, count: int) -> FlatRows:
-    return rows._replace(block=jnp.pad(rows.block, ((0, 0), (0, count), (0, 0))))
+    @property
+    def _scale(self) -> float:
+        """What the rows are multiplied by, for those that are zero."""
+        return math.sqrt(self._num_steps / min(max(self._taken, 1), self._num_steps))
 
 
 @functools.partial(jax.jit, static_argnames="count", donate_argnames="rows")
 def _level(
-    rows: FlatRows, fresh: Bool[Array, " m"], alive: tuple[Array, ...], *, count: int
+    rows: FlatRows,
+    is_newest: Bool[Array, " m"],
+    alive: tuple[Array, ...],
+    before: Float[Array, ""],
+    scale: Float[Array, ""],
+    *,
+    count: int,
 ) -> FlatRows:
-    """The older gradients scaled to the mean square of the fresh ones, on what is alive."""
+    """The older gradients scaled to the mean square of the newest, on what is alive.
+
+    All are then multiplied by ``scale``; the older ones have been by ``before``.
+    """
     squares = rows.squares(jax.tree.unflatten(rows.layout.treedef, alive))
     of_steps = jnp.sum(squares.reshape(-1, count), axis=1)
-    newest = jnp.sum(jnp.where(fresh, squares, jnp.zeros_like(squares)))
+    newest = jnp.sum(jnp.where(is_newest, squares, jnp.zeros_like(squares)))
     has_any = (of_steps > 0) & (newest > 0)
-    scales = jnp.sqrt(newest / jnp.where(has_any, of_steps, jnp.ones_like(of_steps)))
-    scales = jnp.repeat(jnp.where(has_any, scales, jnp.ones_like(scales)), count)
-    return rows.scale(jnp.where(fresh, jnp.ones_like(scales), scales))
+    factors = jnp.sqrt(newest / jnp.where(has_any, of_steps, jnp.ones_like(of_steps)))
+    factors = jnp.where(has_any, factors, (1 / before).astype(factors.dtype))
+    factors = jnp.where(is_newest, jnp.ones_like(squares), jnp.repeat(factors, count))
+    return rows.scale(factors * scale.astype(factors.dtype))

@@ -2,8 +2,9 @@
 
 The k lowest scores are found by their k-th value, and that bit by bit: floats map to
 integers of the same order, and each bit of the threshold takes one count over the
-weights. Counts are sums of integers, so leaves are never put together (or gathered,
-where they are sharded) and no count is rounded.
+weights. Equal scores are told apart by their places, bit by bit as well. Counts are sums of
+integers, so leaves are never put together (or gathered, where they are sharded) and no count
+is rounded.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MOST_WEIGHTS = 2**31 - 1
 
 def initial_mask(params: PyTree) -> PyTree:
     """The mask in which every weight is alive: a tree of booleans like ``params``."""
-    return jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), bool), params)
+    return jax.tree.map(lambda leaf: jax.device_put(np.ones(np.shape(leaf), bool)), params)
 
 
 def mask_to_sparsity(scores: PyTree, mask: PyTree, sparsity: ArrayLike) -> PyTree:
@@ -127,6 +128,16 @@ def num_pruned(mask: PyTree) -> Int[Array, ""]:
     return functools.reduce(jnp.add, leaves, jnp.zeros((), jnp.int32))
 
 
+def pruned_of_leaves(mask: Sequence[Array]) -> list[int]:
+    """How many entries of each leaf of a known mask are false."""
+    return [int(count) for count in jax.device_get(_pruned_of_leaves(tuple(mask)))]
+
+
+@jax.jit
+def _pruned_of_leaves(mask: tuple[Array, ...]) -> list[Int[Array, ""]]:
+    return [jnp.sum(~leaf, dtype=jnp.int32) for leaf in mask]
+
+
 def check_not_revived(mask: PyTree, layout: Layout, target: ArrayLike, name: str) -> None:
     """A target that is a number must not lie below what a known mask has pruned.
 
@@ -139,7 +150,7 @@ def check_not_revived(mask: PyTree, layout: Layout, target: ArrayLike, name: str
     count = int(number) if name == "count" else round(float(number) * total)
     # A known mask is counted at once, also while a caller is being traced.
     with jax.ensure_compile_time_eval():
-        already = int(num_pruned(layout.check_mask(mask)))
+        already = sum(pruned_of_leaves(layout.check_mask(mask)))
     if count < already:
         raise ValueError(
             f"{name} must not lie below what is pruned already, since pruned weights stay "
@@ -150,41 +161,84 @@ def check_not_revived(mask: PyTree, layout: Layout, target: ArrayLike, name: str
 
 @functools.partial(jax.jit, static_argnames="costs")
 def _mask_to_count(
-    scores: PyTree, mask: PyTree, count: Int[Array, ""], *, costs: tuple[int, ...] | None = None
+    scores: PyTree, mask: PyTree, count: Int[Array, "*layers"], *, costs: tuple[int, ...] = ()
 ) -> PyTree:
-    """``costs`` are what an entry of each leaf counts for; 1 by default.
+    """The new mask.
 
-    Entries go in order while what has gone counts for no more than ``count``.
+    Args:
+        scores: a tree of real arrays.
+        mask: a tree of booleans like them.
+        count: what all that is pruned may count for; or the same for each leaf.
+        costs: what an entry of each leaf counts for; 1 by default.
+
+    Returns:
+        The mask. Entries go in order of scores, and of coordinates where these are equal, up to
+        the last with which ``count`` is not exceeded.
     """
     layout = Layout(scores, "scores")
     if not layout.size:
         return mask
-    costs = costs or (1,) * len(layout.shapes)
     alive = layout.check_mask(mask)
     dtype = functools.reduce(np.promote_types, layout.dtypes, np.dtype(np.float32))
     keys = [
         _order_key(jnp.asarray(leaf).astype(dtype), here)
         for leaf, here in zip(jax.tree.leaves(scores), alive, strict=True)
     ]
-    count = jnp.maximum(count, _total([~here for here in alive], costs))
-    threshold = _smallest(keys, count, costs)
-    room = count - _total([key < threshold for key in keys], costs)
-    kept = []
-    for key, cost in zip(keys, costs, strict=True):
-        equal = key == threshold
-        turn = jnp.cumsum(jnp.ravel(equal).astype(jnp.int32)).reshape(key.shape)
-        fit = room // cost
-        kept.append((key > threshold) | (equal & (turn > fit)))
-        room -= cost * jnp.minimum(jnp.sum(equal, dtype=jnp.int32), fit)
-    return jax.tree_util.tree_unflatten(layout.treedef, kept)
+    costs = costs or (1,) * len(keys)
+    return jax.tree_util.tree_unflatten(layout.treedef, _above_count(keys, alive, count, costs))
 
 
-def _total(entries: list[Bool[Array, "..."]], costs: tuple[int, ...]) -> Int[Array, ""]:
-    """What the entries that are true count for."""
-    counts = [
-        cost * jnp.sum(leaf, dtype=jnp.int32) for leaf, cost in zip(entries, costs, strict=True)
+def _above_count(
+    keys: Sequence[Array],
+    alive: Sequence[Array],
+    count: Int[Array, "*layers"],
+    costs: tuple[int, ...],
+) -> list[Array]:
+    """Which entries stay, by keys of which none is there twice: the given ones and the places.
+
+    The largest key that may go is found bit by bit: those of the given keys first, then those of
+    the place, in which entries of one given key differ. Nothing is sorted or added up in order.
+    """
+    sizes = [key.size for key in keys]
+    unsigned = keys[0].dtype
+    bits, place_bits = jnp.iinfo(unsigned).bits, sum(sizes).bit_length()
+    places = [
+        jnp.arange(start, start + key.size, dtype=jnp.uint32).reshape(key.shape)
+        for start, key in zip(np.cumsum([0, *sizes]), keys, strict=False)
     ]
-    return functools.reduce(jnp.add, counts)
+    # Of the threshold of each leaf, if they have one each.
+    own = range(len(keys)) if count.ndim else [...] * len(keys)
+
+    def below(first: Array, second: Array) -> list[Array]:
+        return [
+            (key < first[i]) | ((key == first[i]) & (place < second[i]))
+            for i, key, place in zip(own, keys, places, strict=True)
+        ]
+
+    def total(entries: Sequence[Array]) -> Int[Array, "*layers"]:
+        counts = [
+            cost * jnp.sum(leaf, dtype=jnp.int32) for leaf, cost in zip(entries, costs, strict=True)
+        ]
+        return jnp.stack(counts) if count.ndim else functools.reduce(jnp.add, counts)
+
+    count = jnp.maximum(count, total([~here for here in alive]))
+
+    def set_bit(i: Int[Array, ""], found: tuple[Array, Array]) -> tuple[Array, Array]:
+        first, second = found
+        of_key = i < bits
+        shift = jnp.where(of_key, bits - 1 - i, bits + place_bits - 1 - i)
+        higher = (
+            jnp.where(of_key, first | (jnp.ones((), unsigned) << shift.astype(unsigned)), first),
+            jnp.where(of_key, second, second | (jnp.uint32(1) << shift.astype(jnp.uint32))),
+        )
+        # Entries of the key itself are told apart by their places, and may go one by one.
+        gone = total(below(*higher))
+        fits = jnp.where(of_key, gone < count, gone <= count)
+        return jnp.where(fits, higher[0], first), jnp.where(fits, higher[1], second)
+
+    start = jnp.zeros(count.shape, unsigned), jnp.zeros(count.shape, jnp.uint32)
+    threshold = lax.fori_loop(0, bits + place_bits, set_bit, start)
+    return [~gone for gone in below(*threshold)]
 
 
 def select(
@@ -226,15 +280,9 @@ def select(
         pairs = zip(weights, there, strict=True)
         most = [w * (t.size - jnp.any(t).astype(jnp.int32)) for w, t in pairs]
         counts = jnp.minimum(counts, jnp.stack(most) if counts.ndim else sum(most))
-    if counts.ndim:
-        kept = [
-            _mask_to_count([v], [t], counts[i], costs=(weights[i],))[0] if v.size else t
-            for i, (v, t) in enumerate(zip(values, there, strict=True))
-        ]
-    else:
-        if len(set(weights)) > 1:  # what is saved counts as well as what it costs
-            values = [v / w for v, w in zip(values, weights, strict=True)]
-        kept = _mask_to_count(values, there, counts, costs=weights)
+    if not counts.ndim and len(set(weights)) > 1:  # what is saved counts as well as its cost
+        values = [v / w for v, w in zip(values, weights, strict=True)]
+    kept = _mask_to_count(values, there, counts, costs=weights)
     return tuple(
         leaf & (k if k.shape == leaf.shape else jnp.repeat(k, g).reshape(leaf.shape))
         for leaf, k, g in zip(alive, kept, groups, strict=True)
@@ -264,19 +312,3 @@ def _order_key(
     sign = unsigned(1 << (bits - 1))
     key = jnp.where(raw >= sign, ~raw, raw | sign)
     return jnp.where(alive, key, jnp.zeros_like(key))
-
-
-def _smallest(keys: list[Array], k: Int[Array, ""], costs: tuple[int, ...]) -> Array:
-    """The largest key below which entries count for less than ``k``; 0 for ``k = 0``.
-
-    If all count for 1, it is the k-th smallest.
-    """
-    unsigned = keys[0].dtype
-    bits = jnp.iinfo(unsigned).bits
-
-    def set_bit(i: Int[Array, ""], threshold: Array) -> Array:
-        higher = threshold | (jnp.ones((), unsigned) << (bits - 1 - i).astype(unsigned))
-        below = _total([key < higher for key in keys], costs)
-        return jnp.where(below < k, higher, threshold)
-
-    return lax.fori_loop(0, bits, set_bit, jnp.zeros((), unsigned))

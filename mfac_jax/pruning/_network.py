@@ -6,6 +6,7 @@ are cut, so that nothing has to be copied into it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from mfac_jax.gradients import LossFn
 from mfac_jax.pruning._patterns import Grouping
 from mfac_jax.pruning._step import merge
 from mfac_jax.rows import transposed, transposed_back
+
+Orders = tuple[tuple[int, ...], ...]
 
 
 class Network(NamedTuple):
@@ -35,7 +38,7 @@ class Network(NamedTuple):
     grouping: Grouping
 
     @property
-    def orders(self) -> tuple[tuple[int, ...], ...]:
+    def orders(self) -> Orders:
         """The axes of every leaf in the order in which prunable ones are turned."""
         turned = iter(self.grouping.orders)
         pairs = zip(self.layout.shapes, self.keep, strict=True)
@@ -45,18 +48,44 @@ class Network(NamedTuple):
         """All parameters, from all leaves and the new prunable ones."""
         return jax.tree.unflatten(self.layout.treedef, merge(leaves, selected, self.keep))
 
-    def turned(self, params: PyTree) -> PyTree:
-        """The caller's parameters, turned."""
-        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
-        return jax.tree.unflatten(self.layout.treedef, transposed(leaves, self.orders))
+    def turned(self, params: PyTree, mask: Sequence[Array]) -> tuple[PyTree, tuple[Array, ...]]:
+        """The caller's parameters, turned and 0 where nothing is alive, and the mask, turned."""
+        leaves, alive = _turned(tuple(jax.tree.leaves(params)), tuple(mask), orders=self.orders)
+        return jax.tree.unflatten(self.layout.treedef, leaves), alive
 
-    def back(self, params: PyTree) -> PyTree:
-        """And back."""
-        return _back(params, self.orders)
+    def back(
+        self, params: PyTree, mask: Sequence[Array], alive: Sequence[Array]
+    ) -> tuple[PyTree, PyTree]:
+        """The parameters and the mask as the caller has them.
 
-    def mask(self, leaves: Sequence[Array], alive: Sequence[Array]) -> PyTree:
-        """The caller's mask with what is alive of the turned prunable leaves."""
-        return self.tree(leaves, transposed_back(alive, self.grouping.orders))
+        Args:
+            params: turned.
+            mask: that of the caller, whose leaves that are not prunable stay as they are.
+            alive: the mask of the prunable leaves, turned.
+        """
+        leaves, kept = _back(
+            tuple(jax.tree.leaves(params)),
+            tuple(alive),
+            orders=self.orders,
+            alive_orders=self.grouping.orders,
+        )
+        return jax.tree.unflatten(self.layout.treedef, leaves), self.tree(mask, kept)
+
+
+@functools.partial(jax.jit, static_argnames="orders")
+def _turned(
+    leaves: tuple[Array, ...], mask: tuple[Array, ...], *, orders: Orders
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    pairs = zip(leaves, mask, strict=True)
+    kept = [jnp.where(alive, leaf, jnp.zeros_like(leaf)) for leaf, alive in pairs]
+    return transposed(kept, orders), transposed(mask, orders)
+
+
+@functools.partial(jax.jit, static_argnames=("orders", "alive_orders"))
+def _back(
+    leaves: tuple[Array, ...], alive: tuple[Array, ...], *, orders: Orders, alive_orders: Orders
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    return transposed_back(leaves, orders), transposed_back(alive, alive_orders)
 
 
 @dataclass(frozen=True)
@@ -68,16 +97,12 @@ class TurnedLoss:
     """
 
     loss_fn: LossFn
-    orders: tuple[tuple[int, ...], ...]
+    orders: Orders
     keep: tuple[bool, ...]
 
     def __call__(self, params: PyTree, batch: PyTree) -> Any:
         leaves, treedef = jax.tree.flatten(params)
         pairs = zip(leaves, self.keep, strict=True)
         leaves = [leaf if kept else jax.lax.stop_gradient(leaf) for leaf, kept in pairs]
-        return self.loss_fn(_back(jax.tree.unflatten(treedef, leaves), self.orders), batch)
-
-
-def _back(params: PyTree, orders: tuple[tuple[int, ...], ...]) -> PyTree:
-    leaves, treedef = jax.tree.flatten(params)
-    return jax.tree.unflatten(treedef, transposed_back(leaves, orders))
+        leaves = list(transposed_back(leaves, self.orders))
+        return self.loss_fn(jax.tree.unflatten(treedef, leaves), batch)

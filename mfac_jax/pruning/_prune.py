@@ -18,7 +18,14 @@ from tqdm.auto import tqdm
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.gradients import LossFn, check_batches, check_functions, cycle, fill_rows
+from mfac_jax.gradients import (
+    LossFn,
+    check_batches,
+    check_functions,
+    cycle,
+    fill_rows,
+    on_device,
+)
 from mfac_jax.pruning._budgets import check_wanted, target_of
 from mfac_jax.pruning._calibration import (
     DESCENTS,
@@ -33,8 +40,8 @@ from mfac_jax.pruning._calibration import (
 )
 from mfac_jax.pruning._filters import PathFilter, prunable
 from mfac_jax.pruning._history import History
-from mfac_jax.pruning._inputs import check_finite
-from mfac_jax.pruning._masks import initial_mask
+from mfac_jax.pruning._inputs import check_finite, check_finite_gradients
+from mfac_jax.pruning._masks import initial_mask, pruned_of_leaves
 from mfac_jax.pruning._network import Network, TurnedLoss
 from mfac_jax.pruning._patterns import Pattern, Unstructured, check_pattern, group
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport, peak_memory
@@ -47,7 +54,6 @@ from mfac_jax.rows import (
     TransposedRows,
     check_rows,
     empty_rows,
-    transposed,
 )
 
 FineTune = Callable[[PyTree, PyTree], PyTree]
@@ -203,17 +209,17 @@ def prune(
         )
         for i, fraction in enumerate(fractions)
     ]
-    left_out = [jnp.zeros(shape, bool) for shape in layout.shapes]
-    past = History(1 + _checks.non_negative_int(history, "history"), num_gradients)
+    left_out = [jax.device_put(np.zeros(shape, bool)) for shape in layout.shapes]
+    held = min(1 + _checks.non_negative_int(history, "history"), len(targets))
+    past = History(held, num_gradients)
     if gradients is not None:
         _check_given(gradients, params, num_gradients, dtype)
     check_finite(params, layout.paths, "params")
     stream = _Stream(batches)
     held_out = _first(stream if calibration is None else calibration, num_calibration)
-    params = _under_mask(params, jax.tree.unflatten(layout.treedef, mask_leaves), layout, "params")
     # All the way parameters are turned, and their gradients are collected so.
-    params = network.turned(params)
-    alive = transposed(alive, grouping.orders)
+    params, turned_mask = network.turned(params, mask_leaves)
+    alive = narrow(turned_mask, keep)
     turned_loss = TurnedLoss(loss_fn, network.orders, keep)
     loss = mean_loss(turned_loss, params, held_out)
     if not math.isfinite(loss):
@@ -230,6 +236,7 @@ def prune(
                 params=params,
                 stream=stream,
                 count=num_gradients,
+                num_rows=past.num_rows,
                 given=None if gradients is None else TransposedRows.of(gradients, network.orders),
                 per_example=per_example,
                 dtype=dtype,
@@ -251,18 +258,17 @@ def prune(
                 SelectedRows.of(rows, keep),
                 target,
                 loss_of,
-                fresh=past.fresh,
+                mean_of_newest=past.mean,
                 descents=descents,
                 keep_layers=not allow_empty_layers,
             )
             params, alive = network.tree(leaves, step.weights), step.mask
             tuned = None
             if fine_tune is not None:
-                mask = network.mask(mask_leaves, alive)
-                trained = fine_tune(network.back(params), mask)
-                params = network.turned(
-                    _under_mask(trained, mask, layout, "the parameters from fine_tune")
-                )
+                found, mask = network.back(params, mask_leaves, alive)
+                trained = fine_tune(found, mask)
+                layout.check(trained, "the parameters from fine_tune")
+                params, _ = network.turned(trained, jax.tree.leaves(mask))
                 tuned = mean_loss(turned_loss, params, held_out)
                 if not math.isfinite(tuned):
                     raise FloatingPointError(f"the loss after fine_tune is {tuned}.")
@@ -270,12 +276,11 @@ def prune(
             loss = reports[-1].loss_after if tuned is None else tuned
             bar.update()
             bar.set_postfix(loss=f"{loss:.4g}", sparsity=f"{reports[-1].sparsity:.1%}")
-    layers = tuple(
-        LayerReport(layout.paths[i] or "value", leaf.size, int(jnp.sum(~leaf)))
-        for i, leaf in zip(np.flatnonzero(keep), alive, strict=True)
-    )
-    report = PruneReport(tuple(reports), layers)
-    return Pruned(network.back(params), network.mask(mask_leaves, alive), report)
+    params, mask = network.back(params, mask_leaves, alive)
+    counts = pruned_of_leaves(narrow(jax.tree.leaves(mask), keep))
+    sized = zip(names, prunables.sizes, counts, strict=True)
+    layers = tuple(LayerReport(name or "value", *sizes) for name, *sizes in sized)
+    return Pruned(params, mask, PruneReport(tuple(reports), layers))
 
 
 def _check_given(
@@ -289,8 +294,7 @@ def _check_given(
         raise ValueError(
             f"gradients must be num_gradients={num_gradients} rows, got {gradients.num_rows}."
         )
-    squares = gradients.column_square_sums()
-    check_finite(squares, gradients.layout.paths, "the squared gradients of params")
+    check_finite_gradients(gradients, gradients.layout.paths)
 
 
 def _report(
@@ -328,6 +332,7 @@ def _collect(
     params: PyTree,
     stream: _Stream,
     count: int,
+    num_rows: int,
     given: GradientRows | None,
     per_example: bool,
     dtype: DTypeLike | None,
@@ -335,9 +340,9 @@ def _collect(
 ) -> FlatRows:
     """Writes ``count`` gradients into rows; without rows it makes some, of those given if any."""
     if given is not None:
-        return FlatRows.of(given.columns(0, given.layout.size), given.layout, given.implementation)
+        return _given_rows(given, num_rows=num_rows)
     if rows is None:
-        empty = empty_rows(params, count, dtype=dtype)
+        empty = empty_rows(params, num_rows, dtype=dtype)
         assert isinstance(empty, FlatRows)
         rows = empty
     return fill_rows(
@@ -350,6 +355,13 @@ def _collect(
         per_example=per_example,
         progress=progress,
     )
+
+
+@functools.partial(jax.jit, static_argnames="num_rows")
+def _given_rows(given: GradientRows, *, num_rows: int) -> FlatRows:
+    matrix = given.columns(0, given.layout.size)
+    matrix = jnp.pad(matrix, ((0, num_rows - given.num_rows), (0, 0)))
+    return FlatRows.of(matrix, given.layout, given.implementation)
 
 
 class _Stream:
@@ -366,14 +378,7 @@ class _Stream:
 def _first(batches: Iterable[PyTree], count: int) -> list[PyTree]:
     _checks.positive_int(count, "num_calibration")
     check_batches(batches, "calibration")
-    taken = [jax.tree.map(jnp.array, batch) for batch in itertools.islice(iter(batches), count)]
+    taken = [on_device(batch) for batch in itertools.islice(iter(batches), count)]
     if not taken:
         raise ValueError("calibration is empty: expected at least one batch.")
     return taken
-
-
-def _under_mask(params: PyTree, mask: PyTree, layout: Layout, name: str) -> PyTree:
-    leaves = layout.check(params, name)
-    pairs = zip(leaves, layout.check_mask(mask), strict=True)
-    kept = [jnp.where(alive, leaf, jnp.zeros_like(leaf)) for leaf, alive in pairs]
-    return jax.tree.unflatten(layout.treedef, kept)

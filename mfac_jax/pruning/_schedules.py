@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from mfac_jax import _checks
 from mfac_jax._layout import PyTree
+from mfac_jax.pruning._masks import pruned_of_leaves
 
 SCHEDULES = ("geometric", "cubic", "linear")
 
@@ -110,7 +110,8 @@ def schedule_of(
         if is_number:
             return [*given[:-1], float(sparsity)]
         return [jax.tree.map(lambda leaf, part=s / given[-1]: leaf * part, sparsity) for s in given]
-    pruned = [int(jnp.sum(~leaf)) for leaf in mask]
+    counts = iter(pruned_of_leaves([leaf for leaf, kept in zip(mask, keep, strict=True) if kept]))
+    pruned = [next(counts) if kept else 0 for kept in keep]
     if is_number:
         weights = jax.tree.leaves(costs) if costs is not None else [1] * len(mask)
         counted = [

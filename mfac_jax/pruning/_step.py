@@ -19,7 +19,7 @@ from mfac_jax.inverse import Blocks
 from mfac_jax.pruning._arrange import Arrangement, Cut
 from mfac_jax.pruning._budgets import target_of
 from mfac_jax.pruning._filters import PathFilter, prunable
-from mfac_jax.pruning._inputs import as_damping, check_finite
+from mfac_jax.pruning._inputs import as_damping, check_finite, check_finite_gradients
 from mfac_jax.pruning._masks import num_pruned, select
 from mfac_jax.pruning._outputs import WithinOutputs, cut
 from mfac_jax.pruning._patterns import (
@@ -32,7 +32,13 @@ from mfac_jax.pruning._patterns import (
 )
 from mfac_jax.pruning._scores import SCORES, Given, check_score
 from mfac_jax.pruning._updates import UPDATES, full_update, quadratic_terms
-from mfac_jax.rows import GradientRows, SelectedRows, check_rows
+from mfac_jax.rows import (
+    GradientRows,
+    SelectedRows,
+    check_rows,
+    transposed,
+    transposed_back,
+)
 
 
 class PruneInfo(NamedTuple):
@@ -198,7 +204,7 @@ def prune_step(
     new_weights, new_masks, info = _take(weights, masks, new_masks, delta, scale, info, good)
     if not isinstance(info.accepted, jax.core.Tracer) and not bool(info.accepted):
         check_finite(weights, names, "params")
-        check_finite(selected.column_square_sums(), names, "the squared gradients of params")
+        check_finite_gradients(selected, names)
 
     def tree(whole: list[Array], part: tuple[Array, ...]) -> PyTree:
         return jax.tree_util.tree_unflatten(layout.treedef, merge(whole, part, keep))
@@ -254,7 +260,6 @@ class Problem:
         return Arrangement(self.rows, self.mask, self.grouping, self.pieces)
 
 
-@functools.partial(jax.jit, static_argnames=("score", "costs", "keep_layers"))
 def choose(
     problem: Problem,
     counts: Int[Array, "*layers"],
@@ -264,7 +269,22 @@ def choose(
     keep_layers: bool,
 ) -> tuple[tuple[Array, ...], Bool[Array, ""]]:
     """The new mask, and whether the scores of all that goes are finite."""
-    order, grouping = problem.arrangement(), problem.grouping
+    grouping = problem.grouping
+    return _select(
+        _scores(problem, score=score),
+        problem.mask,
+        counts,
+        orders=grouping.orders,
+        groups=grouping.sizes if grouping.goes_whole else (1,) * len(grouping.sizes),
+        costs=costs,
+        keep_layers=keep_layers and not isinstance(grouping.pattern, NofM),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="score")
+def _scores(problem: Problem, *, score: str) -> tuple[Array, ...]:
+    """The scores, turned."""
+    order = problem.arrangement()
     given = Given(
         order.arranged(problem.weights),
         order.rows,
@@ -273,20 +293,28 @@ def choose(
         problem.pieces.blocks,
         order.grouping,
     )
-    scores, alive = order.as_turned(SCORES[score](given)), order.turned(problem.mask)
-    kept = select(
-        scores,
-        alive,
-        counts,
-        groups=grouping.sizes if grouping.goes_whole else (1,) * len(grouping.sizes),
-        costs=costs,
-        keep_layers=keep_layers and not isinstance(grouping.pattern, NofM),
-    )
+    return order.as_turned(SCORES[score](given))
+
+
+# By itself, so that it is compiled once for all scores.
+@functools.partial(jax.jit, static_argnames=("orders", "groups", "costs", "keep_layers"))
+def _select(
+    scores: tuple[Array, ...],
+    mask: tuple[Array, ...],
+    counts: Int[Array, "*layers"],
+    *,
+    orders: tuple[tuple[int, ...], ...],
+    groups: tuple[int, ...],
+    costs: tuple[int, ...],
+    keep_layers: bool,
+) -> tuple[tuple[Array, ...], Bool[Array, ""]]:
+    alive = transposed(mask, orders)
+    kept = select(scores, alive, counts, groups=groups, costs=costs, keep_layers=keep_layers)
     bad = [
         jnp.any(old & ~new & ~jnp.isfinite(s))
         for old, new, s in zip(alive, kept, scores, strict=True)
     ]
-    return order.back(kept), ~jnp.any(jnp.stack(bad))
+    return transposed_back(kept, orders), ~jnp.any(jnp.stack(bad))
 
 
 def work_out(
@@ -300,7 +328,7 @@ def work_out(
 @functools.partial(jax.jit, static_argnames="update")
 def _delta(problem: Problem, new_mask: tuple[Array, ...], *, update: str) -> tuple[Array, ...]:
     order = problem.arrangement()
-    delta = full_update(
+    arranged = full_update(
         order.arranged(problem.weights),
         order.rows,
         problem.damping,
@@ -309,7 +337,7 @@ def _delta(problem: Problem, new_mask: tuple[Array, ...], *, update: str) -> tup
         update=update,
         blocks=problem.pieces.blocks,
     )
-    return order.back(order.as_turned(delta))
+    return order.back(order.as_turned(arranged))
 
 
 @jax.jit
@@ -330,6 +358,7 @@ def _describe(problem: Problem, new_mask: tuple[Array, ...], delta: tuple[Array,
     )
 
 
+@jax.jit
 def move(
     params: Sequence[Array],
     mask: Sequence[Array],

@@ -42,6 +42,7 @@ from mfac_jax.inverse import (
     block_runs,
     inverse_diagonal,
     map_blocks,
+    whole_diagonal,
 )
 from mfac_jax.pruning._inputs import as_damping
 from mfac_jax.pruning._outputs import as_static
@@ -169,8 +170,9 @@ def quadratic_terms(
         dots = rows.dots(update)
         return jnp.sum(dots * dots) / rows.num_rows, square
 
-    def curvature(batch: Float[Array, "b n B"], here: Float[Array, "b B"]) -> Float[Array, "b n"]:
-        return jnp.einsum("bnj,bj->bn", batch, here, precision="highest") ** 2
+    def curvature(batch: Float[Array, "b n B"], here: Float[Array, "b B"]) -> Float[Array, "b 1"]:
+        dots = jnp.einsum("bnj,bj->bn", batch, here, precision="highest")
+        return jnp.sum(dots * dots, axis=1, keepdims=True)
 
     return jnp.sum(map_blocks(rows, runs, curvature, flat)) / rows.num_rows, square
 
@@ -252,10 +254,18 @@ def _reference_move(
     blocks: Blocks,
 ) -> PyTree:
     del kept
-    diagonal = inverse_diagonal(rows, damping, blocks=blocks, mask=alive)
+
     # -F^-1 v on S, where v is 0, is the compensation over all alive weights for v / lambda.
-    scaled = jax.tree.map(lambda w, d: w / (d * damping), gone, diagonal)
-    return _compensate(scaled, rows, damping, alive, blocks)
+    def scaled(diagonal: PyTree) -> PyTree:
+        return jax.tree.map(lambda w, d: w / (d * damping), gone, diagonal)
+
+    if not _is_scanned(rows, block_runs(rows.layout, blocks)):
+        diagonal = inverse_diagonal(rows, damping, blocks=blocks, mask=alive)
+        return _compensate(scaled(diagonal), rows, damping, alive, blocks)
+    gram = rows.gram(alive)
+    factor = algebra.factor(gram, rows.num_rows * damping)
+    dots = rows.dots(scaled(whole_diagonal(rows, damping, factor, alive)))
+    return rows.combine(_solve(factor, gram, dots))
 
 
 UPDATES = {"joint": _joint_move, "reference": _reference_move, "none": _no_move}
@@ -268,7 +278,8 @@ def _compensate(
     layout, n = rows.layout, rows.num_rows
     runs = block_runs(layout, blocks)
     if _is_scanned(rows, runs):
-        return rows.combine(_solve_gram(rows.gram(over), n * damping, rows.dots(x)))
+        gram = rows.gram(over)
+        return rows.combine(_solve(algebra.factor(gram, n * damping), gram, rows.dots(x)))
     flat_x = layout.flatten(x, rows.dtype, "x")
     flat_over = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(over)])
 
@@ -279,7 +290,8 @@ def _compensate(
         kept = jnp.where(here[:, None], gradients, jnp.zeros_like(gradients))
         if kept.shape[2] > n:
             gram = jnp.einsum("bnj,bmj->bnm", kept, kept, precision="highest")
-            dots = jax.vmap(_solve_gram, (0, None, 0))(gram, n * damping, dots)
+            factor = jax.vmap(algebra.factor, (0, None))(gram, n * damping)
+            dots = jax.vmap(_solve)(factor, gram, dots)
             return jnp.einsum("bn,bnj->bj", dots, kept, precision="highest")
         rhs = jnp.einsum("bn,bnj->bj", dots, kept, precision="highest") / n
         return block_ihvp(kept, rhs, damping, rows.implementation)
@@ -287,12 +299,12 @@ def _compensate(
     return layout.unflatten(map_blocks(rows, runs, block, flat_over, flat_x))
 
 
-def _solve_gram(
-    gram: Float[Array, "n n"], shift: Float[Array, ""], dots: Float[Array, " n"]
+def _solve(
+    factor: algebra.Factor, gram: Float[Array, "n n"], dots: Float[Array, " n"]
 ) -> Float[Array, " n"]:
-    """``(shift I + K)^-1 u``, to be met by ``G^T`` of the gradients of ``K``."""
+    """``A^-1 u``, to be met by ``G^T`` of the gradients of ``K``."""
     shared = algebra.share_between_equal_rows(gram, dots)
-    solved = algebra.solve(algebra.factor(gram, shift), shared)
+    solved = algebra.solve(factor, shared)
     return algebra.share_between_equal_rows(gram, solved)
 
 
