@@ -36,7 +36,11 @@ def test_replace_gives_the_inverse_of_the_new_matrix(kind, slot):
     inverse = carried.replace(made(gram_of(g[:M]), 1.0), gram_of(new), jnp.int32(slot))
     condition = np.linalg.cond(exact(gram_of(new), 1.0))
     oracles.assert_close(inverse.matrix, exact(gram_of(new), 1.0), length=M, condition=condition)
-    np.testing.assert_array_equal(inverse.matrix, inverse.matrix.T)
+    # Every entry and its mirror image take the same few operations, fused or not as the compiler
+    # likes: they differ by roundings of the terms that they are made of.
+    size = np.sqrt(np.diag(exact(gram_of(g[:M]), 1.0)) + np.diag(inverse.matrix))
+    asymmetry = np.abs(inverse.matrix - inverse.matrix.T) / size[:, None] / size[None, :]
+    assert np.max(asymmetry) <= oracles.tolerance(np.float32, 1)
 
 
 def test_replace_fills_an_empty_slot():
