@@ -184,7 +184,7 @@ DAMPINGS = {
 
 @functools.cache
 def ten_thousand_steps(damping):
-    """How often the inverse is made anew in them, and one more update; for all kinds one program."""
+    """How often the inverse is made anew, and one more update; one program for all kinds."""
     tx = mfac_precondition(M, **DAMPINGS[damping])
 
     def step(i, carry, g):
