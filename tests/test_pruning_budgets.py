@@ -103,7 +103,7 @@ def test_the_best_weight_of_every_layer_stays_unless_asked_otherwise():
 def test_a_new_sparsity_budget_count_or_schedule_compiles_nothing_anew():
     params, g = problem([(8, 8), (3, 5)])
     step(params, g, 0.3, budget="uniform")
-    compiled = _step._scores, _step._select, _step._delta, _step._describe, _step._take
+    compiled = _step._scores, _step._select, _step.work_out, _step._take
     before = [function._cache_size() for function in compiled]
     for sparsity in pruning.sparsity_schedule(0.8, 4, kind="cubic"):
         step(params, g, sparsity, budget="erk")

@@ -94,7 +94,7 @@ def test_two_steps_agree_with_dense_algebra(problem, blocks, storage):
 def test_a_schedule_compiles_once(problem):
     params, gradients = problem
     mask, g = pruning.initial_mask(params), rows.as_rows(gradients, params)
-    compiled = _step._scores, _step._select, _step._delta, _step._describe, _step._take
+    compiled = _step._scores, _step._select, _step.work_out, _step._take
     before = [function._cache_size() for function in compiled]
     for i, sparsity in enumerate((0.1, np.float64(0.3), 0.5, jnp.asarray(0.7), 1)):
         damping = 0.1 / (i + 1) if i % 2 else jnp.asarray(0.1)

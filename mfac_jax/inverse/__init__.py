@@ -6,7 +6,7 @@ of ``F^-1``; :func:`inverse_diagonal` goes for the diagonal alone, in a tile of 
 """
 
 from mfac_jax.inverse._blocks import BlockInverse, block_ihvp, invert_blocks
-from mfac_jax.inverse._create import fisher_inverse, inverse_diagonal, whole_diagonal
+from mfac_jax.inverse._create import fisher_inverse, inverse_diagonal
 from mfac_jax.inverse._map import map_blocks
 from mfac_jax.inverse._partition import BlockRun, Blocks, block_runs
 from mfac_jax.inverse._whole import WholeInverse
@@ -22,5 +22,4 @@ __all__ = [
     "inverse_diagonal",
     "invert_blocks",
     "map_blocks",
-    "whole_diagonal",
 ]

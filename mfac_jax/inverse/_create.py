@@ -93,17 +93,11 @@ def inverse_diagonal(
     whole = len(runs) == 1 and runs[0].count == 1
     if not (whole and rows.layout.size > rows.num_rows):
         return _block_diagonal(rows, lam, runs, mask)
-    return whole_diagonal(rows, lam, algebra.factor(rows.gram(mask), rows.num_rows * lam), mask)
-
-
-def whole_diagonal(
-    rows: GradientRows, damping: Float[Array, ""], factor: algebra.Factor, mask: PyTree | None
-) -> PyTree:
-    """:func:`inverse_diagonal` of one block, by the factor of ``n lambda I + K`` under the mask."""
     n = rows.num_rows
+    factor = algebra.factor(rows.gram(mask), n * lam)
 
     def entry(whitened: jax.Array, square: jax.Array) -> jax.Array:
-        return jnp.maximum((1 - whitened) / damping, 1 / (damping + square / n))
+        return jnp.maximum((1 - whitened) / lam, 1 / (lam + square / n))
 
     diagonal = jax.tree.map(
         entry,
@@ -116,7 +110,7 @@ def whole_diagonal(
     kept_leaves = rows.layout.check_mask(mask)
     return jax.tree.unflatten(
         treedef,
-        [jnp.where(k, x, 1 / damping) for k, x in zip(kept_leaves, leaves, strict=True)],
+        [jnp.where(k, x, 1 / lam) for k, x in zip(kept_leaves, leaves, strict=True)],
     )
 
 

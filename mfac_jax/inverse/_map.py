@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +33,15 @@ _MOST_PADDING = 0.1
 _FREE_WORK = 2**26
 
 
+Result = TypeVar("Result", Array, tuple[Array, Array])
+
+
 def map_blocks(
     rows: GradientRows,
     runs: tuple[BlockRun, ...],
-    function: Callable[..., Float[Array, "b k"]],
+    function: Callable[..., Result],
     *vectors: Shaped[Array, " d"],
-) -> Float[Array, " k"]:
+) -> Result:
     """Applies ``function`` to all blocks, some at a time, and puts the results in a row.
 
     Args:
@@ -44,18 +49,24 @@ def map_blocks(
         runs: the blocks.
         function: takes the gradients of b blocks of one size, (b, n, B), and those parts
             of each of ``vectors``, (b, B). It returns a number for each coordinate, (b, B), or
-            for each block, (b, 1). Blocks may be padded: by coordinates whose gradients and
-            parts of the vectors are 0 (or false), and by blocks of nothing else.
+            for each block, (b, 1), or a pair of such results. Blocks may be padded: by
+            coordinates whose gradients and parts of the vectors are 0 (or false), and by blocks
+            of nothing else.
         vectors: flat vectors (d,) that are cut as the gradients are.
 
     Returns:
         The results, flattened, in the order of the blocks.
     """
+    if not runs:
+        empty = [jax.ShapeDtypeStruct((1, 1), v.dtype) for v in vectors]
+        batch = jax.ShapeDtypeStruct((1, rows.num_rows, 1), rows.dtype)
+        like = jax.eval_shape(function, batch, *empty)
+        return jax.tree.map(lambda x: jnp.zeros(0, x.dtype), like)
     if isinstance(rows, PermutedRows):
         results = _map_scattered(rows, runs, function, vectors)
     else:
         results = _map_neighbours(rows, runs, function, vectors)
-    return jnp.concatenate(results) if results else jnp.zeros(0, rows.dtype)
+    return jax.tree.map(lambda *parts: jnp.concatenate([p.reshape(-1) for p in parts]), *results)
 
 
 def _piece_size(num_rows: int, run: BlockRun) -> int:
@@ -71,14 +82,14 @@ def _piece_size(num_rows: int, run: BlockRun) -> int:
 def _map_neighbours(
     rows: GradientRows,
     runs: tuple[BlockRun, ...],
-    function: Callable[..., Float[Array, "b k"]],
+    function: Callable[..., Result],
     vectors: tuple[Shaped[Array, " d"], ...],
-) -> list[Array]:
+) -> list[Result]:
     """Blocks whose columns are neighbours in memory, run by run."""
     n = rows.num_rows
-    results: list[Array] = []
+    results: list[Result] = []
 
-    def piece(start: int | Int[Array, ""], count: int, size: int) -> Float[Array, "b k"]:
+    def piece(start: int | Int[Array, ""], count: int, size: int) -> Result:
         width = count * size
         batch = jnp.moveaxis(rows.columns(start, width).reshape(n, count, size), 1, 0)
         parts = [lax.dynamic_slice_in_dim(v, start, width).reshape(count, size) for v in vectors]
@@ -90,61 +101,64 @@ def _map_neighbours(
         if pieces <= _MOST_PIECES:
             for first in range(0, run.count, count):
                 here = min(count, run.count - first)
-                out = piece(run.start + first * run.size, here, run.size)
-                results.append(out.reshape(-1))
+                results.append(piece(run.start + first * run.size, here, run.size))
             continue
         # A loop, so that only one piece is in memory at a time.
         starts = run.start + count * run.size * jnp.arange(pieces)
-        looped = lax.map(lambda start, c=count, b=run.size: piece(start, c, b), starts)
-        results.append(looped.reshape(-1))
+        results.append(lax.map(functools.partial(piece, count=count, size=run.size), starts))
         if rest:
-            start = run.start + pieces * count * run.size
-            results.append(piece(start, rest, run.size).reshape(-1))
+            results.append(piece(run.start + pieces * count * run.size, rest, run.size))
     return results
 
 
 def _map_scattered(
     rows: PermutedRows,
     runs: tuple[BlockRun, ...],
-    function: Callable[..., Float[Array, "b k"]],
+    function: Callable[..., Result],
     vectors: tuple[Shaped[Array, " d"], ...],
-) -> list[Array]:
+) -> list[Result]:
     """Blocks whose columns are taken one by one: padded to few sizes, each a single loop."""
     n, d = rows.num_rows, rows.layout.size
-    results: list[Array] = [jnp.zeros(0, rows.dtype)] * len(runs)
-    before: list[Array] = []
+    results: dict[int, Result] = {}
+
+    def piece(place: Int[Array, "2 b"], size: int, before: Any) -> Result:
+        within = jnp.arange(size, dtype=jnp.int32)[None]
+        there = within < place[1][:, None]
+        index = jnp.minimum(place[0][:, None] + within, d - 1)
+        batch = rows.take(index.reshape(-1)).reshape(n, *index.shape)
+        batch = jnp.moveaxis(jnp.where(there, batch, jnp.zeros_like(batch)), 1, 0)
+        parts = [jnp.where(there, v[index], jnp.zeros((), v.dtype)) for v in vectors]
+        return function(after(batch, before), *parts)
+
+    found: Any = None
     for members in _of_like_size(runs):
         size = runs[members[0]].size
-        blocks = BlockRun(0, sum(runs[i].count for i in members), size)
-        count = _piece_size(n, blocks)
-        pieces = -(-blocks.count // count)
-        count = -(-blocks.count // pieces)
-        starts = [run.start + run.size * np.arange(run.count) for run in (runs[i] for i in members)]
-        sizes = [np.full(runs[i].count, runs[i].size) for i in members]
-        table = np.stack([np.concatenate(starts), np.concatenate(sizes)]).astype(np.int32)
-        table = np.pad(table, ((0, 0), (0, pieces * count - blocks.count)))
-
-        def piece(
-            place: Int[Array, "2 b"], size: int = size, before: Sequence[Array] = tuple(before)
-        ) -> Float[Array, "b k"]:
-            within = jnp.arange(size, dtype=jnp.int32)[None]
-            there = within < place[1][:, None]
-            index = jnp.minimum(place[0][:, None] + within, d - 1)
-            batch = rows.take(index.reshape(-1)).reshape(n, *index.shape)
-            batch = jnp.moveaxis(jnp.where(there, batch, jnp.zeros_like(batch)), 1, 0)
-            parts = [jnp.where(there, v[index], jnp.zeros((), v.dtype)) for v in vectors]
-            return function(after(batch, before), *parts)
-
-        places = jnp.moveaxis(jnp.asarray(table).reshape(2, pieces, count), 1, 0)
-        out = lax.map(piece, places) if pieces > 1 else piece(places[0])
-        out = out.reshape(pieces * count, -1)
-        before = [out]
+        here = [runs[i] for i in members]
+        total = sum(run.count for run in here)
+        pieces = -(-total // _piece_size(n, BlockRun(0, total, size)))
+        # First coordinate and size of every block; the last ones of the last piece hold nothing.
+        starts = np.concatenate([run.start + run.size * np.arange(run.count) for run in here])
+        sizes = np.concatenate([np.full(run.count, run.size) for run in here])
+        table = np.stack([starts, sizes]).astype(np.int32)
+        table = np.pad(table, ((0, 0), (0, -total % pieces)))
+        places = jnp.moveaxis(jnp.asarray(table).reshape(2, pieces, -1), 1, 0)
+        of_piece = functools.partial(piece, size=size, before=found)
+        found = lax.map(of_piece, places) if pieces > 1 else of_piece(places[0])
         first = 0
         for i in members:
-            here = out[first : first + runs[i].count, : runs[i].size]
-            results[i] = here.reshape(-1)
+            results[i] = _cut(found, first, runs[i])
             first += runs[i].count
-    return results
+    return [results[i] for i in range(len(runs))]
+
+
+def _cut(results: Result, first: int, run: BlockRun) -> Result:
+    """Those of a run, which begins at block ``first``, without the padding."""
+
+    def cut(x: Array) -> Array:
+        blocks = x.reshape(-1, x.shape[-1])
+        return blocks[first : first + run.count, : run.size]
+
+    return jax.tree.map(cut, results)
 
 
 def _of_like_size(runs: tuple[BlockRun, ...]) -> list[list[int]]:

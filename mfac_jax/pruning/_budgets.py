@@ -15,7 +15,6 @@ from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.pruning._masks import MOST_WEIGHTS, pruned_count, pruned_of_leaves
 from mfac_jax.pruning._patterns import Grouping, NofM
-from mfac_jax.rows import transposed
 
 BUDGETS = ("global", "uniform", "erk")
 
@@ -230,11 +229,9 @@ class _Wanted(NamedTuple):
 
     def check_possible(self, mask: Sequence[Array]) -> None:
         """It must not revive what is pruned, nor lie above what the pattern lets go."""
-        # A known mask is counted at once, also while a caller is being traced.
-        with jax.ensure_compile_time_eval():
-            already = np.asarray(pruned_of_leaves(mask))
-            if self.grouping.goes_whole:
-                self._check_whole_groups(mask)
+        already = np.asarray(pruned_of_leaves(mask))
+        if self.grouping.goes_whole:
+            self._check_whole_groups(mask)
         counts, sizes = self.counts, np.asarray(self.layout.sizes)
         most = np.round(sizes * self.grouping.most).astype(int)
         where, columns = (
@@ -261,9 +258,12 @@ class _Wanted(NamedTuple):
                 )
 
     def _check_whole_groups(self, mask: Sequence[Array]) -> None:
-        turned = transposed(mask, self.grouping.orders)
+        turned = [
+            np.transpose(leaf, order)
+            for leaf, order in zip(mask, self.grouping.orders, strict=True)
+        ]
         for leaf, name, size in zip(turned, self.names, self.grouping.sizes, strict=True):
-            groups = np.asarray(leaf).reshape(-1, max(size, 1))
+            groups = leaf.reshape(-1, max(size, 1))
             torn = int(np.sum(groups.any(axis=1) & ~groups.all(axis=1)))
             if torn:
                 raise ValueError(

@@ -209,16 +209,21 @@ def best_step(
         FloatingPointError: all losses are NaN or Inf.
     """
     masks: dict[tuple[Any, ...], tuple[tuple[Array, ...], Array]] = {}
+    problems: dict[tuple[Any, ...], Problem] = {}
     tried: list[Trial] = []
     best: _Found | None = None
     chosen = -1
-    gram = _gram(rows, alive)
-    mean = float(_mean_diagonal(gram, alive))
+    gram, mean_diagonal = _gram(rows, alive)
+    mean = float(mean_diagonal)
     for setting in settings:
         pieces = cut(setting.blocks, rows.layout, grouping)
-        damping = np.asarray(setting.damping * (mean if setting.relative else 1), rows.dtype)
-        problem = Problem(weights, alive, rows, jax.device_put(damping), pieces, grouping)
-        key = (setting.score, pieces, setting.damping, setting.relative)
+        like = (pieces, setting.damping, setting.relative)
+        if like not in problems:
+            damping = np.asarray(setting.damping * (mean if setting.relative else 1), rows.dtype)
+            lam = jax.device_put(damping)
+            problems[like] = Problem(weights, alive, rows, lam, pieces, grouping)
+        problem = problems[like] = problems[like].ready_for(setting.score, setting.update)
+        key = (setting.score, *like)
         if key not in masks:
             masks[key] = choose(
                 problem,
@@ -242,7 +247,7 @@ def best_step(
         )
     weights = best.weights
     setting, scale = tried[chosen][:2]
-    of_alive = _gram(rows, best.mask) if descents else gram
+    of_alive = _gram(rows, best.mask)[0] if descents else gram
     directions: dict[float, PyTree] = {}
     for way in descents:
         lam = way.relative_damping
@@ -276,16 +281,14 @@ class _Found(NamedTuple):
 
 
 @jax.jit
-def _gram(rows: GradientRows, alive: tuple[Array, ...]) -> Float[Array, "n n"]:
-    return rows.gram(alive)
-
-
-@jax.jit
-def _mean_diagonal(gram: Float[Array, "n n"], alive: tuple[Array, ...]) -> Float[Array, ""]:
-    """The mean of the diagonal of ``G^T G / n`` over the alive weights; 1 if it is 0."""
+def _gram(
+    rows: GradientRows, alive: tuple[Array, ...]
+) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+    """Over the alive weights: ``G G^T``, and the mean diagonal of ``G^T G / n`` or 1 if it is 0."""
+    gram = rows.gram(alive)
     count = sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in alive)
     mean = jnp.trace(gram) / (gram.shape[0] * jnp.maximum(jnp.asarray(count), 1)).astype(gram.dtype)
-    return jnp.where(mean > 0, mean, jnp.ones_like(mean))
+    return gram, jnp.where(mean > 0, mean, jnp.ones_like(mean))
 
 
 @jax.jit

@@ -130,7 +130,9 @@ def num_pruned(mask: PyTree) -> Int[Array, ""]:
 
 def pruned_of_leaves(mask: Sequence[Array]) -> list[int]:
     """How many entries of each leaf of a known mask are false."""
-    return [int(count) for count in jax.device_get(_pruned_of_leaves(tuple(mask)))]
+    # A known mask is counted at once, also while a caller is being traced.
+    with jax.ensure_compile_time_eval():
+        return [int(count) for count in jax.device_get(_pruned_of_leaves(tuple(mask)))]
 
 
 @jax.jit
@@ -148,9 +150,7 @@ def check_not_revived(mask: PyTree, layout: Layout, target: ArrayLike, name: str
         return
     total, number = layout.size, np.asarray(target)
     count = int(number) if name == "count" else round(float(number) * total)
-    # A known mask is counted at once, also while a caller is being traced.
-    with jax.ensure_compile_time_eval():
-        already = sum(pruned_of_leaves(layout.check_mask(mask)))
+    already = sum(pruned_of_leaves(layout.check_mask(mask)))
     if count < already:
         raise ValueError(
             f"{name} must not lie below what is pruned already, since pruned weights stay "

@@ -115,7 +115,11 @@ def _saliency(
     *,
     blocks: Blocks,
 ) -> PyTree:
-    diagonal = inverse_diagonal(rows, damping, blocks=blocks, mask=mask)
+    return saliency_by(inverse_diagonal(rows, damping, blocks=blocks, mask=mask), params, mask)
+
+
+def saliency_by(diagonal: PyTree, params: PyTree, mask: PyTree | None) -> PyTree:
+    """The saliency by the diagonal of the inverse."""
     scores = jax.tree.map(
         lambda w, d: jnp.asarray(w).astype(d.dtype) ** 2 / (2 * d), params, diagonal
     )

@@ -27,7 +27,7 @@ from mfac_jax.pruning._groups import (
     lowest_in_groups,
 )
 from mfac_jax.pruning._patterns import Grouping, NofM, Slices, Unstructured
-from mfac_jax.pruning._saliency import magnitude, obd_saliency, saliency
+from mfac_jax.pruning._saliency import magnitude, obd_saliency, saliency_by
 from mfac_jax.rows import GradientRows
 
 # Blocks whose inverse is worked on as a matrix of B x B; larger ones are not.
@@ -44,6 +44,7 @@ class Given(NamedTuple):
         alive: which weights are there, a tree of booleans.
         blocks: which blocks the Fisher has.
         grouping: which weights can only go together.
+        diagonal: of the inverse over the alive weights, for single weights' M-FAC scores.
     """
 
     weights: PyTree
@@ -52,6 +53,7 @@ class Given(NamedTuple):
     alive: PyTree
     blocks: Blocks
     grouping: Grouping
+    diagonal: PyTree | None = None
 
 
 _GroupScore = Callable[..., Float[Array, "b B"]]
@@ -73,9 +75,7 @@ def _obd_score(given: Given) -> PyTree:
 
 def _mfac_score(given: Given) -> PyTree:
     if isinstance(given.grouping.pattern, Unstructured):
-        return saliency(
-            given.weights, given.rows, given.damping, mask=given.alive, blocks=given.blocks
-        )
+        return saliency_by(given.diagonal, given.weights, given.alive)
     return _of_groups(given)
 
 

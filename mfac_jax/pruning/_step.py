@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax import _checks
 from mfac_jax._layout import PyTree
-from mfac_jax.inverse import Blocks
+from mfac_jax.inverse import Blocks, inverse_diagonal
 from mfac_jax.pruning._arrange import Arrangement, Cut
 from mfac_jax.pruning._budgets import target_of
 from mfac_jax.pruning._filters import PathFilter, prunable
@@ -31,7 +32,7 @@ from mfac_jax.pruning._patterns import (
     group,
 )
 from mfac_jax.pruning._scores import SCORES, Given, check_score
-from mfac_jax.pruning._updates import UPDATES, full_update, quadratic_terms
+from mfac_jax.pruning._updates import NEED_DIAGONAL, UPDATES, full_update
 from mfac_jax.rows import (
     GradientRows,
     SelectedRows,
@@ -190,7 +191,7 @@ def prune_step(
         allow_empty_layers=allow_empty_layers,
         mask=masks,
     )
-    problem = Problem(weights, masks, selected, lam, pieces, grouping)
+    problem = Problem(weights, masks, selected, lam, pieces, grouping).ready_for(score, update)
     # Compiled one by one: as one program, XLA would keep what they all read of the rows.
     new_masks, good = choose(
         problem,
@@ -246,6 +247,7 @@ class Problem:
         damping: ``lambda``.
         pieces: how the Fisher is cut (static).
         grouping: which weights can only go together (static).
+        diagonal: of the inverse over the alive weights, arranged; None where nobody needs it.
     """
 
     weights: tuple[Array, ...]
@@ -254,10 +256,29 @@ class Problem:
     damping: Float[Array, ""]
     pieces: Cut = field(metadata={"static": True})
     grouping: Grouping = field(metadata={"static": True})
+    diagonal: PyTree | None = None
+
+    def ready_for(self, score: str, update: str) -> Problem:
+        """The problem, with what score and update both ask for."""
+        is_scored = score == "mfac" and isinstance(self.grouping.pattern, Unstructured)
+        if self.diagonal is not None or not (is_scored or update in NEED_DIAGONAL):
+            return self
+        return dataclasses.replace(self, diagonal=_diagonal(self))
 
     def arrangement(self) -> Arrangement:
         """The order in which it is worked on."""
         return Arrangement(self.rows, self.mask, self.grouping, self.pieces)
+
+
+@jax.jit
+def _diagonal(problem: Problem) -> PyTree:
+    order = problem.arrangement()
+    return inverse_diagonal(
+        order.rows,
+        problem.damping,
+        blocks=problem.pieces.blocks,
+        mask=order.arranged(problem.mask),
+    )
 
 
 def choose(
@@ -292,6 +313,7 @@ def _scores(problem: Problem, *, score: str) -> tuple[Array, ...]:
         order.arranged(problem.mask),
         problem.pieces.blocks,
         order.grouping,
+        problem.diagonal,
     )
     return order.as_turned(SCORES[score](given))
 
@@ -317,37 +339,26 @@ def _select(
     return transposed_back(kept, orders), ~jnp.any(jnp.stack(bad))
 
 
+@functools.partial(jax.jit, static_argnames="update")
 def work_out(
     problem: Problem, new_mask: tuple[Array, ...], *, update: str
 ) -> tuple[tuple[Array, ...], PruneInfo]:
     """``delta`` for a new mask, and what it means."""
-    delta = _delta(problem, new_mask, update=update)
-    return delta, _describe(problem, new_mask, delta)
-
-
-@functools.partial(jax.jit, static_argnames="update")
-def _delta(problem: Problem, new_mask: tuple[Array, ...], *, update: str) -> tuple[Array, ...]:
     order = problem.arrangement()
-    arranged = full_update(
+    arranged, curvature = full_update(
         order.arranged(problem.weights),
         order.rows,
         problem.damping,
         order.arranged(problem.mask),
         order.arranged(new_mask),
+        problem.diagonal,
         update=update,
         blocks=problem.pieces.blocks,
     )
-    return order.back(order.as_turned(arranged))
-
-
-@jax.jit
-def _describe(problem: Problem, new_mask: tuple[Array, ...], delta: tuple[Array, ...]) -> PruneInfo:
-    order = problem.arrangement()
-    curvature, square = quadratic_terms(
-        order.arranged(delta), order.rows, blocks=problem.pieces.blocks
-    )
+    delta = order.back(order.as_turned(arranged))
+    square = functools.reduce(jnp.add, [jnp.sum(leaf * leaf) for leaf in delta])
     pruned = num_pruned(new_mask)
-    return PruneInfo(
+    info = PruneInfo(
         accepted=jnp.all(jnp.stack([jnp.all(jnp.isfinite(change)) for change in delta])),
         num_pruned=pruned,
         num_alive=problem.rows.layout.size - pruned,
@@ -356,6 +367,7 @@ def _describe(problem: Problem, new_mask: tuple[Array, ...], delta: tuple[Array,
         update_norm=_norm(delta, new_mask),
         removed_norm=_norm(delta, [~leaf for leaf in new_mask]),
     )
+    return delta, info
 
 
 @jax.jit

@@ -20,18 +20,19 @@ in ``A`` and ``x = v / lambda``. By the push-through identity
 a block of B <= n weights is solved as B x B, a larger one (and the whole network, by
 scans) as n x n. Neither side subtracts anything.
 
-An update is a function ``(w_Q, rows, damping, alive, kept, blocks) -> delta`` in
-``UPDATES``, of which the part on S counts.
+So an update in ``UPDATES`` says, elementwise, for which ``x`` and over which weights; or it is
+None, and nothing moves.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from mfac_jax import algebra
 from mfac_jax._layout import Layout, PyTree
@@ -42,11 +43,10 @@ from mfac_jax.inverse import (
     block_runs,
     inverse_diagonal,
     map_blocks,
-    whole_diagonal,
 )
 from mfac_jax.pruning._inputs import as_damping
 from mfac_jax.pruning._outputs import as_static
-from mfac_jax.rows import GradientRows, check_rows
+from mfac_jax.rows import GradientRows, Implementation, check_rows
 
 
 def joint_update(
@@ -192,7 +192,37 @@ def _checked(
     rows.layout.check_mask(new_mask, "new_mask")
     lam = as_damping(damping, rows)
     blocks = as_static(blocks, rows.layout)
-    return full_update(params, rows, lam, mask, new_mask, update=name, blocks=blocks)
+    diagonal = None
+    if name in NEED_DIAGONAL:
+        diagonal = inverse_diagonal(rows, lam, blocks=blocks, mask=mask)
+    return full_update(params, rows, lam, mask, new_mask, diagonal, update=name, blocks=blocks)[0]
+
+
+_Terms = Callable[..., tuple[Array, Array]]
+
+
+def _joint_terms(
+    gone: Array, alive: Array, kept: Array, diagonal: Array | None, damping: Float[Array, ""]
+) -> tuple[Array, Array]:
+    del alive, diagonal, damping
+    return gone, kept
+
+
+def _reference_terms(
+    gone: Array, alive: Array, kept: Array, diagonal: Array | None, damping: Float[Array, ""]
+) -> tuple[Array, Array]:
+    del kept
+    assert diagonal is not None
+    # -F^-1 v on S, where v is 0, is the compensation over all alive weights for v / lambda.
+    return gone / (diagonal * damping), alive
+
+
+UPDATES: dict[str, _Terms | None] = {
+    "joint": _joint_terms,
+    "reference": _reference_terms,
+    "none": None,
+}
+NEED_DIAGONAL = ("reference",)
 
 
 @functools.partial(jax.jit, static_argnames=("update", "blocks"))
@@ -202,101 +232,88 @@ def full_update(
     damping: Float[Array, ""],
     mask: PyTree,
     new_mask: PyTree,
+    diagonal: PyTree | None,
     *,
     update: str,
     blocks: Blocks,
-) -> PyTree:
-    """``delta`` on S, Q and elsewhere, by the update of that name."""
-    layout = rows.layout
+) -> tuple[PyTree, Float[Array, ""]]:
+    """``delta`` by the update of that name, and ``delta^T (G^T G / n) delta``.
 
-    def tree(leaves: list[Array]) -> PyTree:
+    Args:
+        params: ``w``.
+        rows: ``G``.
+        damping: ``lambda``.
+        mask: which weights are alive.
+        new_mask: which of them stay.
+        diagonal: of the inverse over the alive weights, for updates in ``NEED_DIAGONAL``.
+        update: the name.
+        blocks: of the Fisher.
+    """
+    layout, n, terms = rows.layout, rows.num_rows, UPDATES[update]
+    wide = [jnp.asarray(leaf).astype(rows.dtype) for leaf in jax.tree.leaves(params)]
+    alive = layout.check_mask(mask)
+    kept = [a & k for a, k in zip(alive, layout.check_mask(new_mask), strict=True)]
+    gone = [
+        jnp.where(a & ~k, w, jnp.zeros_like(w)) for a, k, w in zip(alive, kept, wide, strict=True)
+    ]
+    known = [gone, alive, kept]
+    if diagonal is not None:
+        known.append(jax.tree.leaves(diagonal))
+    runs = block_runs(layout, blocks)
+
+    def tree(leaves: Sequence[Array]) -> PyTree:
         return jax.tree_util.tree_unflatten(layout.treedef, leaves)
 
-    alive, wanted = tree(layout.check_mask(mask)), tree(layout.check_mask(new_mask))
-    kept = jax.tree.map(jnp.logical_and, alive, wanted)
-    wide = jax.tree.map(lambda w: jnp.asarray(w).astype(rows.dtype), params)
-    removed = removal(wide, alive, kept)
-    gone = jax.tree.map(jnp.negative, removed)
-    moved = UPDATES[update](gone, rows, damping, alive, kept, blocks)
-    return jax.tree.map(lambda keep, m, r: jnp.where(keep, m, r), kept, moved, removed)
+    def terms_of(parts: Sequence[Array]) -> tuple[Array, Array]:
+        assert terms is not None
+        return terms(*parts[:3], parts[3] if len(parts) > 3 else None, damping)
 
+    if _is_scanned(rows, runs):
+        moved = [jnp.zeros_like(leaf) for leaf in gone]
+        if terms is not None:
+            x, over = zip(*(terms_of(parts) for parts in zip(*known, strict=True)), strict=True)
+            gram = rows.gram(tree(over))
+            solved = _solve(algebra.factor(gram, n * damping), gram, rows.dots(tree(x)))
+            moved = jax.tree.leaves(rows.combine(solved))
+        delta = [jnp.where(k, m, -g) for k, m, g in zip(kept, moved, gone, strict=True)]
+        dots = rows.dots(tree(delta))
+        return tree(delta), jnp.sum(dots * dots) / n
 
-def _no_move(
-    gone: PyTree,
-    rows: GradientRows,
-    damping: Float[Array, ""],
-    alive: PyTree,
-    kept: PyTree,
-    blocks: Blocks,
-) -> PyTree:
-    del rows, damping, alive, kept, blocks
-    return jax.tree.map(jnp.zeros_like, gone)
+    def block(
+        batch: Float[Array, "b n B"], *parts: Shaped[Array, "b B"]
+    ) -> tuple[Float[Array, "b B"], Float[Array, "b 1"]]:
+        gone, _, kept = parts[:3]
+        moved = jnp.zeros_like(gone)
+        if terms is not None:
+            x, over = terms_of(parts)
+            moved = _compensate(batch, x, over, damping, rows.implementation)
+        delta = jnp.where(kept, moved, -gone)
+        dots = jnp.einsum("bnj,bj->bn", batch, delta, precision="highest")
+        return delta, jnp.sum(dots * dots, axis=1, keepdims=True)
 
-
-def _joint_move(
-    gone: PyTree,
-    rows: GradientRows,
-    damping: Float[Array, ""],
-    alive: PyTree,
-    kept: PyTree,
-    blocks: Blocks,
-) -> PyTree:
-    del alive
-    return _compensate(gone, rows, damping, kept, blocks)
-
-
-def _reference_move(
-    gone: PyTree,
-    rows: GradientRows,
-    damping: Float[Array, ""],
-    alive: PyTree,
-    kept: PyTree,
-    blocks: Blocks,
-) -> PyTree:
-    del kept
-
-    # -F^-1 v on S, where v is 0, is the compensation over all alive weights for v / lambda.
-    def scaled(diagonal: PyTree) -> PyTree:
-        return jax.tree.map(lambda w, d: w / (d * damping), gone, diagonal)
-
-    if not _is_scanned(rows, block_runs(rows.layout, blocks)):
-        diagonal = inverse_diagonal(rows, damping, blocks=blocks, mask=alive)
-        return _compensate(scaled(diagonal), rows, damping, alive, blocks)
-    gram = rows.gram(alive)
-    factor = algebra.factor(gram, rows.num_rows * damping)
-    dots = rows.dots(scaled(whole_diagonal(rows, damping, factor, alive)))
-    return rows.combine(_solve(factor, gram, dots))
-
-
-UPDATES = {"joint": _joint_move, "reference": _reference_move, "none": _no_move}
+    flat = [jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]) for leaves in known]
+    moves, squares = map_blocks(rows, runs, block, *flat)
+    return layout.unflatten(moves), jnp.sum(squares) / n
 
 
 def _compensate(
-    x: PyTree, rows: GradientRows, damping: Float[Array, ""], over: PyTree, blocks: Blocks
-) -> PyTree:
-    """``G_K^T (n lambda I + G_K G_K^T)^-1 G x`` for the weights K where ``over`` is true."""
-    layout, n = rows.layout, rows.num_rows
-    runs = block_runs(layout, blocks)
-    if _is_scanned(rows, runs):
-        gram = rows.gram(over)
-        return rows.combine(_solve(algebra.factor(gram, n * damping), gram, rows.dots(x)))
-    flat_x = layout.flatten(x, rows.dtype, "x")
-    flat_over = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(over)])
-
-    def block(
-        gradients: Float[Array, "b n B"], here: Bool[Array, "b B"], part: Float[Array, "b B"]
-    ) -> Float[Array, "b B"]:
-        dots = jnp.einsum("bnj,bj->bn", gradients, part, precision="highest")
-        kept = jnp.where(here[:, None], gradients, jnp.zeros_like(gradients))
-        if kept.shape[2] > n:
-            gram = jnp.einsum("bnj,bmj->bnm", kept, kept, precision="highest")
-            factor = jax.vmap(algebra.factor, (0, None))(gram, n * damping)
-            dots = jax.vmap(_solve)(factor, gram, dots)
-            return jnp.einsum("bn,bnj->bj", dots, kept, precision="highest")
-        rhs = jnp.einsum("bn,bnj->bj", dots, kept, precision="highest") / n
-        return block_ihvp(kept, rhs, damping, rows.implementation)
-
-    return layout.unflatten(map_blocks(rows, runs, block, flat_over, flat_x))
+    batch: Float[Array, "b n B"],
+    x: Float[Array, "b B"],
+    over: Bool[Array, "b B"],
+    damping: Float[Array, ""],
+    implementation: Implementation,
+) -> Float[Array, "b B"]:
+    """``G_K^T (n lambda I + G_K G_K^T)^-1 G x`` for the weights K of each block, ``over``."""
+    n = batch.shape[1]
+    dots = jnp.einsum("bnj,bj->bn", batch, x, precision="highest")
+    within = jnp.where(over[:, None], batch, jnp.zeros_like(batch))
+    if within.shape[2] > n:
+        gram = jnp.einsum("bnj,bmj->bnm", within, within, precision="highest")
+        factor = jax.vmap(algebra.factor, (0, None))(gram, n * damping)
+        dots = jax.vmap(_solve)(factor, gram, dots)
+        return jnp.einsum("bn,bnj->bj", dots, within, precision="highest")
+    rhs = jnp.einsum("bn,bnj->bj", dots, within, precision="highest") / n
+    return block_ihvp(within, rhs, damping, implementation)
 
 
 def _solve(
