@@ -3,6 +3,7 @@
 import compiled
 import defaults
 import demo
+import launches
 import pruning_results
 import pruning_step
 import pytest
@@ -17,6 +18,7 @@ from report import ROOT
         ("README.md", "quickstart", demo.table),
         ("docs/defaults.md", "defaults", defaults.table),
         ("docs/implementations.md", "compiled", compiled.table),
+        ("docs/implementations.md", "launches", launches.table),
         ("docs/pruning-results.md", "pruning_step", pruning_step.table),
         ("docs/pruning-results.md", "swaps", swaps.table),
     ],
