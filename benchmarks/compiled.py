@@ -4,8 +4,9 @@
 
 Compiles every kernel for the H200 that ``tests/aot/h200.textproto`` describes, which
 takes no GPU but the plugin and compiler that ``tests/aot/compile_cuda.py`` names, and
-writes ``results/compiled.json`` and the table of ``docs/implementations.md``. Half a
-minute on two CPU cores, with jax 0.12.
+writes ``results/compiled.json`` and the table of ``docs/implementations.md``. Then it counts
+the launches of a step of the optimizer (``benchmarks/launches.py``). Half a minute on two CPU
+cores, with jax 0.12.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import launches
 import report
 from jax import Array
 from jax.experimental import topologies
@@ -187,6 +189,7 @@ def main() -> None:
     report.save("compiled", results)
     report.write_table(report.ROOT / "docs" / "implementations.md", "compiled", table(results))
     print(table(results))
+    launches.write()
 
 
 if __name__ == "__main__":

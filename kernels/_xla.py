@@ -8,6 +8,7 @@ one wide tile, a large parameter of its own, is multiplied and added up in lanes
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -35,6 +36,14 @@ _MIN_ROWS = 128
 # Rows that one product of combine adds up: a CPU reads 64 to 128 of them from end to end 4 %
 # slower than it could, 512 or all 1,024 of them 20 to 30 % (measured on two cores).
 _ROWS_OF_A_SUM = 128
+
+# Chunks that products on a GPU are cut into, so that what is made on the way, a copy of a chunk
+# and its image at the most, stays small against the gradients: below 20 % of them, as compiled
+# for an H200. A chunk takes two to five launches.
+_CHUNKS = 16
+
+# One product of every tile, kept until they are added up, may be this share of the gradients.
+_LARGEST_SHARE = 1 / 8
 
 # Columns that a compensated sum works on at a time: sums of 512 rows in two words are
 # 2 MiB then and stay in a CPU's cache from one step to the next.
@@ -178,6 +187,13 @@ def gram(
 
     Only the lower half is computed where that saves time.
     """
+    masks = [] if mask is None else [mask]
+    return lax.platform_dependent(block, *masks, cuda=gram_by_chunks, default=_gram_by_tiles)
+
+
+def _gram_by_tiles(
+    block: Float[Array, "t m *shape"], mask: Bool[Array, "t *shape"] | None = None
+) -> Float[Array, "m m"]:
     m = block.shape[1]
     parts = _lower_parts(0, m)
 
@@ -224,6 +240,14 @@ def transform(
     matrix = matrix.astype(acc)
     if block.shape[0] == 1:
         return jnp.tensordot(matrix, block[0].astype(acc), 1, precision="highest")[None]
+    by_tiles = functools.partial(_transform_by_tiles, lower=lower)
+    return lax.platform_dependent(block, matrix, cuda=transform_by_chunks, default=by_tiles)
+
+
+def _transform_by_tiles(
+    block: Float[Array, "t m *shape"], matrix: Float[Array, "k m"], *, lower: bool
+) -> Float[Array, "t k *shape"]:
+    acc = accumulation_dtype(block.dtype)
     tiles = _matrices(block)
 
     # Panels are written where they belong: put together first they would be copied twice.
@@ -248,13 +272,20 @@ def column_square_sums(
 
     Without ``matrix`` it is the identity; ``lower`` is as in :func:`transform`.
     """
-    acc = accumulation_dtype(block.dtype)
     if matrix is None:
         return _square_sums(block)
-    wide = matrix.astype(acc)
+    matrix = matrix.astype(accumulation_dtype(block.dtype))
+    by_tiles = functools.partial(_column_square_sums_by_tiles, lower=lower)
+    return lax.platform_dependent(
+        block, matrix, cuda=column_square_sums_by_chunks, default=by_tiles
+    )
 
+
+def _column_square_sums_by_tiles(
+    block: Float[Array, "t m *shape"], matrix: Float[Array, "k m"], *, lower: bool
+) -> Float[Array, "t *shape"]:
     def step(carry: None, tile: Array, _: list[Array]) -> tuple[None, list[Array]]:
-        image = jnp.concatenate([panel for _, panel in _panels(wide, tile, lower)])
+        image = jnp.concatenate([panel for _, panel in _panels(matrix, tile, lower)])
         return carry, [jnp.sum(image * image, axis=0)]
 
     _, (sums,) = _scan_tiles(step, None, block, [])
@@ -328,6 +359,111 @@ def _scan_tiles(
         carry, out = step(carry, matrix[:, start:].astype(acc), [row[start:] for row in rows])
         outputs.append([o[None] for o in out])
     return carry, [jnp.concatenate(parts, axis=1) for parts in zip(*outputs, strict=True)]
+
+
+# On a GPU the host would start every round of a loop, thousands for a large model. Products of
+# many tiles are one batched product there. Rows are not cut, to save half of a symmetric or
+# triangular product: slices across the rows would be copied.
+
+
+def gram_by_chunks(
+    block: Float[Array, "t m *shape"], mask: Bool[Array, "t *shape"] | None = None
+) -> Float[Array, "m m"]:
+    """:func:`gram` as one batched product, or one a chunk of tiles, a sum for every tile."""
+    count, m = block.shape[:2]
+    acc = accumulation_dtype(block.dtype)
+
+    def step(total: Array, tiles: Array, *masks: Array) -> Array:
+        for keep in masks:
+            tiles = jnp.where(keep[:, None], tiles, jnp.zeros((), tiles.dtype))
+        # Products of two numbers of low precision are exact: they need no wide copy.
+        contract = (((2,), (2,)), ((0,), (0,)))
+        products = lax.dot_general(
+            tiles, tiles, contract, precision="highest", preferred_element_type=acc
+        )
+        return total + jnp.sum(products, axis=0)
+
+    most = _LARGEST_SHARE * block.size * block.dtype.itemsize
+    if mask is None and count > 1 and count * m**2 * acc.itemsize <= most:
+        return step(_zeros(block, (m, m)), _matrices(block))
+    masks = [] if mask is None else [mask]
+    return _chunk_by_chunk(step, _zeros(block, (m, m)), block, *masks)[-1]
+
+
+def transform_by_chunks(
+    block: Float[Array, "t m *shape"], matrix: Float[Array, "k m"]
+) -> Float[Array, "t k *shape"]:
+    """:func:`transform` of several tiles as one batched product, or one a chunk to be widened."""
+    tiles = _matrices(block)
+    shape = (block.shape[0], matrix.shape[0], tiles.shape[2])
+    if block.dtype == matrix.dtype:
+        image = _images(tiles, matrix)
+    else:
+        starts = itertools.count(0, -(-shape[0] // _CHUNKS))
+
+        def step(image: Array, part: Array) -> Array:
+            return lax.dynamic_update_slice(image, _images(part, matrix), (next(starts), 0, 0))
+
+        image = _chunk_by_chunk(step, _zeros(block, shape), block)[-1]
+    return image.reshape(*shape[:2], *block.shape[2:])
+
+
+def column_square_sums_by_chunks(
+    block: Float[Array, "t m *shape"], matrix: Float[Array, "k m"]
+) -> Float[Array, "t *shape"]:
+    """:func:`column_square_sums` as one batched product a chunk of tiles."""
+
+    def step(_: Array, tiles: Array) -> Array:
+        return jnp.sum(_images(tiles, matrix) ** 2, axis=1)
+
+    sums = _chunk_by_chunk(step, _zeros(block, ()), block)
+    flat = jnp.concatenate([part.reshape(-1) for part in sums])
+    return flat.reshape(block.shape[0], *block.shape[2:])
+
+
+def _images(tiles: Float[Array, "c m k"], matrix: Float[Array, "j m"]) -> Float[Array, "c j k"]:
+    """``M G`` of every tile, with ``M`` repeated: a product without would transpose the tiles."""
+    repeated = jnp.broadcast_to(matrix, (tiles.shape[0], *matrix.shape))
+    return jnp.matmul(repeated, tiles.astype(matrix.dtype), precision="highest")
+
+
+def _chunk_by_chunk(
+    step: Callable[..., Array], carry: Array, block: Float[Array, "t m *shape"], *vectors: Array
+) -> list[Array]:
+    """All values of ``carry = step(carry, tiles, *parts)`` over a few chunks of tiles.
+
+    ``tiles`` are (c, m, k); ``parts`` are what of ``vectors``, (t, *shape), lies over them. A
+    block that is one wide tile is cut into tiles of columns.
+    """
+    count = block.shape[0]
+    arrays = [_matrices(block), *(vector.reshape(count, -1) for vector in vectors)]
+    columns = arrays[0].shape[2]
+    tiles = count if count > 1 else columns // MAX_TILE
+    size = max(-(-tiles // _CHUNKS), 1)
+    cut = _some_tiles if count > 1 else _some_columns
+    chunks: list[Callable[[Array], Array]] = [
+        functools.partial(cut, start=start, stop=min(start + size, tiles))
+        for start in range(0, tiles, size)
+    ]
+    if count == 1 and (columns % MAX_TILE or not tiles):
+        chunks.append(lambda array: array[..., tiles * MAX_TILE :])
+    carries = []
+    for chunk in chunks:
+        # A chunk waits for the one before: side by side they would need the memory of all.
+        arrays, carry = lax.optimization_barrier((arrays, carry))
+        carry = step(carry, *map(chunk, arrays))
+        carries.append(carry)
+    return carries
+
+
+def _some_tiles(array: Array, *, start: int, stop: int) -> Array:
+    return array[start:stop]
+
+
+def _some_columns(array: Array, *, start: int, stop: int) -> Array:
+    """Tiles of columns of the one tile that there is."""
+    wide = array[0, ..., start * MAX_TILE : stop * MAX_TILE]
+    return jnp.moveaxis(wide.reshape(*wide.shape[:-1], stop - start, MAX_TILE), -2, 0)
 
 
 def _compensated_dots(

@@ -4,6 +4,7 @@ import compiled
 import defaults
 import demo
 import first_call
+import launches
 import pruning_results
 import pruning_step
 import pytest
@@ -19,6 +20,7 @@ from report import ROOT
         ("docs/defaults.md", "defaults", defaults.table),
         ("docs/implementations.md", "compiled", compiled.table),
         ("docs/performance.md", "first-call", first_call.table),
+        ("docs/implementations.md", "launches", launches.table),
         ("docs/pruning-results.md", "pruning_step", pruning_step.table),
         ("docs/pruning-results.md", "swaps", swaps.table),
     ],

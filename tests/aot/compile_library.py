@@ -58,6 +58,18 @@ def test_a_step_of_the_optimizer_runs_the_kernels_in_place(devices, dtype):
     assert memory.temp_size_in_bytes < window / 8
 
 
+@pytest.mark.parametrize("m", [64, 512])
+def test_a_step_has_one_branch_and_no_loop(devices, m):
+    if devices[0].platform == "tpu":
+        pytest.skip("the host waits for no predicate there")
+    text = compile_update(SingleDeviceSharding(devices[0]), m).as_text()
+    step = text[text.index("\nENTRY") :]
+    assert step.count(" conditional(") == 1
+    for name in (" while(", "cusolver", "triangularSolve"):
+        assert name not in step
+        assert name in text  # where the inverse is made anew
+
+
 def test_xla_asked_for_runs_no_kernel(devices):
     compiled = compile_update(SingleDeviceSharding(devices[0]), 256, implementation="xla")
     text, memory = compiled.as_text(), compiled.memory_analysis()
