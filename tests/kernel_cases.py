@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mfac_jax.kernels import MAX_TILE
@@ -84,6 +85,21 @@ def as_matrix(block):
     """The rows (m, d) of a block, in float64."""
     block = np.moveaxis(np.asarray(block, np.float64), 1, 0)
     return block.reshape(block.shape[0], math.prod(block.shape[1:]))
+
+
+def error_of_allowed(got, terms, axis, dtype=np.float32):
+    """The largest error of sums of exact ``terms``, as a part of what rounding explains.
+
+    Rounding is in proportion to the norm of the terms, which tells it from a term left
+    out; in proportion to the sum of their sizes it would not in long sums. Then comes the
+    rounding to ``dtype``.
+    """
+    exact = np.sum(terms, axis)
+    allowed = oracles.tolerance(np.float32, terms.shape[axis]) * np.linalg.norm(terms, axis=axis)
+    if dtype != np.float32:
+        allowed += float(jnp.finfo(dtype).eps) * np.abs(exact)
+    error = np.abs(np.asarray(got, np.float64).reshape(exact.shape) - exact)
+    return float(np.max(error / np.maximum(allowed, 1e-300), initial=0))
 
 
 def store_as_the_hardware_does(monkeypatch):

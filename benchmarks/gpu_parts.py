@@ -1,0 +1,525 @@
+"""What ``gpu_check.py`` checks and measures, item by item, in a process of its own.
+
+A part is a list of items. An item has a name and a function that returns its record; one
+with ``"ok": False`` is a wrong answer. Times are those of the device: every operation runs
+many times in one program, each run with an input that the one before has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import alternatives
+import jax
+import jax.numpy as jnp
+import kernel_cases
+import numpy as np
+import oracles
+from jax import lax
+
+from mfac_jax import inverse_diagonal, kernels, mfac_precondition, rows
+
+Item = tuple[str, Callable[[], dict[str, Any]]]
+
+RESNET20, RESNET50 = 272_474, 25_557_032
+
+# Beside those of the tests: a window in bfloat16 whose tiles are 31 slabs and a half, rows
+# that are no multiple of 16 bytes, rows copied one by one, and much work for all.
+LARGE_CASES = [
+    ((34, 64, 8064), jnp.bfloat16),
+    ((34, 64, 8064), jnp.float32),
+    ((1, 512, 4810), jnp.float32),
+    ((1, 1024, 8191), jnp.float32),
+    ((1, 64, 50_257), jnp.float32),
+    ((1, 64, 50_257), jnp.bfloat16),
+    ((1, 63, RESNET20), jnp.float32),
+    ((1, 64, RESNET20), jnp.bfloat16),
+]
+KERNELS = ("dots", "dots, compensated", "write_row", "write_row, compensated", "combine", "update")
+
+
+class Setting(NamedTuple):
+    """Where the items run.
+
+    Attributes:
+        kernel: the implementation that is checked.
+        small: whether sizes are those of a test on a CPU.
+    """
+
+    kernel: str
+    small: bool
+
+
+class Workload(NamedTuple):
+    """Gradients of a network, as the library or a parameter of its own holds them."""
+
+    name: str
+    shape: tuple[int, int, int]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Of the gradients."""
+        return int(np.prod(self.shape, dtype=np.int64)) * jnp.dtype(self.dtype).itemsize
+
+    def block(self) -> jax.Array:
+        """The gradients, made on the device at the speed of a copy."""
+
+        def make(key: jax.Array) -> jax.Array:
+            t, m, k = self.shape
+            tile = jax.random.normal(key, (1, m, k)) / np.sqrt(t * k)
+            return (tile * (1 + jnp.arange(t)[:, None, None] / t)).astype(self.dtype)
+
+        return jax.jit(make)(jax.random.key(0))
+
+
+WORKLOADS = (
+    Workload("ResNet-20, m = 512", (34, 512, 8064), "float32"),
+    Workload("ResNet-20, m = 512", (34, 512, 8064), "bfloat16"),
+    Workload("ResNet-20 as one unaligned parameter, m = 512", (1, 512, RESNET20), "float32"),
+    Workload("ResNet-50, m = 64", (3120, 64, 8192), "float32"),
+)
+SMALL_WORKLOADS = (Workload("small", (2, 4, 384), "bfloat16"),)
+
+
+def interpret_kernels() -> None:
+    """Lets this process run the GPU kernels on its CPU, interpreted. For the tests."""
+    from mfac_jax.kernels import _dispatch, _mosaic_gpu
+
+    choose = _dispatch.run
+
+    # Past the choice at lowering, through which the interpreter's callbacks do not come.
+    def run(
+        operation: str, implementation: str | None, plain_form: Any, operands: Any, **static: Any
+    ) -> Any:
+        if implementation != "mosaic_gpu":
+            return choose(operation, implementation, plain_form, operands, **static)
+        given = {name: value for name, value in operands.items() if value is not None}
+        options = tuple((static | {"interpret": True}).items())
+        call = _dispatch._Call(operation, plain_form, implementation, tuple(given), options)
+        return call.kernel(_dispatch._BACKENDS["mosaic_gpu"], *given.values())
+
+    _dispatch.run = run
+    _mosaic_gpu._BLOCKS = 3
+
+
+# Time on the device.
+
+
+def touch(values: Any, results: Any) -> Any:
+    """``values``, changed by nothing that counts, but only once ``results`` are there."""
+    leaves, tree = jax.tree.flatten(values)
+    x, y = leaves[0], jax.tree.leaves(results)[0]
+    start = (0,) * x.ndim
+    corner = lax.slice(x, start, (1,) * x.ndim)
+    corner += (jnp.ravel(y)[0] * 1e-30).astype(x.dtype)
+    return jax.tree.unflatten(tree, [lax.dynamic_update_slice(x, corner, start), *leaves[1:]])
+
+
+def seconds_a_run(
+    step: Callable[[jax.Array, Any], Any], carry: Any, estimate: float, setting: Setting
+) -> float:
+    """Of ``carry = step(i, carry)`` in a loop of the device; ``estimate`` sets its length."""
+    runs = 2 if setting.small else int(min(max(0.15 / estimate, 8), 4000))
+
+    # The number of turns is static: for one that is not the host asks the device each turn.
+    @functools.partial(jax.jit, donate_argnums=0)
+    def loop(carry: Any) -> Any:
+        return lax.fori_loop(0, runs, step, carry)
+
+    # Arguments of their own: what is donated may be one array twice, or a constant.
+    carry = jax.block_until_ready(loop(jax.tree.map(jnp.array, carry)))
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        carry = jax.block_until_ready(loop(carry))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) / runs
+
+
+def repeated(
+    function: Callable[..., Any], value: Any, *rest: Any, estimate: float, setting: Setting
+) -> float:
+    """Seconds that ``function(value, *rest)`` takes."""
+    out = jax.eval_shape(function, value, *rest)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out)
+
+    def step(_: jax.Array, carry: Any) -> Any:
+        value, _, rest = carry
+        out = function(value, *rest)
+        return touch(value, out), out, rest
+
+    return seconds_a_run(step, (value, zeros, rest), estimate, setting)
+
+
+# The parts.
+
+
+def environment() -> dict[str, Any]:
+    """The device, and whether the kernels are for it."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "capability": None if capability is None else float(capability),
+        "memory_gib": round(((device.memory_stats() or {}).get("bytes_limit", 0)) / 2**30, 1),
+        "jax": jax.__version__,
+    }
+
+
+def bandwidth(setting: Setting) -> list[Item]:
+    """Bytes a second that are read, and read and written."""
+    size = 2**12 if setting.small else 2**32
+    estimate = size / 3e12
+
+    def read() -> dict[str, Any]:
+        def above(threshold: jax.Array, x: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(x > threshold, x, 0))
+
+        x = jnp.ones(size // 4)
+        taken = repeated(above, jnp.zeros(1), x, estimate=estimate, setting=setting)
+        return {"seconds": taken, "bytes": size, "rate": size / taken}
+
+    def copy() -> dict[str, Any]:
+        def step(_: jax.Array, carry: Any) -> Any:
+            return carry[1], -carry[0]
+
+        x = jnp.ones(size // 4)
+        taken = seconds_a_run(step, (x, x), 2 * estimate, setting)
+        return {"seconds": taken, "bytes": 2 * size, "rate": 2 * size / taken}
+
+    return [("read", read), ("copy", copy)]
+
+
+def kernels_part(setting: Setting) -> list[Item]:
+    """Every kernel in every shape against float64; the large shapes first."""
+    if setting.small:
+        checks = [(kernel_cases.MOSAIC_GPU[1], name) for name in KERNELS]
+    else:
+        # Compensated sums differ in the arithmetic only, which a shape does not change.
+        plain = [name for name in KERNELS if "compensated" not in name]
+        checks = [(case, name) for case in LARGE_CASES for name in plain]
+        checks += [(case, name) for case in kernel_cases.MOSAIC_GPU[:6] for name in KERNELS]
+        checks += [(case, name) for case in kernel_cases.MOSAIC_GPU[6:] for name in plain]
+        checks += [(LARGE_CASES[0], name) for name in KERNELS if name not in plain]
+    return [
+        (
+            f"{name}, {'x'.join(map(str, shape))}, {jnp.dtype(dtype).name}",
+            functools.partial(check_kernel, name, shape, dtype, setting),
+        )
+        for (shape, dtype), name in checks
+    ]
+
+
+def check_kernel(name: str, shape: tuple[int, ...], dtype: Any, setting: Setting) -> dict[str, Any]:
+    """One kernel: its error as a part of what is allowed, and five runs to the last bit."""
+    rng = np.random.default_rng(0)
+    block = rng.standard_normal(shape, np.float32).astype(dtype)
+    vector = rng.standard_normal(kernel_cases.columns(shape), np.float32)
+    c = rng.standard_normal(shape[1], np.float32)
+    mask, row, on = vector > -0.5, shape[1] // 2, {"implementation": setting.kernel}
+    operation, _, compensated = name.partition(", ")
+    stored, out = None, np.float32
+    if operation in ("dots", "write_row"):
+        given, axis = (block, vector), 1
+        on |= {"compensated": bool(compensated)}
+        function = functools.partial(getattr(kernels, operation), **on)
+        if operation == "write_row":
+            stored = block.copy()
+            stored[:, row] = vector.astype(dtype)
+            block[:, row] = np.nan  # what is replaced has no part in the result
+            given = (block, np.int32(row), vector, np.bool_(True))
+            block, vector = stored, stored[:, row]
+        terms = kernel_cases.as_matrix(block) * np.asarray(vector, np.float64).ravel()
+    else:
+        given, axis = (block, c), 0
+        function = functools.partial(kernels.combine, **on)
+        terms = kernel_cases.as_matrix(block) * np.asarray(c, np.float64)[:, None]
+        if operation == "update":
+            given, out = (block, c, vector, mask), dtype
+            terms = np.concatenate([np.asarray(vector, np.float64).reshape(1, -1), -terms])
+            terms *= 0.5 * mask.ravel()
+
+            def function(block: Any, c: Any, vector: Any, mask: Any) -> Any:
+                extra = {"vector": vector, "scale": jnp.float32(0.5), "mask": mask}
+                return kernels.combine(block, c, dtype=dtype, **extra, **on)
+
+    program = jax.jit(function, donate_argnums=0 if stored is not None else ())
+    results = []
+    for _ in range(2 if setting.small else 5):
+        poison(2**20 if setting.small else 2**31)
+        got = jax.tree.map(np.asarray, program(*map(jnp.array, given)))
+        results.append(jax.tree.leaves(got))
+    if compensated:  # rounded once, at the end
+        exact = np.sum(terms, axis)
+        allowed = 1e-12 * np.sum(np.abs(terms), axis) + 2.0**-24 * np.abs(exact)
+        share = float(np.max(np.abs(results[0][-1].astype(np.float64) - exact) / allowed))
+    else:
+        share = kernel_cases.error_of_allowed(results[0][-1], terms, axis, out)
+    right = share <= 1  # NaN compares as false
+    repeats = all(
+        first.tobytes() == other.tobytes()
+        for result in results[1:]
+        for first, other in zip(results[0], result, strict=True)
+    )
+    record = {"kernel": name, "shape": shape, "dtype": jnp.dtype(dtype).name}
+    record |= {"error_of_allowed": share, "same_bits": repeats}
+    if stored is not None:
+        record["row_written"] = results[0][0].tobytes() == stored.tobytes()
+    record["ok"] = right and repeats and record.get("row_written", True)
+    return record
+
+
+def poison(size: int) -> None:
+    """Fills memory with NaN and frees it, so that what is not written is seen."""
+    jnp.full(size // 4, jnp.nan).block_until_ready().delete()
+
+
+def optimizer(setting: Setting) -> list[Item]:
+    """Steps of the optimizer, by the kernels and by XLA."""
+    sizes = (5,) if setting.small else (64, 512)
+    return [
+        (f"m = {m}, {dtype}", functools.partial(compare_optimizers, m, dtype, setting))
+        for m in sizes
+        for dtype in ("bfloat16", "float32")[: 1 if setting.small else 2]
+    ]
+
+
+def compare_optimizers(m: int, dtype: str, setting: Setting) -> dict[str, Any]:
+    """The largest relative difference of the directions; whether the rows are the same."""
+    d, steps, damping = (300, 6, 0.01) if setting.small else (RESNET20, 50, 0.01)
+
+    def train(implementation: str) -> Any:
+        tx = mfac_precondition(
+            m, relative_damping=damping, dtype=dtype, implementation=implementation
+        )
+        keys = jax.random.split(jax.random.key(0), steps + 1)
+        common = 0.9 * jax.random.normal(keys[0], (d,))
+
+        def step(state: Any, key: jax.Array) -> Any:
+            direction, state = tx.update(common + 0.45 * jax.random.normal(key, (d,)), state)
+            return state, direction
+
+        state, directions = lax.scan(step, tx.init(jnp.zeros(d)), keys[1:])
+        return state.window.rows, directions
+
+    run = jax.jit(train, static_argnums=0)
+    held, got = jax.tree.map(np.asarray, run(setting.kernel))
+    want_held, want = jax.tree.map(np.asarray, run("xla"))
+    difference = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+    allowed = oracles.tolerance(np.float32, m, 1 / damping)
+    same = all(
+        a.tobytes() == b.tobytes()
+        for a, b in zip(jax.tree.leaves(held), jax.tree.leaves(want_held), strict=True)
+    )
+    return {
+        "m": m,
+        "d": d,
+        "dtype": dtype,
+        "steps": steps,
+        "largest_difference": float(np.max(difference)),
+        "allowed": float(allowed),
+        "same_rows": same,
+        "ok": bool(np.all(difference <= allowed)) and same,
+    }
+
+
+OPERATIONS = ("dots", "write_row", "combine", "step")
+
+
+def scans(setting: Setting) -> list[Item]:
+    """Scans and whole steps, by the kernels, by XLA, and as plain products."""
+    workloads = SMALL_WORKLOADS if setting.small else WORKLOADS
+    return [
+        (
+            f"{operation}, {w.name}, {w.dtype}, {implementation}",
+            functools.partial(time_scan, operation, w, implementation, setting),
+        )
+        for w in workloads
+        for operation in OPERATIONS
+        for implementation in (setting.kernel, "xla", "plain")
+        # An optimizer holds what it has as tiles; a row is written by no product.
+        if not (operation == "step" and w.shape[0] == 1)
+        and not (operation in ("write_row", "step") and implementation == "plain")
+    ]
+
+
+def time_scan(operation: str, w: Workload, implementation: str, setting: Setting) -> dict[str, Any]:
+    """Seconds and the bytes of the gradients that pass."""
+    passes = 2 if operation == "step" else 1
+    options = {"estimate": passes * w.nbytes / 3e12, "setting": setting}
+    t, m, k = w.shape
+    vector, c = jnp.full((t, k), 1e-3), jnp.full(m, 1e-3)
+    if operation == "step":
+        taken = time_step(m, t * k, w.dtype, implementation, options["estimate"], setting)
+    elif implementation == "plain":
+        plain = {"dots": alternatives.plain_dots, "combine": alternatives.plain_combine}[operation]
+        value = vector.reshape(-1) if operation == "dots" else c
+        matrix = w._replace(shape=(1, m, t * k)).block().reshape(m, t * k)
+        taken = repeated(lambda x, matrix: plain(matrix, x), value, matrix, **options)
+    elif operation == "write_row":
+        taken = time_write_row(w, implementation, **options)
+    else:
+        scan = functools.partial(getattr(kernels, operation), implementation=implementation)
+        value = vector if operation == "dots" else c
+        taken = repeated(lambda x, block: scan(block, x), value, w.block(), **options)
+    return {
+        "workload": w.name,
+        "dtype": w.dtype,
+        "operation": operation,
+        "implementation": "kernel" if implementation == setting.kernel else implementation,
+        "seconds": taken,
+        "bytes": passes * w.nbytes,
+    }
+
+
+def time_write_row(
+    w: Workload, implementation: str | None, *, estimate: float, setting: Setting
+) -> float:
+    """Seconds that a row and its dot products take, the block changed in place."""
+    t, m, k = w.shape
+
+    def step(i: jax.Array, carry: Any) -> Any:
+        block, vector, out = carry
+        row, where = (i % m).astype(jnp.int32), jnp.bool_(True)
+        block, out = kernels.write_row(block, row, vector, where, implementation=implementation)
+        return block, touch(vector, out), out
+
+    carry = w.block(), jnp.full((t, k), 1e-3), jnp.zeros(m)
+    return seconds_a_run(step, carry, estimate, setting)
+
+
+def time_step(
+    m: int, d: int, dtype: str, implementation: str | None, estimate: float, setting: Setting
+) -> float:
+    """Seconds that a step of the optimizer takes in a loop of the device."""
+    tx = mfac_precondition(m, dtype=dtype, implementation=implementation)
+
+    def step(_: jax.Array, carry: Any) -> Any:
+        state, gradient, _ = carry
+        direction, state = tx.update(gradient, state)
+        return state, touch(gradient, direction), direction
+
+    gradient = jax.random.normal(jax.random.key(0), (d,))
+    carry = tx.init(gradient), gradient, jnp.zeros(d)
+    return seconds_a_run(step, carry, estimate, setting)
+
+
+def steps(setting: Setting) -> list[Item]:
+    """What a step costs beside its scans, in a loop of the device and called by the host."""
+    if setting.small:
+        sizes = [(4, (1, 4, 384))]
+    else:
+        sizes = [(m, (t, m, k)) for m, t, k in ((64, 2, 8192), (64, 34, 8064), (512, 34, 8064))]
+
+    def measure(m: int, shape: tuple[int, int, int]) -> dict[str, Any]:
+        w, d = Workload("", shape, "float32"), shape[0] * shape[2]
+        estimate = max(w.nbytes / 3e12, 20e-6)
+        combine = repeated(
+            lambda c, block: kernels.combine(block, c),
+            jnp.full(m, 1e-3),
+            w.block(),
+            estimate=estimate,
+            setting=setting,
+        )
+        write_row = time_write_row(w, None, estimate=estimate, setting=setting)
+        step = time_step(m, d, "float32", None, 2 * estimate, setting)
+        return {
+            "m": m,
+            "d": d,
+            "step": step,
+            "write_row": write_row,
+            "combine": combine,
+            "beside_scans": step - write_row - combine,
+            "called": time_calls(m, d, 2 if setting.small else 200),
+        }
+
+    return [(f"m = {m}, d = {s[0] * s[2]}", functools.partial(measure, m, s)) for m, s in sizes]
+
+
+def time_calls(m: int, d: int, calls: int) -> float:
+    """Seconds a step takes that the host calls one after another, as a training loop does."""
+    tx = mfac_precondition(m)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(carry: Any) -> Any:
+        state, gradient = carry
+        direction, state = tx.update(gradient, state)
+        return state, touch(gradient, direction)
+
+    gradient = jax.random.normal(jax.random.key(0), (d,))
+    carry = jax.block_until_ready(step((tx.init(gradient), jnp.array(gradient))))
+    start = time.perf_counter()
+    for _ in range(calls):
+        carry = step(carry)
+    jax.block_until_ready(carry)
+    return (time.perf_counter() - start) / calls
+
+
+def products(setting: Setting) -> list[Item]:
+    """What matrix products limit, against one large product in full float32 precision."""
+    workloads = SMALL_WORKLOADS if setting.small else (WORKLOADS[0], WORKLOADS[3])
+    names = ("one product", "gram", "whiten", "block diagonal")
+    return [
+        (f"{name}, {w.name}", functools.partial(time_product, name, w, setting))
+        for w in workloads
+        for name in names
+    ]
+
+
+def time_product(name: str, w: Workload, setting: Setting) -> dict[str, Any]:
+    """Seconds and the multiplications and additions that the operation cannot do without."""
+    w, (t, m, k) = w._replace(dtype="float32"), w.shape
+    d, size = t * k, 128
+    side = min(m, size)
+    flops = {
+        "one product": 2 * m * m * d,
+        "gram": m * m * d,
+        "whiten": m * m * d,
+        "block diagonal": (m * size if size <= m else 2 * m * m) * d + 2 * side**3 * d / size / 3,
+    }[name]
+    options = {"estimate": flops / 20e12 + w.nbytes / 1e12, "setting": setting}
+    record = {"operation": name, "workload": w.name, "flops": flops}
+    if name == "one product":
+        matrix = w._replace(shape=(1, m, d)).block().reshape(m, d)
+        taken = repeated(lambda g: jnp.dot(g, g.T, precision="highest"), matrix, **options)
+    elif name == "gram":
+        block = w.block()
+        got = np.asarray(jax.jit(kernels.gram)(block), np.float64)
+        sample = range(0, m, max(m // 4, 1))  # a few rows of K, by float64 sums
+        want = [_row_of_gram(block, i) for i in sample]
+        error = max(np.max(np.abs(got[i] - row)) for i, row in zip(sample, want, strict=True))
+        record["error_of_allowed"] = error / (oracles.tolerance(np.float32, d) * np.max(got))
+        record["ok"] = bool(record["error_of_allowed"] <= 1)
+        taken = repeated(kernels.gram, block, **options)
+    elif name == "whiten":
+        matrix = jnp.tril(jnp.full((m, m), 1e-2)) + jnp.eye(m)
+        whiten = functools.partial(kernels.transform, lower=True)
+        taken = repeated(lambda a, block: whiten(block, a), matrix, w.block(), **options)
+    else:
+        whole = d // size * size
+        held = rows.as_rows(w._replace(shape=(1, m, whole)).block().reshape(m, whole))
+        diagonal = functools.partial(inverse_diagonal, damping=1e-2, blocks=size)
+        taken = repeated(diagonal, held, **options)
+    return record | {"seconds": taken, "rate": flops / taken}
+
+
+def _row_of_gram(block: jax.Array, i: int) -> np.ndarray[Any, Any]:
+    total = jax.jit(lambda b: kernels.dots(b, b[:, i], compensated=True, implementation="xla"))
+    return np.asarray(total(block), np.float64)
+
+
+PARTS: dict[str, Callable[[Setting], list[Item]]] = {
+    "bandwidth": bandwidth,
+    "kernels": kernels_part,
+    "optimizer": optimizer,
+    "scans": scans,
+    "steps": steps,
+    "steps without CUDA graphs": steps,
+    "products": products,
+}
