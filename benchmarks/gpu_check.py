@@ -35,15 +35,15 @@ OUTPUT = ROOT / "benchmarks" / "results" / "gpu_check.json"
 # Seconds that each part may take; what then is left is listed as not run. Together with
 # the look at the device they are the eight minutes.
 LIMITS = {
-    "bandwidth": 25,
-    "kernels": 165,
-    "optimizer": 60,
+    "bandwidth": 20,
+    "kernels": 140,
+    "optimizer": 70,
     "scans": 80,
-    "steps": 30,
-    "steps without CUDA graphs": 30,
-    "products": 50,
+    "steps": 50,
+    "steps without CUDA graphs": 50,
+    "products": 40,
 }
-_FIRST_LOOK = 40
+_FIRST_LOOK = 30
 
 # An item that gives no answer in this time hangs.
 _ITEM_LIMIT = 45

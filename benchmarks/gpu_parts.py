@@ -111,20 +111,25 @@ def interpret_kernels() -> None:
 
 
 def touch(values: Any, results: Any) -> Any:
-    """``values``, changed by nothing that counts, but only once ``results`` are there."""
-    leaves, tree = jax.tree.flatten(values)
-    x, y = leaves[0], jax.tree.leaves(results)[0]
-    start = (0,) * x.ndim
-    corner = lax.slice(x, start, (1,) * x.ndim)
-    corner += (jnp.ravel(y)[0] * 1e-30).astype(x.dtype)
-    return jax.tree.unflatten(tree, [lax.dynamic_update_slice(x, corner, start), *leaves[1:]])
+    """``values``, changed by nothing that counts, but only once ``results`` are there.
+
+    All of them, or XLA would prepare those that stay as they are once for all runs.
+    """
+    y = jnp.ravel(jax.tree.leaves(results)[0])[0] * 1e-30
+
+    def change(x: jax.Array) -> jax.Array:
+        start = (0,) * x.ndim
+        corner = lax.slice(x, start, (1,) * x.ndim) + y.astype(x.dtype)
+        return lax.dynamic_update_slice(x, corner, start)
+
+    return jax.tree.map(lambda x: change(x) if x.ndim else x, values)
 
 
 def seconds_a_run(
     step: Callable[[jax.Array, Any], Any], carry: Any, estimate: float, setting: Setting
 ) -> float:
     """Of ``carry = step(i, carry)`` in a loop of the device; ``estimate`` sets its length."""
-    runs = 2 if setting.small else int(min(max(0.15 / estimate, 8), 4000))
+    runs = 2 if setting.small else int(min(max(0.1 / estimate, 8), 4000))
 
     # The number of turns is static: for one that is not the host asks the device each turn.
     @functools.partial(jax.jit, donate_argnums=0)
@@ -141,19 +146,17 @@ def seconds_a_run(
     return statistics.median(times) / runs
 
 
-def repeated(
-    function: Callable[..., Any], value: Any, *rest: Any, estimate: float, setting: Setting
-) -> float:
-    """Seconds that ``function(value, *rest)`` takes."""
-    out = jax.eval_shape(function, value, *rest)
+def repeated(function: Callable[..., Any], *given: Any, estimate: float, setting: Setting) -> float:
+    """Seconds that ``function(*given)`` takes."""
+    out = jax.eval_shape(function, *given)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out)
 
     def step(_: jax.Array, carry: Any) -> Any:
-        value, _, rest = carry
-        out = function(value, *rest)
-        return touch(value, out), out, rest
+        given, _ = carry
+        out = function(*given)
+        return touch(given, out), out
 
-    return seconds_a_run(step, (value, zeros, rest), estimate, setting)
+    return seconds_a_run(step, (given, zeros), estimate, setting)
 
 
 # The parts.
@@ -186,11 +189,8 @@ def bandwidth(setting: Setting) -> list[Item]:
         return {"seconds": taken, "bytes": size, "rate": size / taken}
 
     def copy() -> dict[str, Any]:
-        def step(_: jax.Array, carry: Any) -> Any:
-            return carry[1], -carry[0]
-
         x = jnp.ones(size // 4)
-        taken = seconds_a_run(step, (x, x), 2 * estimate, setting)
+        taken = repeated(jnp.negative, x, estimate=2 * estimate, setting=setting)
         return {"seconds": taken, "bytes": 2 * size, "rate": 2 * size / taken}
 
     return [("read", read), ("copy", copy)]
@@ -361,13 +361,13 @@ def time_scan(operation: str, w: Workload, implementation: str, setting: Setting
         plain = {"dots": alternatives.plain_dots, "combine": alternatives.plain_combine}[operation]
         value = vector.reshape(-1) if operation == "dots" else c
         matrix = w._replace(shape=(1, m, t * k)).block().reshape(m, t * k)
-        taken = repeated(lambda x, matrix: plain(matrix, x), value, matrix, **options)
+        taken = repeated(plain, matrix, value, **options)
     elif operation == "write_row":
         taken = time_write_row(w, implementation, **options)
     else:
         scan = functools.partial(getattr(kernels, operation), implementation=implementation)
         value = vector if operation == "dots" else c
-        taken = repeated(lambda x, block: scan(block, x), value, w.block(), **options)
+        taken = repeated(scan, w.block(), value, **options)
     return {
         "workload": w.name,
         "dtype": w.dtype,
@@ -421,9 +421,9 @@ def steps(setting: Setting) -> list[Item]:
         w, d = Workload("", shape, "float32"), shape[0] * shape[2]
         estimate = max(w.nbytes / 3e12, 20e-6)
         combine = repeated(
-            lambda c, block: kernels.combine(block, c),
-            jnp.full(m, 1e-3),
+            kernels.combine,
             w.block(),
+            jnp.full(m, 1e-3),
             estimate=estimate,
             setting=setting,
         )
@@ -500,7 +500,7 @@ def time_product(name: str, w: Workload, setting: Setting) -> dict[str, Any]:
     elif name == "whiten":
         matrix = jnp.tril(jnp.full((m, m), 1e-2)) + jnp.eye(m)
         whiten = functools.partial(kernels.transform, lower=True)
-        taken = repeated(lambda a, block: whiten(block, a), matrix, w.block(), **options)
+        taken = repeated(whiten, w.block(), matrix, **options)
     else:
         whole = d // size * size
         held = rows.as_rows(w._replace(shape=(1, m, whole)).block().reshape(m, whole))

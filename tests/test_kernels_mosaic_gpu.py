@@ -52,7 +52,8 @@ def problem(shape, dtype, seed=0):
 def test_copies_and_threads_do_not_race(shape, monkeypatch):
     parameters = functools.partial(plgpu.InterpretGPUParams, detect_races=True)  # raises
     monkeypatch.setattr(plgpu, "InterpretGPUParams", parameters)
-    block, vector, coefficients = problem(shape, jnp.float32)
+    # A slab and a half in bfloat16: stores of two pieces, and of one.
+    block, vector, coefficients = problem(shape, jnp.bfloat16 if len(shape) == 3 else jnp.float32)
     run("dots", block, vector)
     combine = functools.partial(_mosaic_gpu.combine, interpret=True)
     jax.block_until_ready(jax.jit(combine)(block, coefficients, vector=vector, mask=vector > 0))
