@@ -7,13 +7,14 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test aot compiled lint ruff types imports docs bench accuracy clean
+.PHONY: help demo test aot compiled gpu-check lint ruff types imports docs bench accuracy clean
 
 help:
 	@echo "make demo      run examples/quickstart.py"
 	@echo "make test      run the tests and the docstring examples"
 	@echo "make aot       compile the kernels for an H200 and a TPU v5e, which need not be there"
 	@echo "make compiled  write what the compiler for an H200 reports of the kernels (jax 0.12)"
+	@echo "make gpu-check check the kernels on this machine's GPU, in 8 minutes; installs nothing"
 	@echo "make lint      ruff, mypy and the direction of imports"
 	@echo "make docs      build the documentation into docs/_build"
 	@echo "make bench     measure speed and memory, and write the tables and the figure"
@@ -34,6 +35,10 @@ aot: $(VENV)-aot/.stamp
 
 compiled: $(VENV)-aot/.stamp
 	$(VENV)-aot/bin/python benchmarks/compiled.py
+
+# With the Python of the machine, which has what its GPU needs.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 lint: ruff types imports
 

@@ -302,7 +302,13 @@ def _combine(
                     result = jnp.where(per_column(held_refs["mask"], part) != 0, result, 0.0)
                 store(result_ref.at[part], result.astype(dtype))
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(result_ref, view.columns(out_ref, tile, column, view.slab))
+            for part in parts(view):
+                start = column + np.int32(part.start)
+
+                @pl.when(start < view.k)
+                def _(part: Any = part, start: Array = start) -> None:
+                    target = view.columns(out_ref, tile, start, LANES)
+                    plgpu.copy_smem_to_gmem(result_ref.at[part], target)
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -313,7 +319,7 @@ def _combine(
         *(plgpu.SMEM((view.slab,), epilogue[name].dtype) for name in fetched),
     ]
     out = jax.ShapeDtypeStruct(
-        view.row_shape,
+        view.written_shape,
         dtype,
         manual_axis_type=varying(block, coefficients, *epilogue.values()),
     )
@@ -324,7 +330,7 @@ def _combine(
     result = launch(body, "mfac_combine", blocks, out, scratch, interpret)(
         block.reshape(view.shape), view.by_row_block(coefficients), *operands
     )
-    return result.reshape(*block.shape[:-2], view.k)
+    return result.reshape(*block.shape[:-2], -1)[..., : view.k]
 
 
 def dots(

@@ -11,7 +11,13 @@ tile of ``G`` need not do. But ``q`` rows together always take such a multiple f
 row block is every ``q``-th row. Where ``q`` does not divide ``m``, ``G`` is seen as one flat
 array, and each row of a patch is a copy of its own. In both views a patch at the end of a
 row runs on into the next row, and what lies there has to be masked. Copies from beyond
-the end of ``G`` bring zeros.
+the end of an axis bring zeros.
+
+That is so of copies *from* global memory, which carry a descriptor of the array. Mosaic
+makes of a contiguous copy *to* it a plain one (``cp.async.bulk``): that is cut at the end
+of the array only, not of a tile, and moves whole pieces of 16 bytes. So what a kernel
+writes is as wide as a whole number of copies; what lies beyond the last column is cut off
+afterwards.
 """
 
 from __future__ import annotations
@@ -88,6 +94,12 @@ class View:
     def row_shape(self) -> tuple[int, ...]:
         """That of a row, of which the copy engine wants no axis of one."""
         return (self.k,) if self.t == 1 else (self.t, self.k)
+
+    @property
+    def written_shape(self) -> tuple[int, ...]:
+        """That of a row that a kernel writes: whole pieces of ``LANES`` columns."""
+        width = pl.cdiv(self.k, LANES) * LANES
+        return (width,) if self.t == 1 else (self.t, width)
 
     @property
     def bleeds(self) -> bool:

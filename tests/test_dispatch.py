@@ -110,6 +110,31 @@ def test_a_kernel_that_cannot_take_the_block_says_what_it_needs(implementation):
         scans(implementation)["dots"](*operands(dtype=jnp.float64))
 
 
+@every_scan
+@pytest.mark.parametrize(
+    ("implementation", "shape", "words"),
+    [
+        ("mosaic_gpu", (2, 4, 24), r"tiles of a multiple of 16 columns, got \(2, 4, 24\)"),
+        ("mosaic_gpu", (2, 4, 3, 5), r"tiles of a multiple of 16 columns, got \(2, 4, 15\)"),
+        ("mosaic_gpu", (1, 4, 0), r"not empty, got \(1, 4, 0\)"),
+        ("mosaic_tpu", (1, 4, 0), r"not empty, got shape \(1, 4, 0\)"),
+        ("mosaic_tpu", (2, 4, 3, 5), r"a block \(t, m, k\).* got shape \(2, 4, 3, 5\)"),
+    ],
+)
+def test_a_kernel_that_cannot_do_a_shape_says_why(name, implementation, shape, words):
+    with pytest.raises(ValueError, match=rf"'{implementation}' cannot run: .*{words}"):
+        scans(implementation)[name](*operands(shape))
+
+
+@pytest.mark.parametrize("operation", ["block_inverse_diagonal", "block_ihvp"])
+def test_an_implementation_without_a_kernel_says_so(operation):
+    given = (jnp.ones((3, 128)), *[jnp.ones(128)] * (operation == "block_ihvp"), jnp.float32(1))
+    with pytest.raises(
+        ValueError, match=f"'mosaic_gpu' cannot run: it has no kernel for {operation}"
+    ):
+        getattr(kernels, operation)(*given, 128, implementation="mosaic_gpu")
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -28,6 +28,7 @@ TARGET = Path(__file__).parent / "h200.textproto"
 # ([t,] m, k), storage. All fit the 141 GB of an H200.
 BLOCKS = {
     "ResNet-20": ((34, 512, 8064), jnp.float32),
+    "ResNet-20, bfloat16": ((34, 512, 8064), jnp.bfloat16),
     "ResNet-20, rows not aligned": ((512, 272_474), jnp.float32),
     "ResNet-20, m = 1,024": ((1024, 272_474), jnp.float32),
     "ResNet-20, an odd number of rows": ((1023, 272_474), jnp.float32),
@@ -38,6 +39,7 @@ BLOCKS = {
     "BERT-base, one tile": ((64, 110_000_000), jnp.bfloat16),
     "one row": ((1, 1_000_003), jnp.float32),
     "one row in tiles": ((1221, 1, 8192), jnp.float32),
+    "a vocabulary's bias": ((64, 50_257), jnp.float32),
     "one small leaf": ((5, 33), jnp.bfloat16),
 }
 every_block = pytest.mark.parametrize("name", BLOCKS)
@@ -115,6 +117,26 @@ def test_combine(compile_for_cuda, name):
     weights = ((shape[-2],), jnp.float32)
     compiled = compile_for_cuda(_mosaic_gpu.combine, (shape, dtype), weights)
     assert_streams(compiled, "mfac_combine", shape, dtype)
+
+
+@pytest.mark.parametrize("name", ["ResNet-20", "ResNet-20, bfloat16", "ResNet-50, m = 64"])
+def test_combine_writes_tiles_where_they_stay(compile_for_cuda, name):
+    shape, dtype = BLOCKS[name]
+    weights = ((shape[-2],), jnp.float32)
+    compiled = compile_for_cuda(_mosaic_gpu.combine, (shape, dtype), weights)
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**16
+
+
+def test_an_update_reads_a_combination_before_it_is_cut(compile_for_cuda):
+    shape, dtype = BLOCKS["ResNet-20, rows not aligned"]
+
+    def update(params, block, coefficients):
+        return params - 0.1 * _mosaic_gpu.combine(block, coefficients)
+
+    arguments = (columns(shape), jnp.float32), (shape, dtype), ((shape[-2],), jnp.float32)
+    compiled = compile_for_cuda(update, *arguments)
+    # The kernel's output, and no copy of the part of it that counts.
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.01 * size_in_bytes(*arguments[0])
 
 
 @every_block

@@ -1,0 +1,204 @@
+"""The answers that ``gpu_check.py`` checks: every kernel, and steps of the optimizer.
+
+A part is a list of items. An item has a name and a function that returns its record; one
+with ``"ok": False`` is a wrong answer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import kernel_cases
+import numpy as np
+import oracles
+from jax import lax
+
+from mfac_jax import kernels, mfac_precondition
+
+Item = tuple[str, Callable[[], dict[str, Any]]]
+
+RESNET20 = 272_474
+
+# Beside those of the tests: a window in bfloat16 whose tiles are 31 slabs and a half, rows
+# that are no multiple of 16 bytes, rows copied one by one, and much work for all.
+LARGE_CASES = [
+    ((34, 64, 8064), jnp.bfloat16),
+    ((34, 64, 8064), jnp.float32),
+    ((1, 512, 4810), jnp.float32),
+    ((1, 1024, 8191), jnp.float32),
+    ((1, 64, 50_257), jnp.float32),
+    ((1, 64, 50_257), jnp.bfloat16),
+    ((1, 63, RESNET20), jnp.float32),
+    ((1, 64, RESNET20), jnp.bfloat16),
+]
+KERNELS = ("dots", "dots, compensated", "write_row", "write_row, compensated", "combine", "update")
+
+
+class Setting(NamedTuple):
+    """Where the items run.
+
+    Attributes:
+        kernel: the implementation that is checked.
+        small: whether sizes are those of a test on a CPU.
+    """
+
+    kernel: str
+    small: bool
+
+
+def interpret_kernels() -> None:
+    """Lets this process run the GPU kernels on its CPU, interpreted. For the tests."""
+    from mfac_jax.kernels import _dispatch, _mosaic_gpu
+
+    choose = _dispatch.run
+
+    # Past the choice at lowering, through which the interpreter's callbacks do not come.
+    def run(
+        operation: str, implementation: str | None, plain_form: Any, operands: Any, **static: Any
+    ) -> Any:
+        if implementation != "mosaic_gpu":
+            return choose(operation, implementation, plain_form, operands, **static)
+        given = {name: value for name, value in operands.items() if value is not None}
+        options = tuple((static | {"interpret": True}).items())
+        call = _dispatch._Call(operation, plain_form, implementation, tuple(given), options)
+        return call.kernel(_dispatch._BACKENDS["mosaic_gpu"], *given.values())
+
+    _dispatch.run = run
+    _mosaic_gpu._BLOCKS = 3
+
+
+def kernels_part(setting: Setting) -> list[Item]:
+    """Every kernel in every shape against float64; the large shapes first."""
+    if setting.small:
+        checks = [(kernel_cases.MOSAIC_GPU[1], name) for name in KERNELS]
+    else:
+        # Compensated sums differ in the arithmetic only, which a shape does not change.
+        plain = [name for name in KERNELS if "compensated" not in name]
+        checks = [(case, name) for case in LARGE_CASES for name in plain]
+        checks += [(case, name) for case in kernel_cases.MOSAIC_GPU[:6] for name in KERNELS]
+        checks += [(case, name) for case in kernel_cases.MOSAIC_GPU[6:] for name in plain]
+        checks += [(LARGE_CASES[0], name) for name in KERNELS if name not in plain]
+    return [
+        (
+            f"{name}, {'x'.join(map(str, shape))}, {jnp.dtype(dtype).name}",
+            functools.partial(check_kernel, name, shape, dtype, setting),
+        )
+        for (shape, dtype), name in checks
+    ]
+
+
+def check_kernel(name: str, shape: tuple[int, ...], dtype: Any, setting: Setting) -> dict[str, Any]:
+    """One kernel: its error as a part of what is allowed, and five runs to the last bit."""
+    rng = np.random.default_rng(0)
+    block = rng.standard_normal(shape, np.float32).astype(dtype)
+    vector = rng.standard_normal(kernel_cases.columns(shape), np.float32)
+    c = rng.standard_normal(shape[1], np.float32)
+    mask, row, on = vector > -0.5, shape[1] // 2, {"implementation": setting.kernel}
+    operation, _, compensated = name.partition(", ")
+    stored, out = None, np.float32
+    if operation in ("dots", "write_row"):
+        given, axis = (block, vector), 1
+        on |= {"compensated": bool(compensated)}
+        function = functools.partial(getattr(kernels, operation), **on)
+        if operation == "write_row":
+            stored = block.copy()
+            stored[:, row] = vector.astype(dtype)
+            block[:, row] = np.nan  # what is replaced has no part in the result
+            given = (block, np.int32(row), vector, np.bool_(True))
+            block, vector = stored, stored[:, row]
+        terms = kernel_cases.as_matrix(block) * np.asarray(vector, np.float64).ravel()
+    else:
+        given, axis = (block, c), 0
+        function = functools.partial(kernels.combine, **on)
+        terms = kernel_cases.as_matrix(block) * np.asarray(c, np.float64)[:, None]
+        if operation == "update":
+            given, out = (block, c, vector, mask), dtype
+            terms = np.concatenate([np.asarray(vector, np.float64).reshape(1, -1), -terms])
+            terms *= 0.5 * mask.ravel()
+
+            def function(block: Any, c: Any, vector: Any, mask: Any) -> Any:
+                extra = {"vector": vector, "scale": jnp.float32(0.5), "mask": mask}
+                return kernels.combine(block, c, dtype=dtype, **extra, **on)
+
+    program = jax.jit(function, donate_argnums=0 if stored is not None else ())
+    results = []
+    for _ in range(2 if setting.small else 5):
+        poison(2**20 if setting.small else 2**31)
+        got = jax.tree.map(np.asarray, program(*map(jnp.array, given)))
+        results.append(jax.tree.leaves(got))
+    if compensated:  # rounded once, at the end
+        exact = np.sum(terms, axis)
+        allowed = 1e-12 * np.sum(np.abs(terms), axis) + 2.0**-24 * np.abs(exact)
+        share = float(np.max(np.abs(results[0][-1].astype(np.float64) - exact) / allowed))
+    else:
+        share = kernel_cases.error_of_allowed(results[0][-1], terms, axis, out)
+    right = share <= 1  # NaN compares as false
+    repeats = all(
+        first.tobytes() == other.tobytes()
+        for result in results[1:]
+        for first, other in zip(results[0], result, strict=True)
+    )
+    record = {"kernel": name, "shape": shape, "dtype": jnp.dtype(dtype).name}
+    record |= {"error_of_allowed": share, "same_bits": repeats}
+    if stored is not None:
+        record["row_written"] = results[0][0].tobytes() == stored.tobytes()
+    record["ok"] = right and repeats and record.get("row_written", True)
+    return record
+
+
+def poison(size: int) -> None:
+    """Fills memory with NaN and frees it, so that what is not written is seen."""
+    jnp.full(size // 4, jnp.nan).block_until_ready().delete()
+
+
+def optimizer(setting: Setting) -> list[Item]:
+    """Steps of the optimizer, by the kernels and by XLA."""
+    sizes = (5,) if setting.small else (64, 512)
+    return [
+        (f"m = {m}, {dtype}", functools.partial(compare_optimizers, m, dtype, setting))
+        for m in sizes
+        for dtype in ("bfloat16", "float32")[: 1 if setting.small else 2]
+    ]
+
+
+def compare_optimizers(m: int, dtype: str, setting: Setting) -> dict[str, Any]:
+    """The largest relative difference of the directions; whether the rows are the same."""
+    d, steps, damping = (300, 6, 0.01) if setting.small else (RESNET20, 50, 0.01)
+
+    def train(implementation: str) -> Any:
+        tx = mfac_precondition(
+            m, relative_damping=damping, dtype=dtype, implementation=implementation
+        )
+        keys = jax.random.split(jax.random.key(0), steps + 1)
+        common = 0.9 * jax.random.normal(keys[0], (d,))
+
+        def step(state: Any, key: jax.Array) -> Any:
+            direction, state = tx.update(common + 0.45 * jax.random.normal(key, (d,)), state)
+            return state, direction
+
+        state, directions = lax.scan(step, tx.init(jnp.zeros(d)), keys[1:])
+        return state.window.rows, directions
+
+    run = jax.jit(train, static_argnums=0)
+    held, got = jax.tree.map(np.asarray, run(setting.kernel))
+    want_held, want = jax.tree.map(np.asarray, run("xla"))
+    difference = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+    allowed = oracles.tolerance(np.float32, m, 1 / damping)
+    same = all(
+        a.tobytes() == b.tobytes()
+        for a, b in zip(jax.tree.leaves(held), jax.tree.leaves(want_held), strict=True)
+    )
+    return {
+        "m": m,
+        "d": d,
+        "dtype": dtype,
+        "steps": steps,
+        "largest_difference": float(np.max(difference)),
+        "allowed": float(allowed),
+        "same_rows": same,
+        "ok": bool(np.all(difference <= allowed)) and same,
+    }

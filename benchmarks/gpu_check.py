@@ -1,0 +1,263 @@
+"""The first minutes on a GPU: is every kernel right, and how near the memory bandwidth?
+
+    python benchmarks/gpu_check.py [--output FILE] [--only PART ...] [--docs]
+
+Takes at most eight minutes on an H100 and needs what a machine with a GPU has: jax 0.10.2 or
+newer with CUDA, numpy, optax, jaxtyping, tqdm. Nothing is installed. Every part runs in
+a process of its own with a time limit, so a kernel that crashes or hangs costs its own item
+and no other; the result file is written after every item. ``--docs`` only writes the table
+of ``docs/performance.md`` from the file that is there.
+
+The exit status is 0 if every answer is right, 1 if one is wrong, and 2 if there is no GPU
+that the kernels are for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu_tables import left_out, show_time, table, wrong
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # not installed
+
+PAGE = ROOT / "docs" / "performance.md"
+OUTPUT = ROOT / "benchmarks" / "results" / "gpu_check.json"
+
+# Seconds that each part may take; what then is left is listed as not run. Together with
+# the look at the device they are the eight minutes.
+LIMITS = {
+    "bandwidth": 20,
+    "kernels": 140,
+    "optimizer": 90,
+    "scans": 75,
+    "steps": 45,
+    "steps without CUDA graphs": 45,
+    "products": 35,
+}
+_FIRST_LOOK = 30
+
+# An item that gives no answer in this time hangs.
+_ITEM_LIMIT = 60
+
+RIGHT, WRONG, NO_GPU = 0, 1, 2
+
+# Compute capabilities that the kernels are for.
+_FROM, _BELOW = 9.0, 11.0
+
+
+# The process of one part.
+
+
+def work(part: str, first: int, record: Path, *, kernel: str, small: bool) -> None:
+    """Runs the items of a part from ``first`` on, and adds two lines an item to a file."""
+    import gpu_parts
+
+    if kernel == "interpreted":
+        gpu_parts.interpret_kernels()
+    name = "xla" if kernel == "xla" else "mosaic_gpu"
+    with record.open("a") as lines:
+
+        def say(line: Any) -> None:
+            lines.write(json.dumps(line) + "\n")
+            lines.flush()
+
+        if part == "environment":
+            say(gpu_parts.environment())
+            return
+        items = gpu_parts.PARTS[part](gpu_parts.Setting(name, small))
+        say({"items": [name for name, _ in items]})
+        for name, function in items[first:]:
+            say({"began": name})
+            try:
+                say({"done": function()})
+            except Exception as error:
+                # A GPU that has failed once may fail at everything: the next item gets a
+                # process of its own.
+                traceback.print_exc()
+                say({"done": {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}})
+                return
+
+
+# The process that starts them.
+
+
+class Runner:
+    """Runs parts and keeps the result file up to date."""
+
+    def __init__(self, output: Path, options: Sequence[str], env: dict[str, str]):
+        self.output, self._options, self._env = output, options, env
+        self.results: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "parts": {}}
+
+    def save(self) -> None:
+        """Writes what there is."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output.write_text(json.dumps(self.results, indent=1) + "\n")
+
+    def environment(self, limit: float) -> dict[str, Any] | str:
+        """The device, or why there is none."""
+        lines, errors = self._child("environment", 0, time.monotonic() + limit)
+        return lines[0] if lines else errors
+
+    def part(self, part: str, limit: float) -> None:
+        """Runs the items of a part, one process after another where they fail."""
+        start = time.monotonic()
+        records: list[dict[str, Any]] = []
+        found: dict[str, Any] = {"seconds": 0.0, "items": records, "left_out": []}
+        self.results["parts"][part] = found
+        names = None
+        while names is None or len(records) < len(names):
+            if time.monotonic() - start >= limit:
+                break
+            before = len(records)
+            lines, errors = self._child(part, before, start + limit, records)
+            names = next((line["items"] for line in lines if "items" in line), names)
+            if names is None:  # not one item: nothing of this part can run
+                records.append({"name": part, "ok": False, "error": errors or "did not start"})
+                names = [part]
+            elif len(records) == before and time.monotonic() - start < limit:
+                message = errors or f"no answer within {_ITEM_LIMIT} s"
+                records.append({"name": names[before], "ok": False, "error": message})
+                print(f"  {names[before]}: WRONG: {message.splitlines()[-1]}", flush=True)
+        found["left_out"] = (names or [part])[len(records) :]
+        found["seconds"] = round(time.monotonic() - start, 1)
+        self.save()
+
+    def _child(
+        self, part: str, first: int, deadline: float, records: list[dict[str, Any]] | None = None
+    ) -> tuple[list[dict[str, Any]], str]:
+        """The lines of a child; and what it said last, if it ended badly."""
+        env = dict(self._env)
+        if part == "steps without CUDA graphs":
+            env["XLA_FLAGS"] = env.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+        with tempfile.TemporaryDirectory() as folder:
+            record, errors = Path(folder) / "record", Path(folder) / "errors"
+            record.touch()
+            command = [sys.executable, __file__, "--child", part, "--first", str(first)]
+            command += ["--record", str(record), *self._options]
+            lines: list[dict[str, Any]] = []
+            with errors.open("w") as stderr:
+                child = subprocess.Popen(command, env=env, stdout=stderr, stderr=stderr)
+                changed = time.monotonic()
+                hangs = False
+                while True:
+                    ended = child.poll() is not None
+                    for line in _whole_lines(record)[len(lines) :]:
+                        lines.append(line)
+                        changed = time.monotonic()
+                        if "done" in line and records is not None:
+                            self._take(lines[-2]["began"], line["done"], records)
+                    if ended:
+                        break
+                    now = time.monotonic()
+                    hangs = now - changed > _ITEM_LIMIT
+                    if hangs or now > deadline:
+                        child.kill()
+                        child.wait()
+                        break
+                    time.sleep(0.05)
+            if hangs or child.returncode == 0:
+                return lines, ""
+            said = errors.read_text()[-2000:].strip()
+            return lines, f"{said}\nended with status {child.returncode}".strip()
+
+    def _take(self, name: str, record: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        records.append({"name": name, **record})
+        self.save()
+        verdict = "" if record.get("ok", True) else "WRONG: "
+        shown = record.get("error", ", ".join(_figures(record)))
+        print(f"  {name}: {verdict}{shown.splitlines()[0] if shown else 'right'}", flush=True)
+
+
+def _whole_lines(record: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in record.read_text().splitlines(True) if line[-1] == "\n"]
+
+
+def _figures(record: dict[str, Any]) -> list[str]:
+    """A record in few words."""
+    found = []
+    if "error_of_allowed" in record:
+        found.append(f"error {record['error_of_allowed']:.1e} of what is allowed")
+    if "largest_difference" in record:
+        found.append(f"differs by {record['largest_difference']:.1e}")
+    bits = ("same_bits", "row_written", "same_rows")
+    found += [f"{key} is false" for key in bits if not record.get(key, True)]
+    times = {"seconds": "", "step": "step ", "beside_scans": "beside scans ", "called": "called "}
+    found += [word + show_time(record[key]) for key, word in times.items() if key in record]
+    if "bytes" in record:
+        found.append(f"{record['bytes'] / record['seconds'] / 1e9:,.1f} GB/s")
+    return found
+
+
+def _unsupported(environment: dict[str, Any]) -> str | None:
+    """Why the kernels cannot run on this device, or ``None``."""
+    name, capability = environment["device"], environment["capability"]
+    if environment["platform"] not in ("gpu", "cuda"):
+        return f"it needs an NVIDIA GPU, got {name} ({environment['platform']})"
+    if capability is None or not _FROM <= capability < _BELOW:
+        return (
+            f"the kernels need compute capability {_FROM} to below {_BELOW}, such as H100, H200 "
+            f"or B200; got {name} with {capability}"
+        )
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Checks, saves and reports; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="the result file")
+    parser.add_argument("--only", nargs="+", choices=LIMITS, metavar="PART", help="; ".join(LIMITS))
+    parser.add_argument("--docs", action="store_true", help="only write the documentation's table")
+    # For the tests: kernels interpreted on a CPU, or XLA's forms in their place.
+    parser.add_argument("--kernel", default="native", help=argparse.SUPPRESS)
+    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.child:
+        work(args.child, args.first, args.record, kernel=args.kernel, small=args.small)
+        return RIGHT
+    if args.docs:
+        import report
+
+        report.write_table(PAGE, "gpu-check", table(json.loads(args.output.read_text())))
+        return RIGHT
+
+    options = ["--kernel", args.kernel] + ["--small"] * args.small
+    env = dict(os.environ)
+    if args.kernel != "native":
+        env["JAX_PLATFORMS"] = "cpu"
+    runner = Runner(args.output, options, env)
+    environment = runner.environment(_FIRST_LOOK)
+    if isinstance(environment, str):
+        print(f"JAX finds no device: {environment or f'no answer within {_FIRST_LOOK} s'}")
+        return NO_GPU
+    reason = _unsupported(environment) if args.kernel == "native" else None
+    if reason is not None:
+        print(f"No GPU to check: {reason}.")
+        return NO_GPU
+    runner.results["environment"] = environment
+    runner.save()
+    print(f"{environment['device']}, jax {environment['jax']}", flush=True)
+    for part in args.only or LIMITS:
+        print(f"{part} (at most {LIMITS[part]} s)", flush=True)
+        runner.part(part, LIMITS[part])
+    faults = wrong(runner.results)
+    print("\n" + table(runner.results))
+    print(f"\n{args.output}: {len(faults)} wrong, {len(left_out(runner.results))} not run.")
+    return WRONG if faults else RIGHT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
