@@ -30,6 +30,12 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if "CI" in os.environ else "local")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What is compiled ahead of time is compiled as on the device."""
+    if all(Path(argument).parent.name == "aot" for argument in config.args):
+        os.environ["XLA_FLAGS"] = xla_flags.as_users_compile()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_what_was_compiled() -> Generator[None, None, None]:
     """Drops compiled programs before Linux refuses the process another piece of memory.
