@@ -7,11 +7,14 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test aot compiled gpu-check lint ruff types imports docs bench accuracy clean
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
+
+.PHONY: help demo test test-all aot compiled gpu-check lint ruff types imports docs bench accuracy clean
 
 help:
 	@echo "make demo      run examples/quickstart.py"
-	@echo "make test      run the tests and the docstring examples"
+	@echo "make test      run the tests and the docstring examples, but for those that take long"
+	@echo "make test-all  run every test"
 	@echo "make aot       compile the kernels for an H200 and a TPU v5e, which need not be there"
 	@echo "make compiled  write what the compiler for an H200 reports of the kernels (jax 0.12)"
 	@echo "make gpu-check check the kernels on this machine's GPU, in 8 minutes; installs nothing"
@@ -27,7 +30,10 @@ demo: $(VENV)/.stamp-test
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.stamp-test
+	$(PYTEST) $(ARGS)
 
 # In an environment of its own: compilers for devices that the tests must not find.
 aot: $(VENV)-aot/.stamp

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -433,9 +434,18 @@ def measure(setup: Setup, run: Run) -> dict[str, Any]:
     return done | {"seconds": time.perf_counter() - began}
 
 
-def _start(cores: Any, cache: str) -> None:
-    """A process for itself on a core; what one compiles the others read, also those of later."""
-    os.sched_setaffinity(0, {cores.get()})
+def cores(workers: int) -> list[int | None]:
+    """A core for each worker: several share one where there are fewer; None leaves it open."""
+    pins = hasattr(os, "sched_setaffinity")
+    available = sorted(os.sched_getaffinity(0)) if pins else [None]
+    return list(itertools.islice(itertools.cycle(available), workers))
+
+
+def _start(pins: Any, cache: str) -> None:
+    """A process keeps to its core; what one compiles the others read, also those of later."""
+    core = pins.get()
+    if core is not None:
+        os.sched_setaffinity(0, {core})
     jax.config.update("jax_compilation_cache_dir", cache)
 
 
@@ -456,10 +466,10 @@ def outcomes(setup: Setup, todo: list[Run], workers: int) -> Iterator[tuple[Run,
     # gradient takes its memory anew, which is slow in small pages.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     context = multiprocessing.get_context("spawn")
-    cores = context.Queue()
-    for core in sorted(os.sched_getaffinity(0))[:workers]:
-        cores.put(core)
-    pool = ProcessPoolExecutor(workers, context, _start, (cores, str(setup.out / "compiled")))
+    pins = context.Queue()
+    for core in cores(workers):
+        pins.put(core)
+    pool = ProcessPoolExecutor(workers, context, _start, (pins, str(setup.out / "compiled")))
     with pool:
         waiting, left = {}, list(todo)
         while left or waiting:

@@ -7,11 +7,18 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import contextlib
 from collections.abc import Generator
+from pathlib import Path
 
 import hypothesis
 import jax
 import jaxtyping
 import pytest
+import xla_flags
+
+os.environ["XLA_FLAGS"] = xla_flags.cheap()
+# NumPy's threads would wait for one another on cores that other workers hold. It reads this as
+# it is imported: too late for this process, in time for the workers that it starts.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -23,14 +30,28 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if "CI" in os.environ else "local")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What is compiled ahead of time is compiled as on the device."""
+    if all(Path(argument).parent.name == "aot" for argument in config.args):
+        os.environ["XLA_FLAGS"] = xla_flags.as_users_compile()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_what_was_compiled() -> Generator[None, None, None]:
-    """A process may only map so many pieces of memory, and every program takes a few.
+    """Drops compiled programs before Linux refuses the process another piece of memory.
 
-    With those of all files, XLA ran out of them (65,530 on Linux) and crashed as it compiled.
+    A program maps a few pieces. Near the limit (65,530 by default) XLA crashes as it compiles.
     """
     yield
-    jax.clear_caches()
+    maps, limit = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+    if maps.exists() and 2 * maps.read_bytes().count(b"\n") > int(limit.read_text()):
+        jax.clear_caches()
+
+
+@pytest.fixture
+def as_users_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that the test starts compile as XLA does by default."""
+    monkeypatch.setenv("XLA_FLAGS", xla_flags.as_users_compile())
 
 
 @pytest.hookimpl(wrapper=True)

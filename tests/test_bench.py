@@ -32,6 +32,7 @@ of_measured_machines = pytest.mark.skipif(
 BLOCKS = [Workload("test", 200, 24, block=16), Workload("test", 200, 6, block=16)]
 
 
+@pytest.mark.slow
 @pytest.mark.jax_defaults
 def test_quick_run(tmp_path, monkeypatch):
     # As on an accelerator, where XLA is measured beside the kernels.

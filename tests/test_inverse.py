@@ -347,6 +347,7 @@ np.testing.assert_allclose(whole, pieces, rtol=1e-5)
 """
 
 
+@pytest.mark.usefixtures("as_users_compile")
 def test_many_blocks_of_several_sizes_do_not_wait_for_one_another():
     """A process of its own, which can be stopped: XLA would let them wait forever."""
     subprocess.run([sys.executable, "-c", MANY_BLOCKS], check=True, timeout=240)

@@ -101,6 +101,7 @@ def test_kernels_is_linked_into_the_package():
     assert link.readlink() == Path("../kernels")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["direct", "through_sdist"])
 def test_wheel_holds_the_package_and_nothing_else(wheels: dict[str, Path], kind: str):
     expected = {"mfac_jax/py.typed"}
@@ -113,6 +114,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheels: dict[str, Path], kind:
     assert licenses
 
 
+@pytest.mark.slow
 def test_sdist_holds_the_kernels(wheels: dict[str, Path]):
     [sdist] = wheels["through_sdist"].parent.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -121,6 +123,7 @@ def test_sdist_holds_the_kernels(wheels: dict[str, Path]):
     assert {"LICENSE", "README.md", "pyproject.toml", "mfac_jax/py.typed"} <= names
 
 
+@pytest.mark.slow
 def test_metadata(wheels: dict[str, Path]):
     with zipfile.ZipFile(wheels["direct"]) as wheel:
         [path] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
@@ -132,6 +135,7 @@ def test_metadata(wheels: dict[str, Path]):
     assert set(metadata.get_all("Provides-Extra")) >= {"bench", "dev", "docs", "examples", "test"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["direct", "through_sdist", "editable"])
 def test_installed_package_imports_from_elsewhere(
     source: Path, wheels: dict[str, Path], environment: Path, tmp_path: Path, kind: str

@@ -1,6 +1,7 @@
 """The pruning experiment runs from end to end at small size."""
 
 import json
+import os
 import pickle
 
 import jax
@@ -21,6 +22,7 @@ def out(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_run_is_measured_and_shown(out):
     results = json.loads((out / "smoke.json").read_text())
     todo = prune_resnet20.runs(prune_resnet20.SMOKE)
@@ -34,6 +36,7 @@ def test_every_run_is_measured_and_shown(out):
     assert "per example" in text
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was(out, monkeypatch, capsys):
     path = out / "smoke.json"
     results = json.loads(path.read_text())
@@ -49,7 +52,23 @@ def test_it_goes_on_where_it_was(out, monkeypatch, capsys):
     assert json.loads(path.read_text())["influence"] == results["influence"] | dict([lost])
 
 
-def test_runs_of_several_processes(tmp_path):
+@pytest.mark.parametrize(("available", "want"), [({4}, [4] * 3), ({7, 2}, [2, 7, 2])])
+def test_more_workers_than_cores_share_them(monkeypatch, available, want):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: available, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", None, raising=False)
+    assert prune_resnet20.cores(3) == want
+
+
+def test_workers_run_where_they_may_on_a_system_without_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    assert prune_resnet20.cores(2) == [None, None]
+
+
+@pytest.mark.slow
+def test_runs_of_several_processes_on_one_core(tmp_path, monkeypatch):
+    if hasattr(os, "sched_getaffinity"):
+        core = min(os.sched_getaffinity(0))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {core})
     setup = prune_resnet20.Setup(True, None, None, tmp_path)
     todo = [
         run for run in prune_resnet20.runs(prune_resnet20.SMOKE) if run.key.endswith("magnitude")

@@ -8,7 +8,6 @@ import pytest
 
 from mfac_jax import pruning, rows
 from mfac_jax.pruning._arrange import alive_first
-from mfac_jax.rows import PermutedRows
 
 
 @pytest.mark.parametrize(
@@ -96,24 +95,3 @@ def test_within_outputs_weights_stay_in_their_output():
             np.asarray(new)[row, s], np.asarray(w)[row, s] + moved, rtol=1e-4, atol=1e-5
         )
     assert int(info.num_alive) == 10
-
-
-@pytest.mark.parametrize("storage", ["flat", "per_leaf"])
-def test_permuted_rows_are_the_rows_in_another_order(storage):
-    rng = np.random.default_rng(2)
-    shapes = {"a": (3, 4), "b": (5,)}
-    gradients = {k: jnp.asarray(rng.normal(size=(6, *s)), jnp.float32) for k, s in shapes.items()}
-    held = rows.as_rows(gradients, storage=storage)
-    order = jnp.asarray(rng.permutation(17), jnp.int32)
-    view, matrix = PermutedRows.of(held, order), np.asarray(held.columns(0, 17))[:, order]
-    np.testing.assert_array_equal(view.columns(3, 9), matrix[:, 3:12])
-    np.testing.assert_array_equal(view.columns(jnp.int32(3), 9), matrix[:, 3:12])
-    np.testing.assert_array_equal(view.take(jnp.asarray([4, 4, 0])), matrix[:, [4, 4, 0]])
-    v, c = jnp.asarray(rng.normal(size=17), jnp.float32), jnp.arange(6.0)
-    np.testing.assert_allclose(view.dots(v), matrix @ np.asarray(v), rtol=1e-5)
-    np.testing.assert_allclose(view.combine(c), np.asarray(c) @ matrix, rtol=1e-5, atol=1e-5)
-    mask = jnp.asarray(rng.random(17) < 0.5)
-    masked = matrix * np.asarray(mask)
-    np.testing.assert_allclose(view.gram(mask), masked @ masked.T, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(view.gram(), matrix @ matrix.T, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(view.restrict(mask).columns(0, 17), masked)

@@ -1,13 +1,12 @@
-"""What may be pruned in the trees of the usual libraries, and the view of it."""
+"""What may be pruned in the trees of the usual libraries."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
-from mfac_jax import pruning, rows
+from mfac_jax import pruning
 
 
 def selected(params, path_filter=None):
@@ -100,59 +99,3 @@ def test_filters_given():
 def test_bad_filters(params, path_filter, error, message):
     with pytest.raises(error, match=message):
         pruning.prunable(params, path_filter)
-
-
-KEEP = (True, False, True, True)
-
-
-@pytest.fixture(params=["flat", "per_leaf"])
-def view(request):
-    """A view of 4 gradients, and the matrix it stands for."""
-    rng = np.random.default_rng(0)
-    shapes = {"a": (2, 3), "b": (4,), "c": (2,), "d": (3, 1)}
-    gradients = {k: jnp.asarray(rng.normal(size=(4, *s)), jnp.float32) for k, s in shapes.items()}
-    base = rows.as_rows(gradients, storage=request.param)
-    parts = [np.asarray(gradients[k]).reshape(4, -1) for k in "acd"]
-    return rows.SelectedRows.of(base, KEEP), np.concatenate(parts, axis=1)
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_view_is_the_rows_of_the_selected_parameters(view):
-    v, matrix = view
-    assert isinstance(v, rows.GradientRows)
-    assert (v.num_rows, v.layout.size, v.layout.shapes) == (4, 11, ((2, 3), (2,), (3, 1)))
-    x = np.linspace(-1, 1, 11, dtype=np.float32)
-    tree = v.layout.unflatten(jnp.asarray(x))
-    close(v.dots(tree), matrix @ x)
-    close(flat(v.combine(jnp.arange(4.0))), np.arange(4.0) @ matrix)
-    close(v.gram(), matrix @ matrix.T)
-    keep = x > -0.5
-    mask = jax.tree.map(lambda leaf: leaf > -0.5, tree)
-    close(v.gram(mask), matrix[:, keep] @ matrix[:, keep].T)
-    close(v.restrict(mask).columns(0, 11), matrix * keep)
-    mix = np.eye(4, dtype=np.float32)[:2] * 3
-    close(v.transform(jnp.asarray(mix)).columns(0, 11), mix @ matrix)
-    close(flat(v.column_square_sums()), (matrix**2).sum(0))
-    close(flat(v.column_square_sums(jnp.asarray(mix))), ((mix @ matrix) ** 2).sum(0))
-    for start, size in ((0, 11), (4, 5), (6, 2), (10, 1)):
-        close(v.columns(start, size), matrix[:, start : start + size])
-    places = np.array([10, 0, 6, 7, 5, 8])
-    close(v.take(jnp.asarray(places)), matrix[:, places])
-
-
-def test_writing_to_a_view(view):
-    v, matrix = view
-    gradient = v.layout.unflatten(jnp.arange(11.0))
-    new, dots, accepted = v.put(jnp.asarray(1), gradient)
-    matrix[1] = np.arange(11.0)
-    assert accepted
-    np.testing.assert_allclose(dots, matrix @ np.arange(11.0), rtol=1e-5)
-    np.testing.assert_allclose(new.clear(jnp.asarray(0)).columns(0, 11)[0], 0)
-    np.testing.assert_allclose(new.columns(0, 11), matrix, rtol=1e-6)

@@ -11,7 +11,6 @@ import pytest
 from mfac_jax import pruning, rows
 from mfac_jax.pruning import _groups, _scores
 from mfac_jax.pruning._patterns import Grouping
-from mfac_jax.rows import SelectedRows, TransposedRows
 
 N = 12
 SHAPES = {"a": (4, 8, 3), "b": (8, 4)}
@@ -252,51 +251,6 @@ def test_group_saliency_by_elimination_and_by_factor(size):
     )
     want = np.einsum("bi,bij,bj->b", w, fisher, w) / 2
     np.testing.assert_allclose(got, want, rtol=2e-3)
-
-
-@pytest.mark.parametrize("storage", ["flat", "per_leaf"])
-def test_transposed_rows_are_the_rows_of_transposed_parameters(storage):
-    params, gradients = problem()
-    params = {**params, "c": jnp.zeros((0, 2))}
-    gradients = {**gradients, "c": jnp.zeros((N, 0, 2))}
-    base = SelectedRows.of(rows.as_rows(gradients, params, storage=storage), (True, True, True))
-    orders = ((2, 0, 1), (1, 0), (1, 0))
-    view = TransposedRows.of(base, orders)
-    moved = tuple(
-        jnp.transpose(gradients[k], (0, *(axis + 1 for axis in order)))
-        for k, order in zip(gradients, orders, strict=True)
-    )
-    plain = rows.as_rows(moved, tuple(x[0] for x in moved))
-    d = plain.layout.size
-    v = tuple(
-        jnp.asarray(np.random.default_rng(1).normal(size=x.shape[1:]), jnp.float32) for x in moved
-    )
-    mask = tuple(x > 0 for x in v)
-    c = jnp.arange(1.0, N + 1)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # noqa: E731
-    close(view.columns(0, d), plain.columns(0, d))
-    close(view.columns(jnp.int32(3), 70), plain.columns(3, 70))
-    close(view.take(jnp.array([5, 1, d - 1])), plain.take(jnp.array([5, 1, d - 1])))
-    close(view.dots(v), plain.dots(v))
-    close(view.gram(), plain.gram())
-    close(view.gram(mask), plain.gram(mask))
-    jax.tree.map(close, view.combine(c), plain.combine(c))
-    scale = jnp.float32(0.5)
-    jax.tree.map(
-        close, view.combine(c, vector=v, scale=scale), plain.combine(c, vector=v, scale=scale)
-    )
-    jax.tree.map(close, view.column_square_sums(), plain.column_square_sums())
-    close(view.restrict(mask).columns(0, d), plain.restrict(mask).columns(0, d))
-    close(view.transform(jnp.eye(N)[:3]).columns(0, d), plain.columns(0, d)[:3])
-    close(view.clear(jnp.int32(2)).columns(0, d), plain.clear(jnp.int32(2)).columns(0, d))
-    for got, want in zip(view.put(jnp.int32(1), v), plain.put(jnp.int32(1), v), strict=True):
-        if hasattr(got, "columns"):
-            close(got.columns(0, d), want.columns(0, d))
-        else:
-            close(got, want)
-    close(
-        view.write(jnp.int32(1), v)[0].columns(0, d), plain.write(jnp.int32(1), v)[0].columns(0, d)
-    )
 
 
 def step(params=None, **options):

@@ -3,7 +3,7 @@
 import pytest
 import quickstart
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
