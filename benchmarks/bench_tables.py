@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import workloads
 
+from mfac_jax.carried import CARRY_ON_CPU_FROM
 from mfac_jax.optimizer import CARRY_FROM
 
 Results = dict[str, Any]
@@ -134,9 +135,9 @@ def _small_steps(r: Results) -> str:
                 _time(times["refactor"]),
                 _time(times["carry factor"]),
                 _time(times["carry inverse"]),
-                "the last" if step["m"] >= CARRY_FROM else "the first",
+                "the last" if _carries(r, step) else "the first",
                 _time(times["push + direction"]),
-                f"{100 * _own_small_step(step)['median'] / whole:.1f} %",
+                f"{100 * _own_small_step(r, step)['median'] / whole:.1f} %",
             ]
         )
     return _table(
@@ -153,8 +154,13 @@ def _small_steps(r: Results) -> str:
     )
 
 
-def _own_small_step(step: Results) -> Results:
-    return step["times"]["carry inverse" if step["m"] >= CARRY_FROM else "refactor"]
+def _carries(r: Results, step: Results) -> bool:
+    """Whether the library carries the inverse of a matrix of this size on this device."""
+    return step["m"] >= (CARRY_ON_CPU_FROM if r["environment"]["platform"] == "cpu" else CARRY_FROM)
+
+
+def _own_small_step(r: Results, step: Results) -> Results:
+    return step["times"]["carry inverse" if _carries(r, step) else "refactor"]
 
 
 def _training(r: Results) -> str:
@@ -326,7 +332,7 @@ def _fraction(
 def _small_step(r: Results, m: int, most: float) -> tuple[str, bool] | None:
     for step in r["small_steps"]:
         if step["m"] == m:
-            time = _own_small_step(step)
+            time = _own_small_step(r, step)
             return _time(time), time["median"] <= most
     return None
 

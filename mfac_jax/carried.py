@@ -43,6 +43,11 @@ from mfac_jax import algebra
 _FIRST_STEPS, _SECOND_STEPS = 3, 2
 _TOLERANCE = 64.0
 
+# On a CPU a smaller matrix is factored in every step, and P stays as it is: either takes
+# microseconds, and the program compiles in half the time. On a GPU, factoring is dozens of
+# launches and a wait of the host.
+CARRY_ON_CPU_FROM = 128
+
 # P is made where the factor is at least that far from singular. Below, its rounding errors
 # would keep the steps from converging, and making it would be in vain.
 _SMALLEST_PIVOT = 1e-4
@@ -97,8 +102,34 @@ def newest(
     equal = jnp.all(gram == own[None], axis=1) & (own == own[slot])
     equal &= jnp.diagonal(gram) == own[slot]
     weights = equal.astype(gram.dtype) / jnp.sum(equal, dtype=gram.dtype)
-    solved, inverse = solve(replace(inverse, gram, slot), gram, shift, weights)
+    arguments = (inverse, gram, slot, shift, weights)
+    if gram.shape[0] < CARRY_ON_CPU_FROM:
+        choices = {"cpu": _by_factor, "default": _by_inverse}
+        solved, inverse = lax.platform_dependent(*arguments, **choices)
+    else:
+        solved, inverse = _by_inverse(*arguments)
     return jnp.where(equal, jnp.sum(weights * solved), solved), inverse
+
+
+def _by_inverse(
+    inverse: CarriedInverse,
+    gram: Float[Array, "n n"],
+    slot: Int[Array, ""],
+    shift: Float[Array, ""],
+    rhs: Float[Array, " n"],
+) -> tuple[Float[Array, " n"], CarriedInverse]:
+    return solve(replace(inverse, gram, slot), gram, shift, rhs)
+
+
+def _by_factor(
+    inverse: CarriedInverse,
+    gram: Float[Array, "n n"],
+    slot: Int[Array, ""],
+    shift: Float[Array, ""],
+    rhs: Float[Array, " n"],
+) -> tuple[Float[Array, " n"], CarriedInverse]:
+    del slot
+    return _solve_by_factor(algebra.factor(gram, shift), gram, shift, rhs), inverse
 
 
 def replace(
@@ -190,9 +221,7 @@ def _anew(
     gram: Float[Array, "n n"], shift: Float[Array, ""], rhs: Float[Array, " n"]
 ) -> tuple[Float[Array, " n"], CarriedInverse]:
     factor = algebra.factor(gram, shift)
-    shared = algebra.share_between_equal_rows(gram, rhs)
-    solution = algebra.refined_solve(factor, gram, shift, shared)
-    solution = algebra.share_between_equal_rows(gram, solution)
+    solution = _solve_by_factor(factor, gram, shift, rhs)
 
     # By a triangular solve: it is rarely made, and one call compiles faster than many products.
     def invert() -> Float[Array, "n n"]:
@@ -201,6 +230,17 @@ def _anew(
 
     fit = (algebra.smallest_pivot(factor) > _SMALLEST_PIVOT) & (factor.floor == 0)
     return solution, CarriedInverse(lax.cond(fit, invert, lambda: jnp.zeros_like(gram)), shift)
+
+
+def _solve_by_factor(
+    factor: algebra.Factor,
+    gram: Float[Array, "n n"],
+    shift: Float[Array, ""],
+    rhs: Float[Array, " n"],
+) -> Float[Array, " n"]:
+    shared = algebra.share_between_equal_rows(gram, rhs)
+    solution = algebra.refined_solve(factor, gram, shift, shared)
+    return algebra.share_between_equal_rows(gram, solution)
 
 
 def _product(x: Float[Array, "*k n"], y: Float[Array, " n"]) -> Float[Array, "*k"]:

@@ -31,9 +31,8 @@ ScalarOrSchedule = ArrayLike | Callable[[Int[Array, ""]], ArrayLike]
 DEFAULT_WINDOW_SIZE = 64
 DEFAULT_RELATIVE_DAMPING = 0.01
 
-# From this window size on the inverse of the m x m matrix is carried from step to step.
-# Below, the whole m x m step takes microseconds either way (the documentation, "Performance"),
-# and factoring compiles faster.
+# From this window size on the inverse of the m x m matrix is carried from step to step (on a CPU
+# from carried.CARRY_ON_CPU_FROM on, though the state has room for it).
 CARRY_FROM = 64
 
 

@@ -37,6 +37,7 @@ def made(gram, shift):
 @pytest.fixture
 def carry_from_one(monkeypatch):
     monkeypatch.setattr(optimizer, "CARRY_FROM", 1)
+    monkeypatch.setattr(carried, "CARRY_ON_CPU_FROM", 1)
 
 
 @pytest.mark.parametrize("kind", ["independent", "correlated"])
@@ -157,7 +158,7 @@ def test_the_contract_holds_where_the_inverse_is_carried(carry_from_one):
         assert jax.tree.structure(mapped) == jax.tree.structure(state)
 
 
-def test_a_window_too_singular_carries_nothing_and_is_still_solved():
+def test_a_window_too_singular_carries_nothing_and_is_still_solved(carry_from_one):
     g = oracles.gradients("correlated", M, D)
     g[3] = g[9]
     inverse = carried.empty(M, jnp.float32)
@@ -173,6 +174,25 @@ def test_a_window_too_singular_carries_nothing_and_is_still_solved():
     np.testing.assert_array_equal(inverse.matrix, jnp.zeros((M, M)))
     want = jax.jit(window.ihvp_newest)(w, 1e-7)
     oracles.assert_close(got, want, length=D, condition=1)
+
+
+def test_a_cpu_factors_small_matrices_and_a_gpu_does_not():
+    gram = gram_of(oracles.gradients("correlated", M, D))
+    empty, arguments = carried.empty(M), (gram, jnp.int32(3), jnp.float32(1))
+    coefficients, after = jax.jit(carried.newest)(empty, *arguments)
+    oracles.assert_close(coefficients, exact(gram, 1.0)[3], length=M, condition=100)
+    assert not after.matrix.any()
+    # Whether to factor is decided in the step on a GPU, and not at all on a CPU.
+    newest = jax.jit(carried.newest)
+    assert "conditional(" not in newest.lower(empty, *arguments).compile().as_text()
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("cusolver_potrf_ffi")]
+    text = {
+        platform: jax.export.export(newest, platforms=[platform], disabled_checks=allowed)(
+            empty, *arguments
+        ).mlir_module()
+        for platform in ("cpu", "cuda")
+    }
+    assert text["cuda"].count("stablehlo.case") > text["cpu"].count("stablehlo.case")
 
 
 DAMPINGS = {
@@ -229,6 +249,8 @@ def test_the_optimizer_carries_from_a_size_on(monkeypatch):
         assert state.inverse.matrix.shape == (size, size)
     _, state = jax.jit(mfac_precondition(m).update)(jnp.ones(m), state)
     assert not state.inverse.matrix.any()
+
+    monkeypatch.setattr(carried, "CARRY_ON_CPU_FROM", 1)
 
     def start(carry_from):
         monkeypatch.setattr(optimizer, "CARRY_FROM", carry_from)

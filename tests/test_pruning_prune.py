@@ -452,8 +452,7 @@ def test_another_sparsity_compiles_nothing_anew(params):
     compiled = (
         _step._scores,
         _step._select,
-        _step._delta,
-        _step._describe,
+        _step.work_out,
         gradients._write_gradients,
     )
     before = [function._cache_size() for function in compiled]
