@@ -3,18 +3,20 @@ VENV ?= .venv
 WORKERS ?= auto
 # More for pytest, for example ARGS='-k pruning'.
 ARGS ?=
+# Instructions that XLA may use in test-isa: SSE4_2, AVX, AVX2 or AVX512.
+ISA ?= AVX2
 
 BIN := $(VENV)/bin
-
-.DEFAULT_GOAL := help
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
-.PHONY: help demo test test-all aot compiled gpu-check lint ruff types imports docs bench accuracy clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-isa aot compiled gpu-check lint ruff types imports docs bench accuracy clean
 
 help:
 	@echo "make demo      run examples/quickstart.py"
-	@echo "make test      run the tests and the docstring examples, but for those that take long"
-	@echo "make test-all  run every test"
+	@echo "make test      run the tests and the docstring examples, except what takes long"
+	@echo "make test-all  run every test: also builds of the package, the demo and the experiments"
+	@echo "make test-isa  run the tests as on a processor without AVX-512, or with ISA=SSE4_2"
 	@echo "make aot       compile the kernels for an H200 and a TPU v5e, which need not be there"
 	@echo "make compiled  write what the compiler for an H200 reports of the kernels (jax 0.12)"
 	@echo "make gpu-check check the kernels on this machine's GPU, in 8 minutes; installs nothing"
@@ -34,6 +36,10 @@ test: $(VENV)/.stamp-test
 
 test-all: $(VENV)/.stamp-test
 	$(PYTEST) $(ARGS)
+
+# Without the tests of examples and benchmarks, which say little of instructions.
+test-isa: $(VENV)/.stamp-test
+	XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_max_isa=$(ISA)" $(PYTEST) -m "not slow and not once" $(ARGS)
 
 # In an environment of its own: compilers for devices that the tests must not find.
 aot: $(VENV)-aot/.stamp
