@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     environment = report.environment() | {"cores": len(os.sched_getaffinity(0))}
     results = {"environment": environment, "repeats": args.repeats, "cases": cases}
     report.save("first_call", results)
-    report.write_table(PAGE, "first-call", table(results))
+    report.write_table(PAGE, "first_call", table(results))
     print(table(results))
 
 

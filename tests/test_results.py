@@ -19,7 +19,7 @@ from report import ROOT
         ("README.md", "quickstart", demo.table),
         ("docs/defaults.md", "defaults", defaults.table),
         ("docs/implementations.md", "compiled", compiled.table),
-        ("docs/performance.md", "first-call", first_call.table),
+        ("docs/performance.md", "first_call", first_call.table),
         ("docs/implementations.md", "launches", launches.table),
         ("docs/pruning-results.md", "pruning_step", pruning_step.table),
         ("docs/pruning-results.md", "swaps", swaps.table),
