@@ -3,7 +3,7 @@ VENV ?= .venv
 WORKERS ?= auto
 # More for pytest, for example ARGS='-k pruning'.
 ARGS ?=
-# Instructions that XLA may use in test-isa: SSE4_2, AVX, AVX2 or AVX512.
+# Instructions that XLA may use in test-isa: AVX, AVX2 or AVX512. jaxlib needs AVX.
 ISA ?= AVX2
 
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ help:
 	@echo "make demo      run examples/quickstart.py"
 	@echo "make test      run the tests and the docstring examples, except what takes long"
 	@echo "make test-all  run every test: also builds of the package, the demo and the experiments"
-	@echo "make test-isa  run the tests as on a processor without AVX-512, or with ISA=SSE4_2"
+	@echo "make test-isa  run the tests as on a processor without AVX-512, or with ISA=AVX"
 	@echo "make aot       compile the kernels for an H200 and a TPU v5e, which need not be there"
 	@echo "make compiled  write what the compiler for an H200 reports of the kernels (jax 0.12)"
 	@echo "make gpu-check check the kernels on this machine's GPU, in 8 minutes; installs nothing"
