@@ -104,20 +104,50 @@ def combine(
 ) -> Float[Array, "t *shape"]:
     """``G^T c``, or ``(v - G^T c) scale``; 0 where ``mask`` is false; in ``dtype``."""
     acc = accumulation_dtype(block.dtype)
-    t, m = block.shape[:2]
     weights = coefficients.astype(acc)
-    if block.dtype == acc and not _has_explicit_axes(block):
-        rows = next(r for r in range(min(m, _ROWS_OF_A_SUM), 0, -1) if m % r == 0)
-        rows = rows if 2 * rows > _ROWS_OF_A_SUM else m
-        parts = block.reshape(t, m // rows, rows, *block.shape[2:])
-        weights = jnp.broadcast_to(weights.reshape(-1, rows), parts.shape[:3])
-        contract = (((2,), (2,)), ((0, 1), (0, 1)))
-        out = lax.dot_general(weights, parts, contract, precision="highest")
-        out = jnp.sum(out, axis=1)
+    if _has_explicit_axes(block):
+        out = _combine_in_one_loop(block, weights)
     else:
-        weights = weights.reshape(1, m, *[1] * (block.ndim - 2))
-        out = jnp.sum(block.astype(acc) * weights, axis=1)  # fused, as in dots
+        default = _combine_by_parts if block.dtype == acc else _combine_in_one_loop
+        out = lax.platform_dependent(block, weights, cuda=combine_at_once, default=default)
     return finish(out, vector, scale, mask, dtype)
+
+
+def _combine_by_parts(
+    block: Float[Array, "t m *shape"], weights: Float[Array, " m"]
+) -> Float[Array, "t *shape"]:
+    """``G^T c`` as a batched product of some rows at a time."""
+    t, m = block.shape[:2]
+    rows = next(r for r in range(min(m, _ROWS_OF_A_SUM), 0, -1) if m % r == 0)
+    rows = rows if 2 * rows > _ROWS_OF_A_SUM else m
+    parts = block.reshape(t, m // rows, rows, *block.shape[2:])
+    weights = jnp.broadcast_to(weights.reshape(-1, rows), parts.shape[:3])
+    contract = (((2,), (2,)), ((0, 1), (0, 1)))
+    out = lax.dot_general(weights, parts, contract, precision="highest")
+    return jnp.sum(out, axis=1)
+
+
+def _combine_in_one_loop(
+    block: Float[Array, "t m *shape"], weights: Float[Array, " m"]
+) -> Float[Array, "t *shape"]:
+    """``G^T c`` as a fused product and sum, as in :func:`dots`."""
+    weights = weights.reshape(1, -1, *[1] * (block.ndim - 2))
+    return jnp.sum(block.astype(weights.dtype) * weights, axis=1)
+
+
+def combine_at_once(
+    block: Float[Array, "t m *shape"], weights: Float[Array, " m"]
+) -> Float[Array, "t *shape"]:
+    """``G^T c`` as one batched product of all rows, for a GPU.
+
+    There XLA makes it a fused loop or, under ``vmap`` over the weights, a matrix product that
+    widens what it reads. Products of parts of the rows, and sums under that ``vmap``, would
+    transpose a copy of the block first. (A block of 2 MiB it may still multiply before it
+    adds up, which stays in the GPU's cache.)
+    """
+    repeated = jnp.broadcast_to(weights, block.shape[:2])
+    contract = (((1,), (1,)), ((0,), (0,)))
+    return lax.dot_general(repeated, block.astype(weights.dtype), contract, precision="highest")
 
 
 def finish(

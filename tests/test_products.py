@@ -1,4 +1,4 @@
-"""The form that products of all gradients take on a GPU, run here as well, against float64."""
+"""The forms that scans take on a GPU without a kernel, run here as well, against float64."""
 
 import functools
 
@@ -86,11 +86,54 @@ def test_column_square_sums(shape, dtype):
     assert_small(got.ravel(), want, scale, shape[1])
 
 
+@every_case
+def test_combine(shape, dtype):
+    block, _, matrix, wide = made(shape, dtype)
+    got = jax.jit(_xla.combine_at_once)(block, matrix[0])
+    assert got.shape == (shape[0], *shape[2:])
+    scale = np.linalg.norm(wide) * np.linalg.norm(matrix[0])
+    assert_small(got.ravel(), np.asarray(matrix[0], np.float64) @ wide, scale, shape[1])
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 40, 8), (1, 5, 4, 30)])
+def test_combine_under_vmap(axes, dtype, shape):
+    block, _, matrix, wide = made(shape, dtype)
+    given = jnp.stack([block, 2 * block]) if axes[0] == 0 else block
+    weights = matrix if axes[1] == 0 else matrix[0]
+    got = jax.jit(jax.vmap(_xla.combine_at_once, axes))(given, weights)
+    assert got.shape == (2, shape[0], *shape[2:])
+    factors = np.asarray([1.0, 1.0 if axes[0] is None else 2.0])[:, None]
+    rows = np.asarray(matrix if axes[1] == 0 else matrix[:1], np.float64)
+    scale = 2 * np.linalg.norm(wide) * np.linalg.norm(rows)
+    assert_small(got.reshape(2, -1), factors * (rows @ wide), scale, shape[1])
+
+
+def test_combine_has_the_derivatives_of_a_product():
+    block, _, matrix, wide = made((3, 40, 8), jnp.float32)
+    _, pull = jax.vjp(_xla.combine_at_once, block, matrix[0])
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=(3, 8)), jnp.float32)
+    to_block, to_weights = pull(cotangent)
+    flat, weights = (np.ravel(np.asarray(x, np.float64)) for x in (cotangent, matrix[0]))
+    assert_small(to_weights, wide @ flat, np.linalg.norm(wide) * np.linalg.norm(flat), 24)
+    want = np.outer(weights, flat)
+    np.testing.assert_allclose(as_matrix(to_block), want, rtol=1e-6)
+    direction = made((3, 40, 8), jnp.float32)[0] + 1
+    forward = jax.jvp(_xla.combine_at_once, (block, matrix[0]), (direction, matrix[1]))[1]
+    want = weights @ as_matrix(direction) + np.asarray(matrix[1], np.float64) @ wide
+    scale = np.linalg.norm(matrix) * (np.linalg.norm(wide) + np.linalg.norm(direction))
+    assert_small(forward.ravel(), want, scale, 40)
+
+
 @pytest.mark.x64
 def test_products_of_double_precision():
     block = jnp.asarray(np.random.default_rng(0).normal(size=(19, 4, 8)))
     wide = as_matrix(block)
     np.testing.assert_allclose(_xla.gram_by_chunks(block), wide @ wide.T, rtol=1e-12, atol=1e-12)
+    weights = jnp.arange(1.0, 5.0)
+    got = _xla.combine_at_once(block, weights).ravel()
+    np.testing.assert_allclose(got, np.asarray(weights) @ wide, rtol=1e-12, atol=1e-12)
 
 
 PRODUCTS = {
@@ -100,6 +143,14 @@ PRODUCTS = {
     "column square sums": lambda block: kernels.column_square_sums(block, jnp.eye(block.shape[1])),
 }
 every_product = pytest.mark.parametrize("name", PRODUCTS)
+
+
+def combine(block):
+    return kernels.combine(block, jnp.arange(1.0, 1 + block.shape[1]), implementation="xla")
+
+
+CHOICES = {**PRODUCTS, "combine": combine}
+every_choice = pytest.mark.parametrize("name", CHOICES)
 
 
 @every_product
@@ -116,9 +167,22 @@ def test_a_gpu_gets_no_loop(name, shape, dtype):
     assert ("while" in elsewhere) == (shape[0] > 1 or name != "transform")
 
 
-@every_product
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_gpu_combines_all_rows_at_once(dtype):
+    block = jax.ShapeDtypeStruct((2, 256, 8), dtype)
+    traced = jax.jit(functools.partial(combine)).trace(block)
+    on_gpu, elsewhere = (
+        traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "cpu")
+    )
+    of_all_rows = "(tensor<2x256xf32>, tensor<2x256x8xf32>)"
+    assert of_all_rows in on_gpu
+    assert of_all_rows not in elsewhere
+    assert ("dot_general" in elsewhere) == (dtype == jnp.float32)
+
+
+@every_choice
 def test_the_choice_is_transformed_as_either_form(name):
-    product = PRODUCTS[name]
+    product = CHOICES[name]
     blocks = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 8)), jnp.float32)
     one_by_one = jnp.stack([product(block) for block in blocks])
     np.testing.assert_allclose(jax.vmap(product)(blocks), one_by_one, rtol=1e-5, atol=1e-5)
@@ -135,18 +199,19 @@ def test_the_choice_is_transformed_as_either_form(name):
         np.testing.assert_allclose(backward, forward, rtol=1e-4)
 
 
-@every_product
+@every_choice
 def test_the_choice_runs_inside_shard_map(name):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec(None, None, "x")
     block = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 16)), jnp.float32)
 
     def on_each(block):
-        out = PRODUCTS[name](block)
+        out = CHOICES[name](block)
         return jax.lax.psum(out, "x") if name.startswith("gram") else out
 
-    out = {"transform": spec, "column square sums": PartitionSpec(None, "x")}
+    columns = PartitionSpec(None, "x")
+    out = {"transform": spec, "column square sums": columns, "combine": columns}
     spread = jax.shard_map(
         on_each, mesh=mesh, in_specs=spec, out_specs=out.get(name, PartitionSpec())
     )
-    np.testing.assert_allclose(jax.jit(spread)(block), PRODUCTS[name](block), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(spread)(block), CHOICES[name](block), rtol=1e-5, atol=1e-5)
