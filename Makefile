@@ -5,6 +5,9 @@ WORKERS ?= auto
 ARGS ?=
 # Instructions that XLA may use in test-isa: AVX, AVX2 or AVX512. jaxlib needs AVX.
 ISA ?= AVX2
+# The tests that are about numbers.
+NUMBERS := accuracy algebra carried inverse inverse_map kernels_xla optimizer products \
+  pruning_greedy pruning_prune pruning_step pruning_updates reference robustness two_words window
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
@@ -16,7 +19,7 @@ help:
 	@echo "make demo      run examples/quickstart.py"
 	@echo "make test      run the tests and the docstring examples, except what takes long"
 	@echo "make test-all  run every test: also builds of the package, the demo and the experiments"
-	@echo "make test-isa  run the tests as on a processor without AVX-512, or with ISA=AVX"
+	@echo "make test-isa  run the tests of numbers, optimized, as on a processor without AVX-512"
 	@echo "make aot       compile the kernels for an H200 and a TPU v5e, which need not be there"
 	@echo "make compiled  write what the compiler for an H200 reports of the kernels (jax 0.12)"
 	@echo "make gpu-check check the kernels on this machine's GPU, in 8 minutes; installs nothing"
@@ -37,9 +40,11 @@ test: $(VENV)/.stamp-test
 test-all: $(VENV)/.stamp-test
 	$(PYTEST) $(ARGS)
 
-# Without the tests of examples and benchmarks, which say little of instructions.
+# As XLA compiles for users, not as for the other tests: only then does it fuse and reorder.
+test-isa: export XLA_FLAGS += --xla_cpu_max_isa=$(ISA) --xla_backend_optimization_level=2 \
+  --xla_llvm_disable_expensive_passes=false
 test-isa: $(VENV)/.stamp-test
-	XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_max_isa=$(ISA)" $(PYTEST) -m "not slow and not once" $(ARGS)
+	$(PYTEST) -m "not slow" $(NUMBERS:%=tests/test_%.py) $(ARGS)
 
 # In an environment of its own: compilers for devices that the tests must not find.
 aot: $(VENV)-aot/.stamp
