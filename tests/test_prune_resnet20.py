@@ -69,6 +69,8 @@ def test_runs_of_several_processes_on_one_core(tmp_path, monkeypatch):
     if hasattr(os, "sched_getaffinity"):
         core = min(os.sched_getaffinity(0))
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: {core})
+    # Programs that compile quickly are kept as well.
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     setup = prune_resnet20.Setup(True, None, None, tmp_path)
     todo = [
         run for run in prune_resnet20.runs(prune_resnet20.SMOKE) if run.key.endswith("magnitude")

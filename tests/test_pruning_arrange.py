@@ -29,6 +29,33 @@ def step(w, mask, g, **options):
     return pruning.prune_step(w, mask, rows.as_rows(g, w), damping=0.05, **options)
 
 
+@pytest.mark.parametrize("n", [4, 20])
+@pytest.mark.parametrize("update", ["joint", "reference"])
+def test_blocks_that_are_filled_up_are_those_of_their_weights(n, update):
+    """The last block of 17 weights holds two, the others five, which one program works on."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=17), jnp.float32)
+    g = oracles.gradients("correlated", n, 17)
+    options = {"score": "mfac", "update": update, "blocks": 5, "path_filter": ""}
+    new, mask, info = step(w, jnp.ones(17, bool), jnp.asarray(g), sparsity=0.5, **options)
+    exact = np.zeros((17, 17))
+    for i in range(0, 17, 5):
+        exact[i : i + 5, i : i + 5] = oracles.fisher(g[:, i : i + 5], 0.05)
+    diagonal = np.diagonal(np.linalg.inv(exact))
+    wide = np.asarray(w, np.float64)
+    kept = np.ones(17, bool)
+    kept[np.argsort(wide**2 / diagonal)[: round(0.5 * 17)]] = False
+    np.testing.assert_array_equal(mask, kept)
+    gone = np.where(kept, 0, wide)
+    if update == "joint":
+        moved = np.linalg.solve(exact[np.ix_(kept, kept)], exact[kept] @ gone)
+    else:
+        moved = -np.linalg.solve(exact, gone / diagonal)[kept]
+    np.testing.assert_allclose(new[kept], wide[kept] + moved, rtol=1e-4, atol=1e-5)
+    delta = np.asarray(new, np.float64) - wide
+    want = delta @ exact @ delta / 2
+    np.testing.assert_allclose(info.predicted_loss_increase, want, rtol=1e-4)
+
+
 @pytest.mark.parametrize("score", ["mfac", "greedy"])
 @pytest.mark.parametrize("update", ["joint", "reference"])
 @pytest.mark.parametrize("storage", ["flat", "per_leaf"])

@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float
 
 from mfac_jax import algebra
 from mfac_jax._layout import Layout, PyTree
@@ -256,22 +256,20 @@ def full_update(
     gone = [
         jnp.where(a & ~k, w, jnp.zeros_like(w)) for a, k, w in zip(alive, kept, wide, strict=True)
     ]
-    known = [gone, alive, kept]
-    if diagonal is not None:
-        known.append(jax.tree.leaves(diagonal))
+    x, over = gone, alive
+    if terms is not None:
+        diagonals = [None] * len(gone) if diagonal is None else jax.tree.leaves(diagonal)
+        parts = zip(gone, alive, kept, diagonals, strict=True)
+        pairs = [terms(*part, damping) for part in parts]
+        x, over = [x for x, _ in pairs], [over for _, over in pairs]
     runs = block_runs(layout, blocks)
 
     def tree(leaves: Sequence[Array]) -> PyTree:
         return jax.tree_util.tree_unflatten(layout.treedef, leaves)
 
-    def terms_of(parts: Sequence[Array]) -> tuple[Array, Array]:
-        assert terms is not None
-        return terms(*parts[:3], parts[3] if len(parts) > 3 else None, damping)
-
     if _is_scanned(rows, runs):
         moved = [jnp.zeros_like(leaf) for leaf in gone]
         if terms is not None:
-            x, over = zip(*(terms_of(parts) for parts in zip(*known, strict=True)), strict=True)
             gram = rows.gram(tree(over))
             solved = _solve(algebra.factor(gram, n * damping), gram, rows.dots(tree(x)))
             moved = jax.tree.leaves(rows.combine(solved))
@@ -280,18 +278,22 @@ def full_update(
         return tree(delta), jnp.sum(dots * dots) / n
 
     def block(
-        batch: Float[Array, "b n B"], *parts: Shaped[Array, "b B"]
+        batch: Float[Array, "b n B"],
+        gone: Float[Array, "b B"],
+        kept: Bool[Array, "b B"],
+        x: Float[Array, "b B"],
+        over: Bool[Array, "b B"],
     ) -> tuple[Float[Array, "b B"], Float[Array, "b 1"]]:
-        gone, _, kept = parts[:3]
         moved = jnp.zeros_like(gone)
         if terms is not None:
-            x, over = terms_of(parts)
             moved = _compensate(batch, x, over, damping, rows.implementation)
         delta = jnp.where(kept, moved, -gone)
         dots = jnp.einsum("bnj,bj->bn", batch, delta, precision="highest")
         return delta, jnp.sum(dots * dots, axis=1, keepdims=True)
 
-    flat = [jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]) for leaves in known]
+    flat = [
+        jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]) for leaves in (gone, kept, x, over)
+    ]
     moves, squares = map_blocks(rows, runs, block, *flat)
     return layout.unflatten(moves), jnp.sum(squares) / n
 
