@@ -3,7 +3,8 @@ VENV ?= .venv
 WORKERS ?= auto
 # More for pytest, for example ARGS='-k pruning'.
 ARGS ?=
-# Instructions that XLA may use in test-isa: AVX, AVX2 or AVX512. jaxlib needs AVX.
+# Instructions that XLA may use in test-isa: AVX, AVX2 or AVX512; empty for all that there are.
+# jaxlib needs AVX.
 ISA ?= AVX2
 # The tests that are about numbers.
 NUMBERS := accuracy algebra carried inverse inverse_map kernels_xla optimizer products \
@@ -41,10 +42,9 @@ test-all: $(VENV)/.stamp-test
 	$(PYTEST) $(ARGS)
 
 # As XLA compiles for users, not as for the other tests: only then does it fuse and reorder.
-test-isa: export XLA_FLAGS += --xla_cpu_max_isa=$(ISA) --xla_backend_optimization_level=2 \
-  --xla_llvm_disable_expensive_passes=false
+test-isa: export XLA_FLAGS += $(ISA:%=--xla_cpu_max_isa=%)
 test-isa: $(VENV)/.stamp-test
-	$(PYTEST) -m "not slow" $(NUMBERS:%=tests/test_%.py) $(ARGS)
+	$(PYTEST) --as-users-compile -m "not slow" $(NUMBERS:%=tests/test_%.py) $(ARGS)
 
 # In an environment of its own: compilers for devices that the tests must not find.
 aot: $(VENV)-aot/.stamp

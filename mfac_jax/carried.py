@@ -35,11 +35,11 @@ from jaxtyping import Array, Bool, Float, Int
 from mfac_jax import algebra
 
 # Steps before the first residual that is made with K, and between it and the wide one; one more
-# follows. The tolerance, in units of eps, lets a shift pass that has moved by up to 17 % down or
-# 20 % up: a factor of 0.1 in each of the five steps. In float32, with P that has been replaced
-# row by row (m = 64 and 512, shifts moved by up to 18 %), the errors are those of five steps
-# that all use K. Without the residual in the middle P would have to be made anew in every step
-# where A is less well conditioned (at a condition number of 80 it would not, at 860 it would).
+# step follows. The tolerance, in units of eps, admits a shift that has moved by up to 17 % down or
+# 20 % up: each of the five steps then gains a factor of 10. Measured in float32 at m = 64 and 512,
+# with P replaced row by row and shifts moved by up to 18 %: the errors are those of five steps that
+# all use K. The residual in the middle is needed: without it P is made anew in every step at a
+# condition number of 860, though not at 80.
 _FIRST_STEPS, _SECOND_STEPS = 3, 2
 _TOLERANCE = 64.0
 
@@ -79,7 +79,8 @@ def newest(
     """``A^-1 e`` for the gradient in ``slot``, the only one that changed since the last call.
 
     Gradients that equal it to the last bit share its coefficient, which is right for every
-    combination of the gradients; see :func:`mfac_jax.algebra.share_between_equal_rows`.
+    combination of the gradients; see :func:`mfac_jax.algebra.share_between_equal_rows`. On a CPU
+    a matrix below 128 x 128 is factored, and the inverse comes back as it was given.
 
     Args:
         inverse: what the last call returned; :func:`empty` at first.

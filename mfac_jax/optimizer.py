@@ -31,8 +31,8 @@ ScalarOrSchedule = ArrayLike | Callable[[Int[Array, ""]], ArrayLike]
 DEFAULT_WINDOW_SIZE = 64
 DEFAULT_RELATIVE_DAMPING = 0.01
 
-# From this window size on the inverse of the m x m matrix is carried from step to step (on a CPU
-# from carried.CARRY_ON_CPU_FROM on, though the state has room for it).
+# From this window size on the state has room for the inverse of the m x m matrix. Whether a step
+# uses it, carried.newest decides for each platform.
 CARRY_FROM = 64
 
 

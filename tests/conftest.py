@@ -30,9 +30,16 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if "CI" in os.environ else "local")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--as-users-compile", action="store_true", help="let XLA optimize as it does by default"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """What is compiled ahead of time is compiled as on the device."""
-    if all(Path(argument).parent.name == "aot" for argument in config.args):
+    ahead_of_time = all(Path(argument).parent.name == "aot" for argument in config.args)
+    if ahead_of_time or config.getoption("as_users_compile"):
         os.environ["XLA_FLAGS"] = xla_flags.as_users_compile()
 
 

@@ -187,36 +187,37 @@ def test_history_holds_the_newest_steps_at_one_level():
         assert matrix.shape == (6, 10)
         fresh, slot = past.mean != 0, i % 2
         assert np.flatnonzero(fresh).tolist() == [3 * slot, 3 * slot + 1, 3 * slot + 2]
-        np.testing.assert_allclose(past.mean @ matrix, new.mean(0), rtol=1e-5, atol=1e-6)
-        if i == 0:  # zero rows, for which the others are scaled up, change no average
-            assert not matrix[~fresh].any()
-            np.testing.assert_allclose(matrix.T @ matrix / 6, new.T @ new / 3, rtol=1e-5)
-            continue
+        assert past.filled == (0.5 if i == 0 else 1)
         np.testing.assert_array_equal(matrix[fresh], new)
-        old, before = matrix[~fresh], sets[i - 1]
-        if i < 3:
+        np.testing.assert_allclose(past.mean @ matrix, new.mean(0), rtol=1e-5, atol=1e-6)
+        old = matrix[~fresh]
+        if i == 0:
+            assert not old.any()
+        elif i < 3:
             level = [np.sum(x[:, :7].astype(np.float64) ** 2) for x in (old, new)]
             assert level[0] == pytest.approx(level[1], rel=1e-5)
-            ratio = old / before
+            ratio = old / sets[i - 1]
             np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
         else:  # a step without any gradient sets no level, nor has one
-            np.testing.assert_array_equal(old, before)
+            np.testing.assert_array_equal(old, sets[i - 1])
 
 
-def test_a_first_step_without_any_gradient_leaves_no_scale_behind():
-    past, rows = History(2, 1), as_rows(jnp.zeros((2, 4)))
-
-    def write(value):
-        def fill(held, first):
-            held = held or rows
-            return held._replace(block=held.block.at[:, first].set(value))
-
-        return fill
-
-    alive = [jnp.asarray([True, False, False, False])]
-    past.take(write(jnp.asarray([0.0, 1.0, 1.0, 1.0])), alive)
-    held = past.take(write(jnp.ones(4)), alive)
-    np.testing.assert_allclose(held.columns(0, 4), [[0, 1, 1, 1], [1, 1, 1, 1]], rtol=1e-6)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_room_for_later_gradients_changes_nothing(params, dtype):
+    options = {"steps": 2, "num_gradients": 8, "dtype": dtype}
+    options["descents"] = [pruning.Descent(0.02, 1e-2)]
+    relative = SETTINGS[0]._replace(damping=0.1, relative=True)
+    for setting in (relative, SETTINGS[1]):
+        one, other = (
+            run(params, settings=[setting], history=history, **options).report.steps[0]
+            for history in (0, 3)
+        )
+        # A window of two steps, since there are no more.
+        assert one.damping == pytest.approx(other.damping, rel=1e-4)
+        for trial, same in zip(one.tried, other.tried, strict=True):
+            assert trial.loss == pytest.approx(same.loss, rel=1e-4)
+        for name in ("predicted_loss_increase", "degrees_of_freedom", "update_norm"):
+            assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ _FEWEST_ENTRIES, _MOST_ENTRIES = 2**21, 2**26
 # from where a traced number says, which copies them one by one in some views of rows.
 _MOST_PIECES = 8
 
-# Blocks of several sizes are padded to one size as long as that makes at most this fraction more
-# work, or less than so many multiplications in all, which take some milliseconds. Every size
-# that remains is compiled by itself, for up to a second.
+# Blocks of several sizes are padded to one size, since every size is compiled by itself, for up
+# to a second. Padding may add this fraction of the work, with B^3 for a block of B, an upper bound.
+# It may always add _FREE_WORK multiplications, which take some milliseconds.
 _MOST_PADDING = 0.1
 _FREE_WORK = 2**26
 
@@ -49,9 +49,9 @@ def map_blocks(
         runs: the blocks.
         function: takes the gradients of b blocks of one size, (b, n, B), and those parts
             of each of ``vectors``, (b, B). It returns a number for each coordinate, (b, B), or
-            for each block, (b, 1), or a pair of such results. Blocks may be padded: by
-            coordinates whose gradients and parts of the vectors are 0 (or false), and by blocks
-            of nothing else.
+            for each block, (b, 1), or a pair of such results. Blocks may be padded by
+            coordinates whose gradients and parts of the vectors are 0 (or false). Batches may
+            be padded by blocks of such coordinates.
         vectors: flat vectors (d,) that are cut as the gradients are.
 
     Returns:

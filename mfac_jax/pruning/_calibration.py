@@ -172,6 +172,7 @@ class Step(NamedTuple):
     weights: tuple[Array, ...]
     mask: tuple[Array, ...]
     info: PruneInfo
+    predicted_loss_increase: float
     tried: tuple[Trial, ...]
     chosen: int
     damping: float
@@ -187,6 +188,7 @@ def best_step(
     target: Target,
     loss_of: Callable[[Sequence[Array]], float],
     *,
+    filled: float,
     mean_of_newest: Float[np.ndarray, " n"],
     descents: Sequence[Descent],
     keep_layers: bool,
@@ -201,6 +203,7 @@ def best_step(
         rows: their gradients.
         target: how many go.
         loss_of: the loss on the calibration batches, of the prunable leaves.
+        filled: the fraction of the rows that hold gradients; the others are zero.
         mean_of_newest: ``a`` such that ``G^T a`` is the gradient at these weights.
         descents: to try, checked.
         keep_layers: whether the best group of every leaf stays.
@@ -213,14 +216,17 @@ def best_step(
     tried: list[Trial] = []
     best: _Found | None = None
     chosen = -1
+    # The Fisher is an average over the gradients that are there, and so 1 / filled times the
+    # average over all rows. With filled times the damping, that one is solved in its place: masks
+    # and updates are the same.
     gram, mean_diagonal = _gram(rows, alive)
-    mean = float(mean_diagonal)
+    mean = float(mean_diagonal) / filled
     for setting in settings:
         pieces = cut(setting.blocks, rows.layout, grouping)
         like = (pieces, setting.damping, setting.relative)
         if like not in problems:
-            damping = np.asarray(setting.damping * (mean if setting.relative else 1), rows.dtype)
-            lam = jax.device_put(damping)
+            damping = filled * setting.damping * (mean if setting.relative else 1)
+            lam = jax.device_put(np.asarray(damping, rows.dtype))
             problems[like] = Problem(weights, alive, rows, lam, pieces, grouping)
         problem = problems[like] = problems[like].ready_for(setting.score, setting.update)
         key = (setting.score, *like)
@@ -253,7 +259,8 @@ def best_step(
         lam = way.relative_damping
         if lam not in directions:
             relative = np.asarray(lam, rows.dtype)
-            directions[lam] = descent(rows, of_alive, best.mask, mean_of_newest, relative)
+            # Of the average over all rows, whose inverse is larger.
+            directions[lam] = descent(rows, of_alive, best.mask, filled * mean_of_newest, relative)
         rate = np.asarray(way.learning_rate, rows.dtype)
         moved = move(best.weights, best.mask, directions[lam], rate)
         loss = loss_of(moved)
@@ -264,9 +271,10 @@ def best_step(
         weights,
         best.mask,
         best.info,
+        float(best.info.predicted_loss_increase) / filled,
         tuple(tried),
         chosen,
-        float(best.damping),
+        float(best.damping) / filled,
         float(_degrees_of_freedom(gram, best.damping)),
     )
 

@@ -5,14 +5,12 @@ were pruned less, and say much the same about the curvature. Only their size is 
 gradients grow with the loss; so they are scaled to the newest ones.
 
 There is room for all steps from the first one on, so that every step runs the same programs.
-Rows that are not filled yet are zero, and the others are scaled up for them: the Fisher is an
-average over the gradients that are there.
+Rows that are not filled yet are zero.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -38,11 +36,11 @@ class History:
 
     @property
     def num_rows(self) -> int:
-        """Rows that there is room for."""
+        """Capacity in rows."""
         return self._num_steps * self._count
 
     def take(self, fill: Fill, alive: Sequence[Array]) -> FlatRows:
-        """Takes the gradients of a step in.
+        """Takes in the gradients of a step.
 
         Args:
             fill: writes them into the rows, from a given one on, and returns these; the rows are
@@ -52,55 +50,37 @@ class History:
         Returns:
             All that are held.
         """
-        before = self._scale
         self.rows = fill(self.rows, self._taken % self._num_steps * self._count)
         self._taken += 1
-        if self._num_steps > 1:
-            self.rows = _level(
-                self.rows,
-                self._is_newest,
-                tuple(alive),
-                np.float32(before),
-                np.float32(self._scale),
-                count=self._count,
-            )
+        if min(self._taken, self._num_steps) > 1:
+            self.rows = _level(self.rows, self._is_newest, tuple(alive), count=self._count)
         return self.rows
+
+    @property
+    def filled(self) -> float:
+        """The fraction of the rows that hold gradients."""
+        return min(self._taken, self._num_steps) / self._num_steps
 
     @property
     def mean(self) -> Float[np.ndarray, " m"]:
         """``a`` such that ``G^T a`` is the mean of the newest gradients."""
-        return (self._is_newest / (self._count * self._scale)).astype(np.float32)
+        return (self._is_newest / self._count).astype(np.float32)
 
     @property
     def _is_newest(self) -> Bool[np.ndarray, " m"]:
         slot = (self._taken - 1) % self._num_steps
         return np.repeat(np.arange(self._num_steps) == slot, self._count)
 
-    @property
-    def _scale(self) -> float:
-        """What the rows are multiplied by, for those that are zero."""
-        return math.sqrt(self._num_steps / min(max(self._taken, 1), self._num_steps))
-
 
 @functools.partial(jax.jit, static_argnames="count", donate_argnames="rows")
 def _level(
-    rows: FlatRows,
-    is_newest: Bool[Array, " m"],
-    alive: tuple[Array, ...],
-    before: Float[Array, ""],
-    scale: Float[Array, ""],
-    *,
-    count: int,
+    rows: FlatRows, is_newest: Bool[Array, " m"], alive: tuple[Array, ...], *, count: int
 ) -> FlatRows:
-    """The older gradients scaled to the mean square of the newest, on what is alive.
-
-    All are then multiplied by ``scale``; the older ones have been by ``before``.
-    """
+    """The older gradients scaled to the mean square of the newest, on what is alive."""
     squares = rows.squares(jax.tree.unflatten(rows.layout.treedef, alive))
     of_steps = jnp.sum(squares.reshape(-1, count), axis=1)
     newest = jnp.sum(jnp.where(is_newest, squares, jnp.zeros_like(squares)))
     has_any = (of_steps > 0) & (newest > 0)
     factors = jnp.sqrt(newest / jnp.where(has_any, of_steps, jnp.ones_like(of_steps)))
-    factors = jnp.where(has_any, factors, (1 / before).astype(factors.dtype))
-    factors = jnp.where(is_newest, jnp.ones_like(squares), jnp.repeat(factors, count))
-    return rows.scale(factors * scale.astype(factors.dtype))
+    factors = jnp.repeat(jnp.where(has_any, factors, jnp.ones_like(factors)), count)
+    return rows.scale(jnp.where(is_newest, jnp.ones_like(factors), factors))

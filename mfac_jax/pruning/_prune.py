@@ -113,9 +113,10 @@ def prune(
         loss_fn: ``loss_fn(params, batch)``, the mean loss of a batch, with normalisation and
             dropout as at inference.
         batches: training data, an iterable of batches; see
-            :func:`mfac_jax.collect_gradients`. It is gone on with from step to step, and begun
-            again when it ends: what an iterator or generator gives is kept in memory for that;
-            a list, or an object whose ``__iter__`` starts afresh, is not copied.
+            :func:`mfac_jax.collect_gradients`. Each step continues where the last one stopped
+            and restarts the data when they run out. An iterator's batches are kept in memory so
+            that they can be replayed; a list, or an object whose ``__iter__`` starts afresh, is
+            not copied.
         sparsity: the fraction of prunable weights to prune in the end, or a tree of fractions
             like ``params``; see :func:`prune_step`.
         steps: how often gradients are taken anew; 1 is one-shot pruning.
@@ -132,11 +133,11 @@ def prune(
         gradients: those of the first step, taken at ``params`` (all leaves), where they are at
             hand: to prune to several sparsities out of the same, for example. Later ones are
             stored as they are.
-        history: of how many steps before the gradients are used as well; each takes as much
-            memory again.
+        history: how many earlier steps' gradients are used as well; each takes as much memory
+            again, from the first step on.
         descents: what to try after the best setting: steps of the weights that stay, down the
             loss; () for none.
-        mask: what is alive at first; all by default.
+        mask: initial mask; everything is alive by default.
         fine_tune: ``fine_tune(params, mask) -> params``, called after every step: training
             with :func:`sparse`, for example. State that training moves, such as the statistics
             of normalisation layers, belongs into ``params``, where the loss sees it; say by
@@ -258,6 +259,7 @@ def prune(
                 SelectedRows.of(rows, keep),
                 target,
                 loss_of,
+                filled=past.filled,
                 mean_of_newest=past.mean,
                 descents=descents,
                 keep_layers=not allow_empty_layers,
@@ -313,7 +315,7 @@ def _report(
         loss_before=loss_before,
         loss_after=step.tried[step.chosen].loss,
         loss_tuned=loss_tuned,
-        predicted_loss_increase=float(step.info.predicted_loss_increase),
+        predicted_loss_increase=step.predicted_loss_increase,
         update_norm=float(step.info.update_norm),
         removed_norm=float(step.info.removed_norm),
         damping=step.damping,
@@ -365,7 +367,7 @@ def _given_rows(given: GradientRows, *, num_rows: int) -> FlatRows:
 
 
 class _Stream:
-    """Batches that are gone on with from one ``iter`` to the next, and begun again at the end."""
+    """Batches that continue from one ``iter`` to the next and restart at the end."""
 
     def __init__(self, batches: Iterable[PyTree]):
         check_batches(batches, "batches")

@@ -44,7 +44,7 @@ class Given(NamedTuple):
         alive: which weights are there, a tree of booleans.
         blocks: which blocks the Fisher has.
         grouping: which weights can only go together.
-        diagonal: of the inverse over the alive weights, for single weights' M-FAC scores.
+        diagonal: of the inverse over the alive weights, where the score needs it.
     """
 
     weights: PyTree
@@ -73,8 +73,13 @@ def _obd_score(given: Given) -> PyTree:
     return _of_weights(single, given)
 
 
+def needs_diagonal(score: str, grouping: Grouping) -> bool:
+    """Whether a score wants the diagonal of the inverse over the alive weights."""
+    return score == "mfac" and isinstance(grouping.pattern, Unstructured)
+
+
 def _mfac_score(given: Given) -> PyTree:
-    if isinstance(given.grouping.pattern, Unstructured):
+    if needs_diagonal("mfac", given.grouping):
         return saliency_by(given.diagonal, given.weights, given.alive)
     return _of_groups(given)
 

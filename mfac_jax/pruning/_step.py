@@ -31,8 +31,8 @@ from mfac_jax.pruning._patterns import (
     check_pattern,
     group,
 )
-from mfac_jax.pruning._scores import SCORES, Given, check_score
-from mfac_jax.pruning._updates import NEED_DIAGONAL, UPDATES, full_update
+from mfac_jax.pruning._scores import SCORES, Given, check_score, needs_diagonal
+from mfac_jax.pruning._updates import UPDATES, full_update
 from mfac_jax.rows import (
     GradientRows,
     SelectedRows,
@@ -259,9 +259,9 @@ class Problem:
     diagonal: PyTree | None = None
 
     def ready_for(self, score: str, update: str) -> Problem:
-        """The problem, with what score and update both ask for."""
-        is_scored = score == "mfac" and isinstance(self.grouping.pattern, Unstructured)
-        if self.diagonal is not None or not (is_scored or update in NEED_DIAGONAL):
+        """The problem with the diagonal, if the score or the update needs it."""
+        needed = needs_diagonal(score, self.grouping) or UPDATES[update].needs_diagonal
+        if self.diagonal is not None or not needed:
             return self
         return dataclasses.replace(self, diagonal=_diagonal(self))
 

@@ -20,14 +20,14 @@ in ``A`` and ``x = v / lambda``. By the push-through identity
 a block of B <= n weights is solved as B x B, a larger one (and the whole network, by
 scans) as n x n. Neither side subtracts anything.
 
-So an update in ``UPDATES`` says, elementwise, for which ``x`` and over which weights; or it is
-None, and nothing moves.
+So an entry of ``UPDATES`` returns ``x`` and the weights that ``G`` has here, elementwise.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -193,36 +193,44 @@ def _checked(
     lam = as_damping(damping, rows)
     blocks = as_static(blocks, rows.layout)
     diagonal = None
-    if name in NEED_DIAGONAL:
+    if UPDATES[name].needs_diagonal:
         diagonal = inverse_diagonal(rows, lam, blocks=blocks, mask=mask)
     return full_update(params, rows, lam, mask, new_mask, diagonal, update=name, blocks=blocks)[0]
 
 
-_Terms = Callable[..., tuple[Array, Array]]
+class _Update(NamedTuple):
+    """One way to make up for what goes.
+
+    Attributes:
+        system: ``(w_Q, alive, kept, diagonal, damping) -> (x, K)``, elementwise; None moves
+            nothing.
+        needs_diagonal: whether it wants the diagonal of the inverse over the alive weights.
+    """
+
+    system: Callable[..., tuple[Array, Array]] | None
+    needs_diagonal: bool = False
 
 
-def _joint_terms(
+def _joint_system(
     gone: Array, alive: Array, kept: Array, diagonal: Array | None, damping: Float[Array, ""]
 ) -> tuple[Array, Array]:
     del alive, diagonal, damping
     return gone, kept
 
 
-def _reference_terms(
-    gone: Array, alive: Array, kept: Array, diagonal: Array | None, damping: Float[Array, ""]
+def _reference_system(
+    gone: Array, alive: Array, kept: Array, diagonal: Array, damping: Float[Array, ""]
 ) -> tuple[Array, Array]:
     del kept
-    assert diagonal is not None
     # -F^-1 v on S, where v is 0, is the compensation over all alive weights for v / lambda.
     return gone / (diagonal * damping), alive
 
 
-UPDATES: dict[str, _Terms | None] = {
-    "joint": _joint_terms,
-    "reference": _reference_terms,
-    "none": None,
+UPDATES = {
+    "joint": _Update(_joint_system),
+    "reference": _Update(_reference_system, needs_diagonal=True),
+    "none": _Update(None),
 }
-NEED_DIAGONAL = ("reference",)
 
 
 @functools.partial(jax.jit, static_argnames=("update", "blocks"))
@@ -245,23 +253,23 @@ def full_update(
         damping: ``lambda``.
         mask: which weights are alive.
         new_mask: which of them stay.
-        diagonal: of the inverse over the alive weights, for updates in ``NEED_DIAGONAL``.
+        diagonal: of the inverse over the alive weights, where the update needs it.
         update: the name.
         blocks: of the Fisher.
     """
-    layout, n, terms = rows.layout, rows.num_rows, UPDATES[update]
+    layout, n, system = rows.layout, rows.num_rows, UPDATES[update].system
     wide = [jnp.asarray(leaf).astype(rows.dtype) for leaf in jax.tree.leaves(params)]
     alive = layout.check_mask(mask)
     kept = [a & k for a, k in zip(alive, layout.check_mask(new_mask), strict=True)]
     gone = [
         jnp.where(a & ~k, w, jnp.zeros_like(w)) for a, k, w in zip(alive, kept, wide, strict=True)
     ]
-    x, over = gone, alive
-    if terms is not None:
+    known = [gone, kept]
+    if system is not None:
         diagonals = [None] * len(gone) if diagonal is None else jax.tree.leaves(diagonal)
         parts = zip(gone, alive, kept, diagonals, strict=True)
-        pairs = [terms(*part, damping) for part in parts]
-        x, over = [x for x, _ in pairs], [over for _, over in pairs]
+        pairs = [system(*part, damping) for part in parts]
+        known += [[x for x, _ in pairs], [over for _, over in pairs]]
     runs = block_runs(layout, blocks)
 
     def tree(leaves: Sequence[Array]) -> PyTree:
@@ -269,7 +277,8 @@ def full_update(
 
     if _is_scanned(rows, runs):
         moved = [jnp.zeros_like(leaf) for leaf in gone]
-        if terms is not None:
+        if system is not None:
+            x, over = known[2:]
             gram = rows.gram(tree(over))
             solved = _solve(algebra.factor(gram, n * damping), gram, rows.dots(tree(x)))
             moved = jax.tree.leaves(rows.combine(solved))
@@ -281,19 +290,17 @@ def full_update(
         batch: Float[Array, "b n B"],
         gone: Float[Array, "b B"],
         kept: Bool[Array, "b B"],
-        x: Float[Array, "b B"],
-        over: Bool[Array, "b B"],
+        x: Float[Array, "b B"] | None = None,
+        over: Bool[Array, "b B"] | None = None,
     ) -> tuple[Float[Array, "b B"], Float[Array, "b 1"]]:
         moved = jnp.zeros_like(gone)
-        if terms is not None:
+        if x is not None and over is not None:
             moved = _compensate(batch, x, over, damping, rows.implementation)
         delta = jnp.where(kept, moved, -gone)
         dots = jnp.einsum("bnj,bj->bn", batch, delta, precision="highest")
         return delta, jnp.sum(dots * dots, axis=1, keepdims=True)
 
-    flat = [
-        jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]) for leaves in (gone, kept, x, over)
-    ]
+    flat = [jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]) for leaves in known]
     moves, squares = map_blocks(rows, runs, block, *flat)
     return layout.unflatten(moves), jnp.sum(squares) / n
 
