@@ -55,7 +55,7 @@ compiled: $(VENV)-aot/.stamp
 
 # With the Python of the machine, which has what its GPU needs.
 gpu-check:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py $(ARGS)
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 lint: ruff types imports
 

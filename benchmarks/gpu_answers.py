@@ -73,15 +73,12 @@ def interpret_kernels() -> None:
 
 def kernels_part(setting: Setting) -> list[Item]:
     """Every kernel in every shape against float64; the large shapes first."""
+    cases = [*LARGE_CASES, *kernel_cases.MOSAIC_GPU]
+    checks = [(case, name) for case in cases for name in KERNELS]
+    # Compensated sums come last: they differ in the arithmetic only, if time should be too short.
+    checks.sort(key=lambda check: "compensated" in check[1])
     if setting.small:
-        checks = [(kernel_cases.MOSAIC_GPU[1], name) for name in KERNELS]
-    else:
-        # Compensated sums differ in the arithmetic only, which a shape does not change.
-        plain = [name for name in KERNELS if "compensated" not in name]
-        checks = [(case, name) for case in LARGE_CASES for name in plain]
-        checks += [(case, name) for case in kernel_cases.MOSAIC_GPU[:6] for name in KERNELS]
-        checks += [(case, name) for case in kernel_cases.MOSAIC_GPU[6:] for name in plain]
-        checks += [(LARGE_CASES[0], name) for name in KERNELS if name not in plain]
+        checks = [check for check in checks if check[0] == kernel_cases.MOSAIC_GPU[1]]
     return [
         (
             f"{name}, {'x'.join(map(str, shape))}, {jnp.dtype(dtype).name}",

@@ -1,6 +1,6 @@
 """The first minutes on a GPU: is every kernel right, and how near the memory bandwidth?
 
-    python benchmarks/gpu_check.py [--output FILE] [--only PART ...] [--docs]
+    python benchmarks/gpu_check.py [--output FILE [--only PART ...]] [--docs]
 
 Takes at most eight minutes on an H100 and needs what a machine with a GPU has: jax 0.10.2 or
 newer with CUDA, numpy, optax, jaxtyping, tqdm. Nothing is installed. Every part runs in
@@ -8,8 +8,8 @@ a process of its own with a time limit, so a kernel that crashes or hangs costs 
 and no other; the result file is written after every item. ``--docs`` only writes the table
 of ``docs/performance.md`` from the file that is there.
 
-The exit status is 0 if every answer is right, 1 if one is wrong, and 2 if there is no GPU
-that the kernels are for.
+The exit status is 0 if no answer is wrong, 1 if one is, and 2 if nothing was checked: there is
+no GPU that the kernels are for, or the options are wrong.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ OUTPUT = ROOT / "benchmarks" / "results" / "gpu_check.json"
 LIMITS = {
     "bandwidth": 20,
     "kernels": 140,
-    "optimizer": 90,
-    "scans": 75,
-    "steps": 45,
-    "steps without CUDA graphs": 45,
-    "products": 35,
+    "optimizer": 80,
+    "scans": 70,
+    "steps": 40,
+    "steps without CUDA graphs": 40,
+    "products": 30,
 }
-_FIRST_LOOK = 30
+_FIRST_LOOK = 60  # CUDA's first start on a machine may be slow
 
 # An item that gives no answer in this time hangs.
 _ITEM_LIMIT = 60
@@ -61,6 +61,9 @@ _FROM, _BELOW = 9.0, 11.0
 
 def work(part: str, first: int, record: Path, *, kernel: str, small: bool) -> None:
     """Runs the items of a part from ``first`` on, and adds two lines an item to a file."""
+    if part == "environment":
+        record.write_text(json.dumps(_look()) + "\n")
+        return
     import gpu_parts
 
     if kernel == "interpreted":
@@ -72,9 +75,6 @@ def work(part: str, first: int, record: Path, *, kernel: str, small: bool) -> No
             lines.write(json.dumps(line) + "\n")
             lines.flush()
 
-        if part == "environment":
-            say(gpu_parts.environment())
-            return
         items = gpu_parts.PARTS[part](gpu_parts.Setting(name, small))
         say({"items": [name for name, _ in items]})
         for name, function in items[first:]:
@@ -87,6 +87,19 @@ def work(part: str, first: int, record: Path, *, kernel: str, small: bool) -> No
                 traceback.print_exc()
                 say({"done": {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}})
                 return
+
+
+def _look() -> dict[str, Any]:
+    """The device, or ``{"none": reason}``."""
+    try:
+        import gpu_parts
+
+        return gpu_parts.environment()
+    except ModuleNotFoundError as error:
+        reason = f"{error.name} is not installed" if error.name else str(error)
+        return {"none": f"{reason} ({sys.executable})"}
+    except Exception as error:
+        return {"none": f"JAX does not start: {type(error).__name__}: {error}"}
 
 
 # The process that starts them.
@@ -104,10 +117,14 @@ class Runner:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.output.write_text(json.dumps(self.results, indent=1) + "\n")
 
-    def environment(self, limit: float) -> dict[str, Any] | str:
-        """The device, or why there is none."""
-        lines, errors = self._child("environment", 0, time.monotonic() + limit)
-        return lines[0] if lines else errors
+    def environment(self, limit: float) -> dict[str, Any]:
+        """The device, or ``{"none": reason}``."""
+        lines, fault = self._child("environment", 0, time.monotonic() + limit)
+        if lines:
+            return lines[0]
+        if fault is None:
+            return {"none": f"JAX did not name a device within {limit:g} s"}
+        return {"none": f"JAX does not start: {fault}"}
 
     def part(self, part: str, limit: float) -> None:
         """Runs the items of a part, one process after another where they fail."""
@@ -117,26 +134,24 @@ class Runner:
         self.results["parts"][part] = found
         names = None
         while names is None or len(records) < len(names):
-            if time.monotonic() - start >= limit:
-                break
             before = len(records)
-            lines, errors = self._child(part, before, start + limit, records)
+            lines, fault = self._child(part, before, start + limit, records)
             names = next((line["items"] for line in lines if "items" in line), names)
+            if fault is None:
+                break
             if names is None:  # not one item: nothing of this part can run
-                records.append({"name": part, "ok": False, "error": errors or "did not start"})
                 names = [part]
-            elif len(records) == before and time.monotonic() - start < limit:
-                message = errors or f"no answer within {_ITEM_LIMIT} s"
-                records.append({"name": names[before], "ok": False, "error": message})
-                print(f"  {names[before]}: WRONG: {message.splitlines()[-1]}", flush=True)
-        found["left_out"] = (names or [part])[len(records) :]
+            if len(records) == before:
+                records.append({"name": names[before], "ok": False, "error": fault})
+                print(f"  {names[before]}: WRONG: {fault.splitlines()[-1]}", flush=True)
+        found["left_out"] = (names or ["all items"])[len(records) :]
         found["seconds"] = round(time.monotonic() - start, 1)
         self.save()
 
     def _child(
         self, part: str, first: int, deadline: float, records: list[dict[str, Any]] | None = None
-    ) -> tuple[list[dict[str, Any]], str]:
-        """The lines of a child; and what it said last, if it ended badly."""
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        """The lines of a child; and how it ended, or ``None`` if the deadline has ended it."""
         env = dict(self._env)
         if part == "steps without CUDA graphs":
             env["XLA_FLAGS"] = env.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
@@ -149,7 +164,6 @@ class Runner:
             with errors.open("w") as stderr:
                 child = subprocess.Popen(command, env=env, stdout=stderr, stderr=stderr)
                 changed = time.monotonic()
-                hangs = False
                 while True:
                     ended = child.poll() is not None
                     for line in _whole_lines(record)[len(lines) :]:
@@ -160,14 +174,12 @@ class Runner:
                     if ended:
                         break
                     now = time.monotonic()
-                    hangs = now - changed > _ITEM_LIMIT
-                    if hangs or now > deadline:
+                    if now > min(deadline, changed + _ITEM_LIMIT):
                         child.kill()
                         child.wait()
-                        break
+                        hangs = f"no answer within {_ITEM_LIMIT} s"
+                        return lines, hangs if now <= deadline else None
                     time.sleep(0.05)
-            if hangs or child.returncode == 0:
-                return lines, ""
             said = errors.read_text()[-2000:].strip()
             return lines, f"{said}\nended with status {child.returncode}".strip()
 
@@ -204,7 +216,8 @@ def _unsupported(environment: dict[str, Any]) -> str | None:
     name, capability = environment["device"], environment["capability"]
     if environment["platform"] not in ("gpu", "cuda"):
         return f"it needs an NVIDIA GPU, got {name} ({environment['platform']})"
-    if capability is None or not _FROM <= capability < _BELOW:
+    # A GPU that is not NVIDIA's has a name in the number's place.
+    if not isinstance(capability, float) or not _FROM <= capability < _BELOW:
         return (
             f"the kernels need compute capability {_FROM} to below {_BELOW}, such as H100, H200 "
             f"or B200; got {name} with {capability}"
@@ -215,8 +228,9 @@ def _unsupported(environment: dict[str, Any]) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     """Checks, saves and reports; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="the result file")
-    parser.add_argument("--only", nargs="+", choices=LIMITS, metavar="PART", help="; ".join(LIMITS))
+    parser.add_argument("--output", type=Path, help=f"the result file (default: {OUTPUT})")
+    only = f"only these parts, into a file named by --output: {'; '.join(LIMITS)}"
+    parser.add_argument("--only", nargs="+", choices=LIMITS, metavar="PART", help=only)
     parser.add_argument("--docs", action="store_true", help="only write the documentation's table")
     # For the tests: kernels interpreted on a CPU, or XLA's forms in their place.
     parser.add_argument("--kernel", default="native", help=argparse.SUPPRESS)
@@ -228,22 +242,26 @@ def main(argv: list[str] | None = None) -> int:
     if args.child:
         work(args.child, args.first, args.record, kernel=args.kernel, small=args.small)
         return RIGHT
+    if args.only and args.output is None:
+        parser.error(f"--only needs --output, or it would replace what {OUTPUT} says of all parts")
+    output = args.output or OUTPUT
     if args.docs:
+        if not output.exists():
+            parser.error(f"--docs needs a result file; {output} is not there: run the check first")
         import report
 
-        report.write_table(PAGE, "gpu-check", table(json.loads(args.output.read_text())))
+        report.write_table(PAGE, "gpu-check", table(json.loads(output.read_text())))
         return RIGHT
 
     options = ["--kernel", args.kernel] + ["--small"] * args.small
     env = dict(os.environ)
     if args.kernel != "native":
         env["JAX_PLATFORMS"] = "cpu"
-    runner = Runner(args.output, options, env)
+    runner = Runner(output, options, env)
     environment = runner.environment(_FIRST_LOOK)
-    if isinstance(environment, str):
-        print(f"JAX finds no device: {environment or f'no answer within {_FIRST_LOOK} s'}")
-        return NO_GPU
-    reason = _unsupported(environment) if args.kernel == "native" else None
+    reason = environment.get("none")
+    if reason is None and args.kernel == "native":
+        reason = _unsupported(environment)
     if reason is not None:
         print(f"No GPU to check: {reason}.")
         return NO_GPU
@@ -255,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         runner.part(part, LIMITS[part])
     faults = wrong(runner.results)
     print("\n" + table(runner.results))
-    print(f"\n{args.output}: {len(faults)} wrong, {len(left_out(runner.results))} not run.")
+    print(f"\n{output}: {len(faults)} wrong, {len(left_out(runner.results))} not run.")
     return WRONG if faults else RIGHT
 
 

@@ -6,6 +6,7 @@ inputs that the one before has changed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import time
@@ -117,10 +118,12 @@ def environment() -> dict[str, Any]:
     """The device, and whether the kernels are for it."""
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
+    with contextlib.suppress(TypeError, ValueError):  # absent, or a name such as gfx942
+        capability = float(capability)
     return {
         "device": device.device_kind,
         "platform": device.platform,
-        "capability": None if capability is None else float(capability),
+        "capability": capability,
         "memory_gib": round(((device.memory_stats() or {}).get("bytes_limit", 0)) / 2**30, 1),
         "jax": jax.__version__,
     }

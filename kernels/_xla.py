@@ -403,7 +403,7 @@ def gram_by_chunks(
     count, m = block.shape[:2]
     acc = accumulation_dtype(block.dtype)
 
-    def step(total: Array, tiles: Array, *masks: Array) -> Array:
+    def step(total: Array, _: int, tiles: Array, *masks: Array) -> Array:
         for keep in masks:
             tiles = jnp.where(keep[:, None], tiles, jnp.zeros((), tiles.dtype))
         # Products of two numbers of low precision are exact: they need no wide copy.
@@ -415,7 +415,7 @@ def gram_by_chunks(
 
     most = _LARGEST_SHARE * block.size * block.dtype.itemsize
     if mask is None and count > 1 and count * m**2 * acc.itemsize <= most:
-        return step(_zeros(block, (m, m)), _matrices(block))
+        return step(_zeros(block, (m, m)), 0, _matrices(block))
     masks = [] if mask is None else [mask]
     return _chunk_by_chunk(step, _zeros(block, (m, m)), block, *masks)[-1]
 
@@ -429,10 +429,9 @@ def transform_by_chunks(
     if block.dtype == matrix.dtype:
         image = _images(tiles, matrix)
     else:
-        starts = itertools.count(0, -(-shape[0] // _CHUNKS))
 
-        def step(image: Array, part: Array) -> Array:
-            return lax.dynamic_update_slice(image, _images(part, matrix), (next(starts), 0, 0))
+        def step(image: Array, start: int, part: Array) -> Array:
+            return lax.dynamic_update_slice(image, _images(part, matrix), (start, 0, 0))
 
         image = _chunk_by_chunk(step, _zeros(block, shape), block)[-1]
     return image.reshape(*shape[:2], *block.shape[2:])
@@ -443,7 +442,7 @@ def column_square_sums_by_chunks(
 ) -> Float[Array, "t *shape"]:
     """:func:`column_square_sums` as one batched product a chunk of tiles."""
 
-    def step(_: Array, tiles: Array) -> Array:
+    def step(_: Array, __: int, tiles: Array) -> Array:
         return jnp.sum(_images(tiles, matrix) ** 2, axis=1)
 
     sums = _chunk_by_chunk(step, _zeros(block, ()), block)
@@ -460,10 +459,10 @@ def _images(tiles: Float[Array, "c m k"], matrix: Float[Array, "j m"]) -> Float[
 def _chunk_by_chunk(
     step: Callable[..., Array], carry: Array, block: Float[Array, "t m *shape"], *vectors: Array
 ) -> list[Array]:
-    """All values of ``carry = step(carry, tiles, *parts)`` over a few chunks of tiles.
+    """All values of ``carry = step(carry, start, tiles, *parts)`` over a few chunks of tiles.
 
-    ``tiles`` are (c, m, k); ``parts`` are what of ``vectors``, (t, *shape), lies over them. A
-    block that is one wide tile is cut into tiles of columns.
+    ``tiles`` are (c, m, k), those from number ``start`` on; ``parts`` are what of ``vectors``,
+    (t, *shape), lies over them. A block that is one wide tile is cut into tiles of columns.
     """
     count = block.shape[0]
     arrays = [_matrices(block), *(vector.reshape(count, -1) for vector in vectors)]
@@ -471,17 +470,17 @@ def _chunk_by_chunk(
     tiles = count if count > 1 else columns // MAX_TILE
     size = max(-(-tiles // _CHUNKS), 1)
     cut = _some_tiles if count > 1 else _some_columns
-    chunks: list[Callable[[Array], Array]] = [
-        functools.partial(cut, start=start, stop=min(start + size, tiles))
+    chunks: list[tuple[int, Callable[[Array], Array]]] = [
+        (start, functools.partial(cut, start=start, stop=min(start + size, tiles)))
         for start in range(0, tiles, size)
     ]
     if count == 1 and (columns % MAX_TILE or not tiles):
-        chunks.append(lambda array: array[..., tiles * MAX_TILE :])
+        chunks.append((tiles, lambda array: array[..., tiles * MAX_TILE :]))
     carries = []
-    for chunk in chunks:
+    for start, chunk in chunks:
         # A chunk waits for the one before: side by side they would need the memory of all.
         arrays, carry = lax.optimization_barrier((arrays, carry))
-        carry = step(carry, *map(chunk, arrays))
+        carry = step(carry, start, *map(chunk, arrays))
         carries.append(carry)
     return carries
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_answers
 import gpu_check
+import gpu_parts
 import kernel_cases
 import pytest
 import report
@@ -52,6 +54,14 @@ def test_kernels_in_small(tmp_path):
     assert "No answer was wrong" in printed
 
 
+def test_every_kernel_is_checked_in_every_shape():
+    names = [name for name, _ in gpu_answers.kernels_part(gpu_parts.Setting("mosaic_gpu", False))]
+    cases = [*gpu_answers.LARGE_CASES, *kernel_cases.MOSAIC_GPU]
+    assert len(set(names)) == len(names) == len(cases) * len(gpu_answers.KERNELS)
+    plain = ["compensated" not in name for name in names]
+    assert plain == sorted(plain, reverse=True)  # what time may be too short for comes last
+
+
 @pytest.mark.slow
 def test_all_parts_in_small(tmp_path):
     status, results, printed = check(tmp_path / "result.json", "--kernel", KERNEL, "--small")
@@ -69,13 +79,40 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert "needs an NVIDIA GPU, got cpu" in printed
 
 
-@pytest.mark.parametrize(("capability", "fits"), [(8.0, False), (9.0, True), (12.0, False)])
-def test_a_gpu_that_the_kernels_are_not_for(capability, fits):
-    found = {"platform": "gpu", "device": "some GPU", "capability": capability}
-    reason = gpu_check._unsupported(found)
+class Device:
+    """Of those that JAX lists."""
+
+    platform, device_kind = "gpu", "some GPU"
+
+    def __init__(self, capability):
+        self.compute_capability = capability
+
+    def memory_stats(self):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("capability", "fits"), [("8.0", False), ("9.0", True), ("12.0", False), ("gfx942", False)]
+)
+def test_a_gpu_that_the_kernels_are_not_for(capability, fits, monkeypatch):
+    monkeypatch.setattr(gpu_parts.jax, "devices", lambda: [Device(capability)])
+    reason = gpu_check._unsupported(json.loads(json.dumps(gpu_parts.environment())))
     assert (reason is None) == fits
     if not fits:
         assert f"got some GPU with {capability}" in reason
+
+
+def test_the_documentation_needs_a_result_file(tmp_path, capsys):
+    output = tmp_path / "result.json"
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--docs", "--output", str(output)])
+    assert f"{output} is not there" in capsys.readouterr().err
+
+
+def test_some_parts_do_not_replace_the_result_of_all(capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--only", "products"])
+    assert "--only needs --output" in capsys.readouterr().err
 
 
 # Stands for gpu_parts in the processes of the parts, which then need not import JAX.
@@ -97,19 +134,51 @@ GPU = {"platform": "gpu", "device": "some GPU", "capability": 9.0, "jax": "0"}
 sys.modules["gpu_parts"] = types.SimpleNamespace(
     environment=lambda: GPU,
     Setting=lambda *values: values,
-    PARTS={"kernels": lambda setting: ITEMS, "optimizer": lambda setting: ITEMS[:1]},
+    PARTS={
+        "kernels": lambda setting: ITEMS,
+        "optimizer": lambda setting: ITEMS[:1],
+        "products": lambda setting: time.sleep(60),
+        "steps": lambda setting: fail(),
+    },
 )
 """
 
 
 @pytest.fixture
-def made_up_parts(tmp_path, monkeypatch):
+def stand_in(tmp_path, monkeypatch):
+    """Gives the processes of the parts the made-up ones, changed by some code."""
     script = tmp_path / "stand_in.py"
     start = f"import sys\nsys.path.insert(0, {str(Path(gpu_check.__file__).parent)!r})\n"
     end = "import gpu_check\nsys.exit(gpu_check.main())\n"
-    script.write_text(PARTS + start + end)
     monkeypatch.setattr(gpu_check, "__file__", str(script))
+    return lambda change: script.write_text(PARTS + change + start + end)
+
+
+@pytest.fixture
+def made_up_parts(stand_in, monkeypatch):
+    stand_in("")
     monkeypatch.setattr(gpu_check, "_ITEM_LIMIT", 2)
+
+
+NO_JAX = 'del sys.modules["gpu_parts"]\nsys.modules["jax"] = None\n'
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ("lambda: time.sleep(60)", "JAX did not name a device within 2 s"),
+        ("lambda: os._exit(11)", "JAX does not start: ended with status 11"),
+        ("fail", "JAX does not start: ValueError: this kernel does not compile"),
+        (f"None\n{NO_JAX}", f"jax is not installed ({sys.executable})"),
+    ],
+)
+def test_a_machine_that_names_no_device(environment, said, stand_in, tmp_path, monkeypatch, capsys):
+    stand_in(f'sys.modules["gpu_parts"].environment = {environment}\n')
+    monkeypatch.setattr(gpu_check, "_FIRST_LOOK", 2)
+    output = tmp_path / "result.json"
+    assert gpu_check.main(["--output", str(output)]) == gpu_check.NO_GPU
+    assert capsys.readouterr().out == f"No GPU to check: {said}.\n"
+    assert not output.exists()
 
 
 def test_an_item_that_fails_costs_no_other(made_up_parts, tmp_path, capsys):
@@ -140,6 +209,28 @@ def test_what_time_is_too_short_for_is_listed(made_up_parts, tmp_path, monkeypat
     assert gpu_check.main(["--output", str(output), "--only", "kernels"]) == gpu_check.WRONG
     part = json.loads(output.read_text())["parts"]["kernels"]
     assert part["left_out"] == ["hangs", "right again"]
+
+
+def test_a_part_without_time_to_list_its_items_is_not_wrong(
+    made_up_parts, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(gpu_check, "_ITEM_LIMIT", 60)
+    monkeypatch.setitem(gpu_check.LIMITS, "products", 1)
+    output = tmp_path / "result.json"
+    assert gpu_check.main(["--output", str(output), "--only", "products"]) == gpu_check.RIGHT
+    part = json.loads(output.read_text())["parts"]["products"]
+    assert (part["items"], part["left_out"]) == ([], ["all items"])
+    assert "0 wrong, 1 not run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("part", "said"), [("steps", "ended with status 1"), ("products", "no answer within 2 s")]
+)
+def test_a_part_that_cannot_list_its_items_is_wrong(made_up_parts, part, said, tmp_path):
+    output = tmp_path / "result.json"
+    assert gpu_check.main(["--output", str(output), "--only", part]) == gpu_check.WRONG
+    (item,) = json.loads(output.read_text())["parts"][part]["items"]
+    assert item["error"].endswith(said)
 
 
 def test_the_whole_takes_eight_minutes():

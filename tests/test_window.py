@@ -1,6 +1,8 @@
 """The sliding window against a plain list of gradients and float64 algebra."""
 
 import functools
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -253,15 +255,24 @@ def test_against_the_recursions_of_the_paper(kind):
 
 # Relative errors, for v the newest and v the mean gradient, that identity 2 reaches with
 # a plain Cholesky solve and an accurate Gram matrix: n = 128, d = 20,000, entries of
-# about 0.01, correlated gradients of cosine 0.8. A sum of d terms in k lanes of a vector rounds
-# like sqrt(d / k): what was measured with 16 lanes may be twice as much with 4.
-LANES = np.sqrt(16 / 4)
+# about 0.01, correlated gradients of cosine 0.8. Measured with AVX-512.
 MEASURED = [
     ("independent", 1e-5, 1.7e-7, 3.5e-6),
     ("correlated", 1e-3, 4.0e-6, 3.5e-6),
     ("correlated", 1e-5, 5.7e-6, 3.5e-6),
     ("correlated", 1e-7, 6.2e-6, 3.1e-6),
 ]
+
+
+def allowance():
+    """How much larger an error may be here than where it was measured.
+
+    A sum of d terms in k lanes of a vector rounds like sqrt(d / k): 4 lanes for 16 double it.
+    """
+    limited = "xla_cpu_max_isa" in os.environ.get("XLA_FLAGS", "")
+    processor = Path("/proc/cpuinfo")
+    wide = processor.exists() and "avx512f" in processor.read_text()
+    return 1 if wide and not limited else np.sqrt(16 / 4)
 
 
 @functools.cache
@@ -291,7 +302,7 @@ def test_directions_are_as_good_as_measured(kind, lam, newest, mean):
             want = (n * s / (s**2 + n * lam) * (u.T @ a)) @ vt
             got = combination(w, jnp.asarray(a, jnp.float32), lam, 0)
             errors.append(oracles.relative_error(got, want))
-        assert np.median(errors) <= LANES * bound
+        assert np.median(errors) <= allowance() * bound
 
 
 def test_refinement_corrects_for_the_rounding_of_the_gram_matrix():
