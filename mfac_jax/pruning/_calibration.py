@@ -216,9 +216,8 @@ def best_step(
     tried: list[Trial] = []
     best: _Found | None = None
     chosen = -1
-    # The Fisher is an average over the gradients that are there, and so 1 / filled times the
-    # average over all rows. With filled times the damping, that one is solved in its place: masks
-    # and updates are the same.
+    # The Fisher is an average over the gradients that are there: 1 / filled times the average over
+    # all rows. The latter, with filled times the damping, gives the same masks and updates.
     gram, mean_diagonal = _gram(rows, alive)
     mean = float(mean_diagonal) / filled
     for setting in settings:
@@ -259,7 +258,7 @@ def best_step(
         lam = way.relative_damping
         if lam not in directions:
             relative = np.asarray(lam, rows.dtype)
-            # Of the average over all rows, whose inverse is larger.
+            # filled, since the inverse of the average over all rows is 1 / filled times as large.
             directions[lam] = descent(rows, of_alive, best.mask, filled * mean_of_newest, relative)
         rate = np.asarray(way.learning_rate, rows.dtype)
         moved = move(best.weights, best.mask, directions[lam], rate)
