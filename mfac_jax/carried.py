@@ -43,9 +43,9 @@ from mfac_jax import algebra
 _FIRST_STEPS, _SECOND_STEPS = 3, 2
 _TOLERANCE = 64.0
 
-# On a CPU a smaller matrix is factored in every step, and P stays as it is: either takes
-# microseconds, and the program compiles in half the time. On a GPU, factoring is dozens of
-# launches and a wait of the host.
+# On a CPU a smaller matrix is factored in every step, and P stays as it is. Either way takes
+# microseconds there, and factoring compiles sooner. On a GPU factoring is dozens of launches and
+# waits of the host.
 CARRY_ON_CPU_FROM = 128
 
 # P is made where the factor is at least that far from singular. Below, its rounding errors
@@ -103,34 +103,19 @@ def newest(
     equal = jnp.all(gram == own[None], axis=1) & (own == own[slot])
     equal &= jnp.diagonal(gram) == own[slot]
     weights = equal.astype(gram.dtype) / jnp.sum(equal, dtype=gram.dtype)
-    arguments = (inverse, gram, slot, shift, weights)
+
+    def by_inverse() -> tuple[Float[Array, " n"], CarriedInverse]:
+        return solve(replace(inverse, gram, slot), gram, shift, weights)
+
+    def by_factor() -> tuple[Float[Array, " n"], CarriedInverse]:
+        factor = algebra.factor(gram, shift)
+        return _solve_by_factor(factor, gram, shift, weights), inverse
+
     if gram.shape[0] < CARRY_ON_CPU_FROM:
-        choices = {"cpu": _by_factor, "default": _by_inverse}
-        solved, inverse = lax.platform_dependent(*arguments, **choices)
+        solved, after = lax.platform_dependent(cpu=by_factor, default=by_inverse)
     else:
-        solved, inverse = _by_inverse(*arguments)
-    return jnp.where(equal, jnp.sum(weights * solved), solved), inverse
-
-
-def _by_inverse(
-    inverse: CarriedInverse,
-    gram: Float[Array, "n n"],
-    slot: Int[Array, ""],
-    shift: Float[Array, ""],
-    rhs: Float[Array, " n"],
-) -> tuple[Float[Array, " n"], CarriedInverse]:
-    return solve(replace(inverse, gram, slot), gram, shift, rhs)
-
-
-def _by_factor(
-    inverse: CarriedInverse,
-    gram: Float[Array, "n n"],
-    slot: Int[Array, ""],
-    shift: Float[Array, ""],
-    rhs: Float[Array, " n"],
-) -> tuple[Float[Array, " n"], CarriedInverse]:
-    del slot
-    return _solve_by_factor(algebra.factor(gram, shift), gram, shift, rhs), inverse
+        solved, after = by_inverse()
+    return jnp.where(equal, jnp.sum(weights * solved), solved), after
 
 
 def replace(

@@ -44,7 +44,8 @@ class MfacState(NamedTuple):
         window: the gradients and their Gram matrix.
         inverse: what makes the m x m step cheap, m^2 numbers; ``None`` in small windows,
             where it is cheap without, and of size 1, unused, in float64 and where there are
-            no more parameters than gradients.
+            no more parameters than gradients. On a CPU it stays empty in windows of fewer
+            than 128.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # as in every optax state

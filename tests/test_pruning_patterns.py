@@ -438,3 +438,17 @@ def test_slices_of_a_leaf_below_n_do_not_cancel(damping):
     blocks = [inverse[8 * i : 8 * i + 8, 8 * i : 8 * i + 8] for i in range(16)]
     want = [w[i] @ np.linalg.solve(b, w[i]) / 2 for i, b in enumerate(blocks)]
     np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_a_known_mask_is_checked_while_a_caller_is_traced():
+    w, g = jnp.arange(1.0, 17.0).reshape(4, 4), rows.as_rows(jnp.ones((3, 4, 4)))
+    mask = jnp.ones((4, 4), bool)
+    options = {"damping": 0.1, "pattern": pruning.BlocksOf(2)}
+    torn = mask.at[0, 0].set(False)
+
+    def step(w, mask):
+        return pruning.prune_step(w, mask, g, 0.5, **options)[1]
+
+    assert int(jnp.sum(~jax.jit(lambda w: step(w, mask))(w))) == 8
+    with pytest.raises(ValueError, match="a part is pruned already"):
+        jax.jit(lambda w: step(w, torn))(w)

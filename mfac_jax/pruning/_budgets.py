@@ -259,7 +259,7 @@ class _Wanted(NamedTuple):
 
     def _check_whole_groups(self, mask: Sequence[Array]) -> None:
         turned = [
-            np.transpose(leaf, order)
+            np.transpose(np.asarray(leaf), order)  # at once, also while a caller is traced
             for leaf, order in zip(mask, self.grouping.orders, strict=True)
         ]
         for leaf, name, size in zip(turned, self.names, self.grouping.sizes, strict=True):
