@@ -7,7 +7,7 @@ ARGS ?=
 # jaxlib needs AVX.
 ISA ?= AVX2
 # The tests that are about numbers.
-NUMBERS := accuracy algebra carried inverse inverse_map kernels_xla optimizer products \
+NUMBERS := accuracy algebra incremental inverse inverse_map kernels_xla optimizer products \
   pruning_greedy pruning_prune pruning_step pruning_updates reference robustness two_words window
 
 BIN := $(VENV)/bin

@@ -38,7 +38,7 @@ import workloads
 from tqdm import tqdm
 from workloads import DoesNotFit, Workload
 
-from mfac_jax import carried
+from mfac_jax import incremental
 
 PAGE = report.ROOT / "docs" / "performance.md"
 README = report.ROOT / "README.md"
@@ -160,16 +160,16 @@ def _small_step(w: Workload, seconds: float) -> dict[str, Any]:
     shift = jax.numpy.asarray(w.m * workloads.DAMPING, gram.dtype)
     start = small_step.age(gram, shift)
     again = workloads.compile_program(small_step.refactor_steps(_STEPS_A_CALL), (gram, shift))
-    along = workloads.compile_program(small_step.carry_along_steps(_STEPS_A_CALL), (start, shift))
+    along = workloads.compile_program(small_step.update_factor_steps(_STEPS_A_CALL), (start, shift))
     newest = jax.numpy.zeros(w.m, gram.dtype).at[0].set(1)
-    _, inverse = carried.solve(carried.empty(w.m, gram.dtype), gram, shift, newest)
+    _, inverse = incremental.solve(incremental.empty(w.m, gram.dtype), gram, shift, newest)
     arguments = (gram, inverse, shift)
-    kept = workloads.compile_program(small_step.carry_inverse_steps(_STEPS_A_CALL), arguments)
+    kept = workloads.compile_program(small_step.update_inverse_steps(_STEPS_A_CALL), arguments)
     small = timing.interleave(
         {
             "refactor": lambda: again(gram, shift),
-            "carry factor": lambda: along(start, shift),
-            "carry inverse": lambda: kept(*arguments),
+            "update factor": lambda: along(start, shift),
+            "update inverse": lambda: kept(*arguments),
         },
         seconds,
     )

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import workloads
 
-from mfac_jax.carried import CARRY_ON_CPU_FROM
-from mfac_jax.optimizer import CARRY_FROM
+from mfac_jax.incremental import ON_CPU_FROM
+from mfac_jax.optimizer import INCREMENTAL_FROM
 
 Results = dict[str, Any]
 
@@ -133,9 +133,9 @@ def _small_steps(r: Results) -> str:
             [
                 str(step["m"]),
                 _time(times["refactor"]),
-                _time(times["carry factor"]),
-                _time(times["carry inverse"]),
-                "the last" if _carries(r, step) else "the first",
+                _time(times["update factor"]),
+                _time(times["update inverse"]),
+                "the last" if _is_incremental(r, step) else "the first",
                 _time(times["push + direction"]),
                 f"{100 * _own_small_step(r, step)['median'] / whole:.1f} %",
             ]
@@ -144,8 +144,8 @@ def _small_steps(r: Results) -> str:
         [
             "m",
             "factored again",
-            "factor carried along",
-            "inverse carried along",
+            "factor updated",
+            "inverse updated",
             "the library takes",
             f"push + direction, d = {r['small_steps'][0]['d']:,}",
             "share of the n x n step",
@@ -154,13 +154,13 @@ def _small_steps(r: Results) -> str:
     )
 
 
-def _carries(r: Results, step: Results) -> bool:
-    """Whether the library carries the inverse of a matrix of this size on this device."""
-    return step["m"] >= (CARRY_ON_CPU_FROM if r["environment"]["platform"] == "cpu" else CARRY_FROM)
+def _is_incremental(r: Results, step: Results) -> bool:
+    """Whether the library updates the inverse of a matrix of this size on this device."""
+    return step["m"] >= (ON_CPU_FROM if r["environment"]["platform"] == "cpu" else INCREMENTAL_FROM)
 
 
 def _own_small_step(r: Results, step: Results) -> Results:
-    return step["times"]["carry inverse" if _carries(r, step) else "refactor"]
+    return step["times"]["update inverse" if _is_incremental(r, step) else "refactor"]
 
 
 def _training(r: Results) -> str:

@@ -11,7 +11,6 @@ cores, with jax 0.12.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import re
@@ -70,25 +69,18 @@ THREADS = 128
 
 
 def scans(block: Block) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
-    """Each kernel, in both forms that it has, and what it is called with."""
-    vector, mask = (block.columns, "float32"), (block.columns, "bool")
-    matrix, weights = (block.shape, block.dtype), ((block.shape[-2],), "float32")
+    """Each kernel, and the shapes and dtypes of its arguments."""
+    vector, matrix = (block.columns, "float32"), (block.shape, block.dtype)
+    weights = ((block.shape[-2],), "float32")
 
-    def update(block: Array, c: Array, vector: Array, scale: Array, mask: Array) -> Array:
-        return _mosaic_gpu.combine(block, c, vector=vector, scale=scale, mask=mask)
+    def update(block: Array, c: Array, vector: Array, scale: Array) -> Array:
+        return _mosaic_gpu.combine(block, c, vector=vector, scale=scale)
 
-    dots, write_row = _mosaic_gpu.dots, _mosaic_gpu.write_row
-    written = [matrix, ((), "int32"), vector, ((), "bool")]
     return {
-        "dots": (dots, [matrix, vector]),
-        "dots, compensated": (functools.partial(dots, compensated=True), [matrix, vector]),
-        "write_row": (write_row, written),
-        "write_row, compensated": (functools.partial(write_row, compensated=True), written),
+        "dots": (_mosaic_gpu.dots, [matrix, vector]),
+        "write_row": (_mosaic_gpu.write_row, [matrix, ((), "int32"), vector, ((), "bool")]),
         "combine": (_mosaic_gpu.combine, [matrix, weights]),
-        "combine, vector, scale and mask": (
-            update,
-            [matrix, weights, vector, ((), "float32"), mask],
-        ),
+        "combine, vector and scale": (update, [matrix, weights, vector, ((), "float32")]),
     }
 
 

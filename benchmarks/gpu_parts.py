@@ -22,7 +22,7 @@ import oracles
 from gpu_answers import RESNET20, Item, Setting, interpret_kernels
 from jax import lax
 
-from mfac_jax import inverse_diagonal, kernels, mfac_precondition, rows
+from mfac_jax import fisher_inverse, kernels, mfac_precondition, rows
 
 __all__ = ["PARTS", "Setting", "environment", "interpret_kernels"]
 
@@ -221,7 +221,7 @@ def time_step(
     m: int, d: int, dtype: str, implementation: str | None, estimate: float, setting: Setting
 ) -> float:
     """Seconds that a step of the optimizer takes in a loop of the device."""
-    tx = mfac_precondition(m, dtype=dtype, implementation=implementation)
+    tx = mfac_precondition(m, storage=rows.Dense(dtype, implementation=implementation))
 
     def step(_: jax.Array, carry: Any) -> Any:
         state, gradient, _ = carry
@@ -327,14 +327,24 @@ def time_product(name: str, w: Workload, setting: Setting) -> dict[str, Any]:
     else:
         whole = d // size * size
         held = rows.as_rows(w._replace(shape=(1, m, whole)).block().reshape(m, whole))
-        diagonal = functools.partial(inverse_diagonal, damping=1e-2, blocks=size)
-        taken = repeated(diagonal, held, **options)
+        taken = repeated(
+            lambda held: fisher_inverse(held, 1e-2, blocks=size).diagonal(), held, **options
+        )
     return record | {"seconds": taken, "rate": flops / taken}
 
 
 def _row_of_gram(block: jax.Array, i: int) -> np.ndarray[Any, Any]:
-    total = jax.jit(lambda b: kernels.dots(b, b[:, i], compensated=True, implementation="xla"))
-    return np.asarray(total(block), np.float64)
+    """Row ``i`` of ``G G^T`` by float64 sums; a tile at a time is widened."""
+
+    def row(block: jax.Array) -> jax.Array:
+        def add(total: jax.Array, tile: jax.Array) -> tuple[jax.Array, None]:
+            wide = tile.astype(jnp.float64)
+            return total + jnp.sum(wide * wide[i], axis=1), None
+
+        return jax.lax.scan(add, jnp.zeros(block.shape[1], jnp.float64), block)[0]
+
+    with jax.enable_x64(True):
+        return np.asarray(jax.jit(row)(block))
 
 
 PARTS: dict[str, Callable[[Setting], list[Item]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import timing
 import workloads
 from workloads import DAMPING, Data, DoesNotFit, Workload
 
-from mfac_jax import algebra, fisher_inverse, inverse_diagonal, mfac_precondition, rows, window
+from mfac_jax import algebra, fisher_inverse, mfac_precondition, rows, window
 from mfac_jax.optimizer import MfacState
 
 STEPS = ("dots", "push", "combine", "push + direction")
@@ -81,6 +82,11 @@ def push_direction(state: MfacState, gradient: jax.Array) -> tuple[MfacState, ja
 
 def library(operation: str, w: Workload) -> Program:
     """The library's program, from a window to the result; or to the new window and it."""
+
+    def static(held: window.Window) -> Any:
+        inverse = fisher_inverse(held.rows, DAMPING, blocks=w.block).whiten()
+        return inverse.whitened, inverse.factor
+
     return {
         "dots": lambda held, v: held.rows.dots(v),
         "push": window.push,
@@ -88,8 +94,8 @@ def library(operation: str, w: Workload) -> Program:
         "push + direction": push_direction,
         "gram": lambda held: held.rows.gram(),
         "whiten": lambda held, matrix: held.rows.transform(matrix, lower=True),
-        "diagonal": lambda held: inverse_diagonal(held.rows, DAMPING, blocks=w.block),
-        "static": lambda held: fisher_inverse(held.rows, DAMPING, blocks=w.block),
+        "diagonal": lambda held: fisher_inverse(held.rows, DAMPING, blocks=w.block).diagonal(),
+        "static": static,
     }[operation]
 
 
@@ -244,26 +250,25 @@ def _with_implementation(program: Program, name: str | None, donates: bool) -> P
     """The program with the rows' scans done by one implementation."""
     if name is None:
         return program
-    chosen = rows.as_rows(jnp.ones((1, 1)), implementation=name).implementation
 
-    def with_rows_by(state: State, implementation: Any) -> State:
+    def with_rows_by(state: State, implementation: str | None) -> State:
         return jax.tree.map(
-            lambda x: x._replace(implementation=implementation) if _is_rows(x) else x,
+            lambda x: dataclasses.replace(x, implementation=implementation) if _is_rows(x) else x,
             state,
             is_leaf=_is_rows,
         )
 
     def changed(state: State, *inputs: jax.Array) -> Any:
-        out = program(with_rows_by(state, chosen), *inputs)
+        out = program(with_rows_by(state, name), *inputs)
         if not donates:
             return out
-        return with_rows_by(out[0], rows.empty_rows(jnp.zeros(1), 1).implementation), out[1]
+        return with_rows_by(out[0], None), out[1]
 
     return changed
 
 
 def _is_rows(x: Any) -> bool:
-    return isinstance(x, rows.FlatRows)
+    return isinstance(x, rows.DenseRows)
 
 
 def _runner(

@@ -29,7 +29,7 @@ N, SPARSITY, DAMPING = 256, 0.8, 1e-5
 # The kernels of ResNet-20, without the 1 x 1 shortcuts.
 SHAPES = [(3, 3, 3, 16), *[(3, 3, 16, 16)] * 6, (3, 3, 16, 32), *[(3, 3, 32, 32)] * 5]
 SHAPES += [(3, 3, 32, 64), *[(3, 3, 64, 64)] * 5, (64, 10)]
-WAYS = {
+CASES = {
     "whole": {"score": "mfac", "blocks": None},
     "blocks of 128": {"score": "mfac", "blocks": 128},
     "greedy, blocks of 128": {"score": "greedy", "blocks": 128},
@@ -39,12 +39,12 @@ MEMORY_BAR = 2.5
 PAGE = "pruning-results.md"
 
 
-def measure(way: str, runs: int = 5) -> dict[str, Any]:
+def measure(case: str, runs: int = 5) -> dict[str, Any]:
     """Seconds of each run, the compilation, and the peak as a multiple of the gradients."""
     rng = np.random.default_rng(0)
     params = [jnp.asarray(rng.standard_normal(shape, np.float32)) / 20 for shape in SHAPES]
     d = sum(leaf.size for leaf in params)
-    held = rows.empty_rows(params, N)
+    held = rows.Dense().empty(params, N)
     write = jax.jit(lambda held, i, g: held.write(i, g)[0], donate_argnums=0)
     for i in range(N):
         flat = rng.standard_normal(d, np.float32) / np.float32(np.sqrt(d))
@@ -53,7 +53,7 @@ def measure(way: str, runs: int = 5) -> dict[str, Any]:
         held = write(held, jnp.int32(i), gradient)
     mask = pruning.initial_mask(params)
     jax.block_until_ready(held)
-    options = {"damping": DAMPING, "path_filter": "", **WAYS[way]}
+    options = {"damping": DAMPING, "scope": pruning.Scope(path_filter=""), **CASES[case]}
     seconds = []
     for _ in range(runs + 1):
         if seconds:  # compiled by now: from here on, a peak is that of a step
@@ -88,10 +88,10 @@ def table(results: dict) -> str:
         "| step, n = 256, 80 % | time | wanted | with compilation | peak, in gradients | wanted |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for way, found in results["ways"].items():
+    for case, found in results["ways"].items():
         median = float(np.median(found["seconds"]))
         lines.append(
-            f"| {way} | {median:.2f} s | < {BARS[way]:.0f} s | {found['first']:.1f} s "
+            f"| {case} | {median:.2f} s | < {BARS[case]:.0f} s | {found['first']:.1f} s "
             f"| {found['peak']:.2f} x | < {MEMORY_BAR} x |"
         )
     where = results["environment"]
@@ -101,7 +101,7 @@ def table(results: dict) -> str:
 
 
 def main() -> None:
-    """Measures every way in a process of its own; ``--render`` only writes the table."""
+    """Measures every case in a process of its own; ``--render`` only writes the table."""
     if sys.argv[1:] == ["--render"]:
         report.write_table(
             report.ROOT / "docs" / PAGE, "pruning_step", table(report.load("pruning_step"))
@@ -110,13 +110,13 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(measure(sys.argv[1])))
         return
-    ways = {}
-    for way in WAYS:
-        command = [sys.executable, __file__, way]
+    cases = {}
+    for case in CASES:
+        command = [sys.executable, __file__, case]
         out = subprocess.run(command, check=True, capture_output=True, text=True)
-        ways[way] = json.loads(out.stdout.splitlines()[-1])
-        print(way, ways[way], flush=True)
-    results = {"environment": machine.environment(), "ways": ways}
+        cases[case] = json.loads(out.stdout.splitlines()[-1])
+        print(case, cases[case], flush=True)
+    results = {"environment": machine.environment(), "ways": cases}
     report.save("pruning_step", results)
     report.write_table(report.ROOT / "docs" / PAGE, "pruning_step", table(results))
 

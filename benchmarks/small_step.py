@@ -1,10 +1,9 @@
-"""The n x n step of the optimizer: factor again, or carry the factor or the inverse along.
+"""The n x n step of the optimizer: factor again, or update the factor or the inverse.
 
-Factoring ``A = n lambda I + K`` anew takes O(m^3). A Cholesky factor in order of age can be
-carried along in O(m^2): the oldest gradient leaves, the newest joins. It is valid only
-while ``n lambda`` stays what it is, which neither a schedule nor a damping relative to
-the trace of the Fisher grants. The inverse that :mod:`mfac_jax.carried` carries takes a
-new shift as well.
+A factorization of ``A = n lambda I + K`` takes O(m^3). A Cholesky factor in order of age can be
+updated in O(m^2): the oldest gradient leaves, the newest joins. The update is valid only while
+``n lambda`` is constant, which holds neither under a schedule nor with a damping relative to the
+trace of the Fisher. The inverse of :mod:`mfac_jax.incremental` takes a new shift as well.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from mfac_jax import algebra, carried
+from mfac_jax import algebra, incremental
 
 
 class Aged(NamedTuple):
@@ -32,7 +31,7 @@ class Aged(NamedTuple):
 
 
 def refactor(gram: jax.Array, slot: jax.Array, row: jax.Array, shift: jax.Array) -> tuple:
-    """What the library does in small windows once the scan over the gradients has been made.
+    """What the library does in small windows after the scan over the gradients.
 
     Args:
         gram: ``K``; (m, m).
@@ -49,12 +48,12 @@ def refactor(gram: jax.Array, slot: jax.Array, row: jax.Array, shift: jax.Array)
 
 
 def age(gram: jax.Array, shift: jax.Array) -> Aged:
-    """A start for :func:`carry_along` from a Gram matrix in order of age."""
+    """A start for :func:`update_factor` from a Gram matrix in order of age."""
     return Aged(gram, algebra.factor(gram, shift).lower)
 
 
-def carry_along(held: Aged, row: jax.Array, shift: jax.Array) -> tuple[Aged, jax.Array]:
-    """The same in O(m^2).
+def update_factor(held: Aged, row: jax.Array, shift: jax.Array) -> tuple[Aged, jax.Array]:
+    """:func:`refactor` in O(m^2), by an update of the factor.
 
     With the oldest gradient gone, what is left of its column joins the factor of the
     others as a rank-one update, which is triangular in closed form:
@@ -103,7 +102,7 @@ def _coefficients(
 
 
 def refactor_steps(count: int):
-    """``count`` steps of :func:`refactor` as one program, the gradients coming around again."""
+    """``count`` steps of :func:`refactor` as one program; the gradients repeat."""
 
     @jax.jit
     def run(gram: jax.Array, shift: jax.Array) -> tuple:
@@ -117,36 +116,36 @@ def refactor_steps(count: int):
     return run
 
 
-def carry_along_steps(count: int):
-    """The same of :func:`carry_along`."""
+def update_factor_steps(count: int):
+    """``count`` steps of :func:`update_factor` as one program; the gradients repeat."""
 
     @jax.jit
     def run(start: Aged, shift: jax.Array) -> tuple:
         def step(_: jax.Array, carry: tuple) -> tuple:
             held, _ = carry
             # The oldest comes back as the newest.
-            return carry_along(held, jnp.roll(held.gram[0], -1), shift)
+            return update_factor(held, jnp.roll(held.gram[0], -1), shift)
 
         return lax.fori_loop(0, count, step, (start, jnp.zeros_like(start.gram[0])))
 
     return run
 
 
-def carry_inverse_steps(count: int):
-    """The same with the inverse carried along, as the library does in large windows.
+def update_inverse_steps(count: int):
+    """``count`` steps that update the inverse, as the library does in large windows.
 
-    The shift moves to and fro by 2 %, so that the inverse is never made anew.
+    The shift moves to and fro by 2 %, so that the inverse is never rebuilt.
     """
 
     @jax.jit
-    def run(gram: jax.Array, inverse: carried.CarriedInverse, shift: jax.Array) -> tuple:
+    def run(gram: jax.Array, inverse: incremental.IncrementalInverse, shift: jax.Array) -> tuple:
         def step(i: jax.Array, carry: tuple) -> tuple:
             gram, inverse, _ = carry
             slot = i % len(gram)
             row = gram[slot]
             gram = gram.at[slot].set(row).at[:, slot].set(row)
             moved = shift * (1 + 0.01 * (i % 3))
-            solved, inverse = carried.newest(inverse, gram, slot, moved)
+            solved, inverse = incremental.newest(inverse, gram, slot, moved)
             return gram, inverse, solved
 
         return lax.fori_loop(0, count, step, (gram, inverse, jnp.zeros_like(gram[0])))

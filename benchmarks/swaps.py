@@ -2,11 +2,12 @@
 
     python benchmarks/swaps.py --data-dir DIR
 
-One-shot pruning with 256 gradients within outputs, as the default cuts them: greedy masks and joint
-updates, and the same after swaps. A swap revives the pruned weight that gains most and removes the
-alive one that then costs least, both by the exact loss of the block's quadratic model; a block
-swaps for as long as its loss falls, up to 30 times. In NumPy and double precision: a measurement,
-not a method. Writes ``results/swaps.json`` and the table in ``docs/pruning-results.md``.
+One-shot pruning with 256 gradients and the default blocks within outputs: greedy masks and joint
+updates, and the same after swaps. A swap revives the pruned weight that lowers the loss most and
+removes the alive weight that then costs least, both by the exact loss of the block's quadratic
+model. A block swaps as long as its loss falls, at most 30 times. NumPy in double precision: a
+measurement, not a method. Writes ``results/swaps.json`` and the table in
+``docs/pruning-results.md``.
 """
 
 from __future__ import annotations
@@ -25,10 +26,7 @@ import report
 from tqdm import tqdm
 
 from mfac_jax import collect_gradients, pruning
-from mfac_jax.pruning._outputs import cut
-from mfac_jax.pruning._patterns import group
-from mfac_jax.pruning._step import merge, narrow
-from mfac_jax.rows import SelectedRows, TransposedRows, transposed, transposed_back
+from mfac_jax.pruning._blocks import cut
 
 sys.path.insert(0, str(report.ROOT / "examples"))
 
@@ -37,7 +35,7 @@ from resnet20 import WEIGHTS, is_pruned
 
 PAGE = report.ROOT / "docs" / "pruning-results.md"
 SPARSITIES = (0.5, 0.8)
-N, BLOCKS = 256, pruning.WithinOutputs()
+N, BLOCKS, SCOPE = 256, pruning.WithinOutputs(), pruning.Scope(path_filter=is_pruned)
 RELATIVE_DAMPING = 0.03  # of the mean of the diagonal of the Fisher
 MOST_SWAPS = 30  # a block
 
@@ -85,31 +83,19 @@ def measure(data_dir: Path) -> dict[str, Any]:
     setup = prune_resnet20.Setup(False, data_dir, data_dir / WEIGHTS, data_dir)
     network = prune_resnet20.experiments(setup).network
     params = network.params
-    keep = tuple(jax.tree.leaves(pruning.prunable(params, is_pruned)))
+    selection = SCOPE.select(params)
+    sizes = [run.size for run in cut(BLOCKS, selection).runs for _ in range(run.count)]
     rows = collect_gradients(network.loss, params, network.batches(0, 32), N)
-    selected = SelectedRows.of(rows, keep)
-    shown = [str(i) for i in range(len(selected.layout.shapes))]
-    grouping = group(pruning.Unstructured(), selected.layout, shown, -1)
-    turned = TransposedRows.of(selected, grouping.orders)
-    sizes = cut(BLOCKS, selected.layout, grouping).blocks
-    squares = turned.column_square_sums()
-    mean = float(jnp.mean(turned.layout.flatten(squares, turned.dtype, "squares"))) / N
-    damping = RELATIVE_DAMPING * mean
 
     def flat(tree: Any) -> np.ndarray:
-        leaves = transposed(narrow(jax.tree.leaves(tree), keep), grouping.orders)
-        return np.concatenate([np.ravel(leaf) for leaf in leaves])
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])[selection.order]
 
     def put(values: np.ndarray) -> Any:
-        shapes = turned.layout.shapes
-        parts = np.split(values.astype(np.float32), np.cumsum(turned.layout.sizes)[:-1])
-        leaves = [
-            jnp.asarray(part.reshape(shape)) for part, shape in zip(parts, shapes, strict=True)
-        ]
-        new = transposed_back(leaves, grouping.orders)
-        return jax.tree.unflatten(
-            jax.tree.structure(params), merge(jax.tree.leaves(params), new, keep)
-        )
+        whole = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
+        whole[selection.order] = values
+        return rows.layout.unflatten(jnp.asarray(whole))
+
+    damping = RELATIVE_DAMPING * float(np.mean(flat(rows.column_square_sums()))) / N
 
     def judge(tree: Any, predicted: float, seconds: float) -> dict[str, float]:
         losses = [float(network.loss(tree, batch)) for batch in network.calibration]
@@ -133,7 +119,7 @@ def measure(data_dir: Path) -> dict[str, Any]:
             damping=damping,
             score="greedy",
             blocks=BLOCKS,
-            path_filter=is_pruned,
+            scope=SCOPE,
         )
         jax.block_until_ready(pruned)
         greedy = time.perf_counter() - began
@@ -142,7 +128,8 @@ def measure(data_dir: Path) -> dict[str, Any]:
         swaps, values, start, began = 0, np.zeros(len(weights)), 0, time.perf_counter()
         for size in tqdm(sizes, unit="block", disable=None):
             here = slice(start, start + size)
-            block = Block(np.asarray(turned.columns(start, size)), weights[here], damping)
+            gradients = rows.take(jnp.asarray(selection.order[here]))
+            block = Block(np.asarray(gradients), weights[here], damping)
             kept, own, old, new, count = block.swap(alive[here])
             values[here] = own * kept
             before, after, swaps, start = before + old, after + new, swaps + count, start + size
@@ -178,7 +165,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures, and writes what came out."""
+    """Measures, and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", type=Path, required=True)
     options = parser.parse_args()

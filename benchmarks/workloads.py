@@ -186,7 +186,7 @@ def _filling(base: jax.Array, w: Workload) -> Callable[[], window.Window]:
     """What makes a window of the same rows."""
 
     def fill(base: jax.Array) -> window.Window:
-        empty = rows.empty_rows(_like(w), w.m, dtype=w.dtype)
+        empty = rows.Dense(w.dtype).empty(_like(w), w.m)
         full = lax.fori_loop(0, w.m, lambda i, held: held.write(i, _row(base, i, w))[0], empty)
         return window.from_rows(full)
 
@@ -199,11 +199,14 @@ def _pushing(base: jax.Array, w: Workload) -> Callable[[], window.Window]:
     def push(held: window.Window, base: jax.Array, i: jax.Array) -> window.Window:
         return window.push(held, _row(base, i, w).astype(jnp.float32))[0]
 
-    empty = jax.eval_shape(lambda: window.init(_like(w), w.m, dtype=w.dtype))
+    def init() -> window.Window:
+        return window.init(_like(w), w.m, storage=rows.Dense(w.dtype))
+
+    empty = jax.eval_shape(init)
     program = compile_program(push, (empty, base, jnp.zeros((), jnp.int32)), donate=(0,))
 
     def make() -> window.Window:
-        held = window.init(_like(w), w.m, dtype=w.dtype)
+        held = init()
         for i in range(w.m):
             held = program(held, base, jnp.int32(i))
         return held

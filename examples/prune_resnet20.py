@@ -49,7 +49,7 @@ from resnet20 import (
 from tqdm import tqdm
 
 from mfac_jax import collect_gradients, pruning
-from mfac_jax.pruning import Setting
+from mfac_jax.pruning import Gradients, Scope, Search, Setting
 
 DENSE = 91.4  # per cent, of the weights that the paper's authors have published
 DAMPING = 1e-5  # the paper's
@@ -64,9 +64,9 @@ METHODS = {
     "greedy, blocks": Setting("greedy", "joint", BLOCK, DAMPING),
 }
 # The default, with less of what it has.
-PARTS = {
-    "default, no history": {"history": 0},
-    "default, no descent": {"descents": ()},
+PARTS: dict[str, dict[str, Any]] = {
+    "default, no history": {"gradients": {"history": 0}},
+    "default, no descent": {"search": {"descents": ()}},
 }
 SHAPES = {"2:4": pruning.NofM(2, 4), "1:4": pruning.NofM(1, 4), "1 x 4": pruning.BlocksOf(4)}
 
@@ -271,8 +271,7 @@ class Experiments:
             self.scale.gradients[1],
             method,
             steps=self.scale.patterns[1],
-            pattern=pattern,
-            path_filter=fits,
+            scope=Scope(fits, pattern),
         )
         outcome = _outcome(self.network.accuracy(pruned.params), pruned)
         return outcome | {"sparsity": pruned.report.steps[-1].sparsity}
@@ -286,8 +285,7 @@ class Experiments:
             0,
             self.scale.gradients[1],
             method,
-            steps=steps,
-            schedule="cubic",
+            steps=pruning.sparsity_schedule(sparsity, steps, kind="cubic"),
             fine_tune=tuner,
         )
         outcome = _outcome(self.network.accuracy(pruned.params), pruned)
@@ -306,7 +304,7 @@ class Experiments:
                 damping=damping,
                 score="greedy",
                 blocks=block,
-                path_filter=is_pruned,
+                scope=Scope(is_pruned),
             )
             done[f"{sparsity:g}"] = self.network.accuracy(params)
         return done
@@ -322,18 +320,26 @@ class Experiments:
             next(batches)  # those of the first gradients
         if method in METHODS:
             # Nothing but the method: no choice, no older gradients.
-            options |= {"settings": [METHODS[method]], "history": 0, "descents": ()}
+            parts = {
+                "gradients": {"history": 0},
+                "search": {"settings": [METHODS[method]], "descents": ()},
+            }
+        else:
+            parts = PARTS.get(method, {})
+        held_out = network.calibration
         return pruning.prune(
             network.params,
             network.loss,
             batches,
             sparsity,
-            num_gradients=count,
-            gradients=self.gradients(seed, count),
-            calibration=network.calibration,
-            num_calibration=len(network.calibration),
+            gradients=Gradients(
+                count, given=self.gradients(seed, count), **parts.get("gradients", {})
+            ),
+            search=Search(
+                calibration=held_out, num_calibration=len(held_out), **parts.get("search", {})
+            ),
             progress=False,
-            **{"path_filter": is_pruned, **PARTS.get(method, {}), **options},
+            **{"scope": Scope(is_pruned), **options},
         )
 
 

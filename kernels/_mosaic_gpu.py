@@ -1,13 +1,14 @@
-"""The scans for Hopper GPUs, written with Pallas's Mosaic GPU backend.
+"""The scans for Hopper and Blackwell GPUs, written with Pallas's Mosaic GPU backend.
 
-``G`` passes once, in the patches of ``_mosaic_gpu_stream``. Products are added up where
-they arise, in the registers of each thread; sums across threads are taken once for many
-patches. Thread blocks share the work out in equal parts, whatever the shape.
+A kernel reads ``G`` once, in the patches of ``_mosaic_gpu_stream``. Each thread adds up products
+in its own registers. Sums across threads are taken once for many patches. Thread blocks get equal
+parts of the work, whatever the shape.
 """
 
 from __future__ import annotations
 
-import functools
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -38,22 +39,25 @@ from mfac_jax.kernels._mosaic_gpu_stream import (
     varying,
     zeros,
 )
+from mfac_jax.kernels.backends import Backend
 
-# Thread blocks of a launch: two for each of the 132 multiprocessors of an H100 or H200,
-# so that one computes while the other waits. The result is right for any number; GPUs
-# with fewer multiprocessors run them in turn.
+# Compute capabilities, from and below, that have the asynchronous copies and the 200 KiB of
+# shared memory that the kernels use. Blackwell for workstations (12.0) has half the memory.
+_CAPABILITIES = (9.0, 11.0)
+
+# Thread blocks of a launch: two for each of the 132 multiprocessors of an H100 or H200. One
+# computes while the other waits. The result is right for any number; a GPU with fewer
+# multiprocessors runs them in turn.
 _BLOCKS = 264
 
-# Slabs whose products are added up in registers before their sums go to memory, at two
-# sizes: the large one keeps these sums, and so their traffic, below 0.1 % of G; the small
-# one is for blocks that would otherwise leave fewer than _UNITS pieces of work for each
-# thread block, and some idle at the end.
+# Slabs whose products are added up in registers before the sums go to memory. The large number
+# keeps the traffic of the sums below 0.1 % of G. The small number is for blocks that would
+# otherwise leave fewer than _UNITS pieces of work for each thread block; some thread blocks
+# would then be idle at the end.
 _SLABS = (32, 8)
 _UNITS = 16
 
-_PIECES = 8  # pieces of LANES columns of a new row that are on their way at once
-
-_OUTPUTS = tuple(np.dtype(kind) for kind in (jnp.float32, jnp.bfloat16, jnp.float16))
+_PIECES = 8  # pieces of LANES columns of a new row that are in flight at once
 
 
 def unsupported(shape: tuple[int, ...], dtype: DTypeLike) -> str | None:
@@ -66,7 +70,7 @@ def unsupported(shape: tuple[int, ...], dtype: DTypeLike) -> str | None:
     view = View.of(shape, dtype)
     if view.t > 1 and view.k % 16:
         return f"the kernels for GPUs need tiles of a multiple of 16 columns, got {shape}"
-    if view.shape[-1] > 2**31 - 2**16:  # some room for the end of the last chunk
+    if view.shape[-1] > 2**31 - 2**16:  # leaves room for the end of the last chunk
         return (
             "the kernels for GPUs address rows (all rows as one where their length and number "
             f"leave them unaligned) with 32 bits, got a block {shape}"
@@ -75,13 +79,13 @@ def unsupported(shape: tuple[int, ...], dtype: DTypeLike) -> str | None:
 
 
 def _place(view: View, row: Array, where: Array) -> Int[Array, "2"]:
-    """Where the view has ``row``: row of the view (-1 for nowhere), and which of the q in it."""
-    line, which = div_rem(jnp.clip(row, 0, view.m - 1), view.interleave)
+    """Position of ``row`` in the view: row of the view (-1 for none), and which of its q rows."""
+    line, which = div_rem(row, view.interleave)
     return jnp.stack([jnp.where(where, line, -1), which])
 
 
 def _find(view: View, place_ref: Any, row_block: Array) -> Array:
-    """Which row of ``row_block`` is the one at ``place_ref``; negative or too large: none."""
+    """Index in ``row_block`` of the row at ``place_ref``; outside 0 .. ROWS-1 if it has none."""
     which, group = div_rem(row_block, view.groups)
     here = (place_ref[0] >= 0) & (place_ref[1] == which)
     return jnp.where(here, place_ref[0] - group * ROWS, -1)
@@ -95,10 +99,10 @@ def _write(
     where: tuple[Array, Array],
     width: int,
 ) -> None:
-    """Writes ``width`` columns of the new row from ``where`` on: tile, first column.
+    """Writes ``width`` columns of the new row, beginning at ``where``: tile, first column.
 
-    A thread writes single entries, since a row may start anywhere. The last piece is
-    moved back to end with the row; what it writes twice is the same.
+    A thread writes single entries, because a row may start anywhere. The last piece is moved
+    back to end with the row. It writes some entries twice, with the same values.
     """
     tile, column = where
     line, which = place_ref[0], place_ref[1]
@@ -118,7 +122,7 @@ def _write(
         return
     layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 
-    # Several pieces at once, since each has to come from memory first.
+    # Several pieces are in flight at once, because each has to come from memory first.
     @loop(0, pl.cdiv(width, _PIECES * LANES))
     def _(i: Array) -> None:
         starts = [column + (i * _PIECES + j) * LANES for j in range(_PIECES)]
@@ -133,16 +137,14 @@ def _dots(
     block: Float[Array, "*t m k"],
     vector: Float[Array, "*t k"],
     target: tuple[Array, Array] | None,
-    *,
-    compensated: bool,
     interpret: bool,
 ) -> tuple[Float[Array, "*t m k"], Float[Array, " m"]]:
     """The block and its ``G v``.
 
-    With ``target``, a row and whether to write it, the row is first replaced by ``v``.
+    ``target`` is a row and whether to write it; ``v`` then replaces the row first.
     """
     view = View.of(block.shape, block.dtype)
-    # A piece of work is a chunk of a tile's columns of a row block.
+    # A piece of work is one row block in one chunk of a tile's columns.
     most = next(
         (n for n in _SLABS if view.t * view.slabs * view.row_blocks >= n * _UNITS * _BLOCKS),
         _SLABS[-1],
@@ -152,7 +154,6 @@ def _dots(
     width = slabs * view.slab
     units = view.t * chunks * view.row_blocks
     blocks = min(_BLOCKS, units)
-    words = 2 if compensated else 1  # in which a float64 sum leaves the kernel
 
     def body(block_ref: Any, vector_ref: Any, *refs: Any) -> None:
         *place_refs, out_ref, patch_ref, piece_ref, barrier = refs
@@ -189,33 +190,25 @@ def _dots(
                         entries = jnp.where(index(1) < end, entries, 0.0)
                     if new is not None:
                         entries = jnp.where(new, tile_of(v, 1), entries)
-                    with jax.enable_x64(compensated):
-                        wide = total.dtype
-                        total += entries.astype(wide) * tile_of(v.astype(wide), 1)
+                    total += entries * tile_of(v, 1)
                 stream.free(step)
                 return total
 
-            with jax.enable_x64(compensated):
-                total = zeros(jnp.float64 if compensated else jnp.float32)
-            total = lax.fori_loop(np.int32(0), np.int32(slabs), add, total)
+            total = lax.fori_loop(np.int32(0), np.int32(slabs), add, zeros())
 
-            # Now that what it replaces has come and gone. Patches that reach over the end
-            # of another row may still be reading of this one what they mask.
+            # The old row has been read by now. A patch that reaches over the end of another
+            # row may still read this one, but masks what it reads.
             if new is not None:
 
                 @pl.when((row >= 0) & (row < ROWS))
                 def _() -> None:
                     _write(view, block_ref, vector_ref, place_refs[0], (tile, start), width)
 
-            with jax.enable_x64(compensated):
-                total = jnp.sum(total, axis=1)
-                for word in range(words):
-                    value = total.astype(jnp.float32)
-                    total -= value.astype(total.dtype)
-                    store(out_ref.at[chunk, word, pl.ds(row_block * ROWS, ROWS)], value)
+            sums = jnp.sum(total, axis=1)
+            store(out_ref.at[chunk, pl.ds(row_block * ROWS, ROWS)], sums)
 
     out = jax.ShapeDtypeStruct(
-        (view.t * chunks, words, view.row_blocks * ROWS),
+        (view.t * chunks, view.row_blocks * ROWS),
         jnp.float32,
         manual_axis_type=varying(block, vector),
     )
@@ -227,35 +220,69 @@ def _dots(
         run = launch(body, "mfac_write_row", blocks, out, scratch, interpret)
         place = _place(view, *target)
 
-        # Not jax.new_ref: in jax 0.10 its Refs do not work inside a custom_vmap.
+        # The Refs of jax.new_ref do not work inside a custom_vmap in jax 0.10.
         def change(refs: tuple[Any, Any]) -> None:
             refs[1][...] = run(refs[0], row, place)
 
         seen, partial = pl.run_state(change)((seen, jnp.zeros(out.shape, out.dtype)))
         block = seen.reshape(block.shape)
-    with jax.enable_x64(compensated):
-        partial = partial.astype(jnp.float64 if compensated else jnp.float32)
-        return block, view.by_row(jnp.sum(partial, axis=(0, 1)).astype(jnp.float32))
+    return block, view.by_row(jnp.sum(partial, axis=0))
 
 
-def _combine(
+def dots(
+    block: Float[Array, "*t m k"],
+    vector: Float[Array, "*t k"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, " m"]:
+    """``G v``."""
+    return _dots(block, vector.astype(jnp.float32), None, interpret)[1]
+
+
+def write_row(
+    block: Float[Array, "*t m k"],
+    row: Int[Array, ""],
+    vector: Float[Array, "*t k"],
+    where: Bool[Array, ""],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "*t m k"], Float[Array, " m"]]:
+    """Writes ``vector`` into ``row`` if ``where`` is true; returns the block and its ``G g``."""
+    row, vector = row.astype(jnp.int32), vector.astype(block.dtype)
+    if not jax.typeof(block).manual_axis_type.varying:
+        return _dots(block, vector, (row, where), interpret)
+    # The kernel changes a block through a Ref, which must not vary over a mesh.
+    axis = block.ndim - 2
+    old = lax.dynamic_index_in_dim(block, row, axis, keepdims=False)
+    new = jnp.where(where, vector, old)
+    block = lax.dynamic_update_index_in_dim(block, new, row, axis)
+    return _dots(block, vector, None, interpret)
+
+
+def combine(
     block: Float[Array, "*t m k"],
     coefficients: Float[Array, " m"],
-    epilogue: dict[str, Array],
-    dtype: np.dtype,
-    interpret: bool,
+    *,
+    vector: Float[Array, "*t k"] | None = None,
+    scale: Float[Array, ""] | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "*t k"]:
-    """:func:`combine` with what it does at the end: vector, mask (int8) and scale (1,)."""
+    """``G^T c``, or ``vector - G^T c``; times ``scale``."""
     view = View.of(block.shape, block.dtype)
     units = view.t * view.slabs
     blocks = min(_BLOCKS, units)
-    fetched = [name for name in epilogue if name != "scale"]  # for each column a value
+    # The operands of what is done to a sum before it is written.
+    epilogue = {}
+    if vector is not None:
+        epilogue["vector"] = vector.astype(jnp.float32).reshape(view.row_shape)
+    if scale is not None:
+        epilogue["scale"] = scale.astype(jnp.float32).reshape(1)
 
     def body(block_ref: Any, weights_ref: Any, *refs: Any) -> None:
-        given, (out_ref, *refs_left) = refs[: len(epilogue)], refs[len(epilogue) :]
+        given, (out_ref, *scratch_refs) = refs[: len(epilogue)], refs[len(epilogue) :]
         operand_refs = dict(zip(epilogue, given, strict=True))
-        *stream_refs, result_ref, ready = refs_left[:5]
-        held_refs = dict(zip(fetched, refs_left[5:], strict=True))
+        *stream_refs, result_ref = scratch_refs[:4]
+        vector_refs = scratch_refs[4:]
         first, last = share(units, blocks)
 
         def locate(step: Array) -> tuple[tuple[Array, Array, Array], Any]:
@@ -272,9 +299,9 @@ def _combine(
         def _(unit: Array) -> None:
             tile, slab = div_rem(unit, view.slabs)
             column = slab * view.slab
-            for name, ref in held_refs.items():
-                source = view.columns(operand_refs[name], tile, column, view.slab)
-                plgpu.copy_gmem_to_smem(source, ref, ready)
+            if vector_refs:
+                source = view.columns(operand_refs["vector"], tile, column, view.slab)
+                plgpu.copy_gmem_to_smem(source, *vector_refs)
 
             def add(row_block: Array, totals: list[Array]) -> list[Array]:
                 step = (unit - first) * view.row_blocks + row_block
@@ -287,20 +314,18 @@ def _combine(
                 stream.free(step)
                 return totals
 
-            totals = [zeros(jnp.float32) for _ in parts(view)]
+            totals = [zeros() for _ in parts(view)]
             totals = lax.fori_loop(np.int32(0), np.int32(view.row_blocks), add, totals)
-            if held_refs:
-                plgpu.barrier_wait(ready)
+            if vector_refs:
+                plgpu.barrier_wait(vector_refs[1])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # result_ref is free again
             for part, total in zip(parts(view), totals, strict=True):
                 result = jnp.sum(total, axis=0)
-                if "vector" in epilogue:
-                    result = per_column(held_refs["vector"], part) - result
+                if vector_refs:
+                    result = per_column(vector_refs[0], part) - result
                 if "scale" in epilogue:
                     result *= operand_refs["scale"][0]
-                if "mask" in epilogue:
-                    result = jnp.where(per_column(held_refs["mask"], part) != 0, result, 0.0)
-                store(result_ref.at[part], result.astype(dtype))
+                store(result_ref.at[part], result)
             plgpu.commit_smem()
             for part in parts(view):
                 start = column + np.int32(part.start)
@@ -312,81 +337,60 @@ def _combine(
 
         plgpu.wait_smem_to_gmem(0)
 
-    scratch = [
-        *Stream.scratch(view, block.dtype, ROWS, jnp.float32),
-        plgpu.SMEM((view.slab,), dtype),
-        plgpu.Barrier(num_arrivals=max(len(fetched), 1)),
-        *(plgpu.SMEM((view.slab,), epilogue[name].dtype) for name in fetched),
-    ]
+    slab_of_row = plgpu.SMEM((view.slab,), jnp.float32)
+    scratch = [*Stream.scratch(view, block.dtype, ROWS, jnp.float32), slab_of_row]
+    if vector is not None:
+        scratch += [slab_of_row, plgpu.Barrier()]
     out = jax.ShapeDtypeStruct(
         view.written_shape,
-        dtype,
+        jnp.float32,
         manual_axis_type=varying(block, coefficients, *epilogue.values()),
     )
-    operands = [
-        operand.reshape(view.row_shape) if name in fetched else operand
-        for name, operand in epilogue.items()
-    ]
     result = launch(body, "mfac_combine", blocks, out, scratch, interpret)(
-        block.reshape(view.shape), view.by_row_block(coefficients), *operands
+        block.reshape(view.shape),
+        view.by_row_block(coefficients.astype(jnp.float32)),
+        *epilogue.values(),
     )
     return result.reshape(*block.shape[:-2], -1)[..., : view.k]
 
 
-def dots(
-    block: Float[Array, "*t m k"],
-    vector: Float[Array, "*t k"],
-    *,
-    compensated: bool = False,
-    interpret: bool = False,
-) -> Float[Array, " m"]:
-    """``G v``. With ``compensated``, products and sums are those of float64.
-
-    The float64 units of an H100 or H200 keep up with its memory: it reads nothing more.
-    """
-    vector = vector.astype(jnp.float32)
-    return _dots(block, vector, None, compensated=compensated, interpret=interpret)[1]
+_KERNELS: dict[str, Callable[..., Any]] = {"dots": dots, "write_row": write_row, "combine": combine}
 
 
-def write_row(
-    block: Float[Array, "*t m k"],
-    row: Int[Array, ""],
-    vector: Float[Array, "*t k"],
-    where: Bool[Array, ""],
-    *,
-    compensated: bool = False,
-    interpret: bool = False,
-) -> tuple[Float[Array, "*t m k"], Float[Array, " m"]]:
-    """Writes ``vector`` into ``row`` where ``where`` is true; that block and its ``G g``."""
-    scan = functools.partial(_dots, compensated=compensated, interpret=interpret)
-    row, vector = row.astype(jnp.int32), vector.astype(block.dtype)
-    if not jax.typeof(block).manual_axis_type.varying:
-        return scan(block, vector, (row, where))
-    # The kernel changes a block through a Ref, which must not vary over a mesh.
-    axis = block.ndim - 2
-    old = lax.dynamic_index_in_dim(block, row, axis, keepdims=False)
-    new = jnp.where(where, vector, old)
-    return scan(lax.dynamic_update_index_in_dim(block, new, row, axis), vector, None)
+def run(operation: str, operands: Mapping[str, Array], *, interpret: bool = False) -> Any:
+    """Runs a kernel on rows of any shape, whose axes are collapsed into one."""
+    block = operands["block"]
+    shapes = {"block": _one_axis(block.shape), "vector": (block.shape[0], -1)}
+    flat = {name: x.reshape(shapes.get(name, x.shape)) for name, x in operands.items()}
+    out = _KERNELS[operation](**flat, interpret=interpret)
+    if operation == "write_row":
+        return out[0].reshape(block.shape), out[1]
+    return out.reshape(block.shape[0], *block.shape[2:]) if operation == "combine" else out
 
 
-def combine(
-    block: Float[Array, "*t m k"],
-    coefficients: Float[Array, " m"],
-    *,
-    vector: Float[Array, "*t k"] | None = None,
-    scale: Float[Array, ""] | None = None,
-    mask: Bool[Array, "*t k"] | None = None,
-    dtype: DTypeLike | None = None,
-    interpret: bool = False,
-) -> Float[Array, "*t k"]:
-    """``G^T c``, or ``(vector - G^T c)``, times ``scale``; zero where ``mask`` is false."""
-    dtype = np.dtype(jnp.float32 if dtype is None else dtype)
-    inside = dtype if dtype in _OUTPUTS else np.dtype(jnp.float32)
-    epilogue = {
-        "vector": None if vector is None else vector.astype(jnp.float32),
-        "mask": None if mask is None else mask.astype(jnp.int8),
-        "scale": None if scale is None else scale.astype(jnp.float32).reshape(1),
-    }
-    given = {name: value for name, value in epilogue.items() if value is not None}
-    coefficients = coefficients.astype(jnp.float32)
-    return _combine(block, coefficients, given, inside, interpret).astype(dtype)
+def _one_axis(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:2], math.prod(shape[2:]))
+
+
+class _MosaicGpu(Backend):
+    """Kernels for Hopper and Blackwell GPUs."""
+
+    needs = "an NVIDIA GPU of compute capability 9 or 10, such as H100 or B200"
+
+    def why_not(self, operation: str, block: jax.core.ShapedArray) -> str | None:
+        if operation not in _KERNELS:
+            return f"it has no kernel for {operation}"
+        try:
+            devices = jax.local_devices(backend="cuda")
+        except RuntimeError:  # no GPU here: the program is for one that fits
+            devices = []
+        for capability in [float(device.compute_capability) for device in devices]:
+            if not _CAPABILITIES[0] <= capability < _CAPABILITIES[1]:
+                return f"it needs {self.needs}, got compute capability {capability}"
+        return unsupported(_one_axis(block.shape), block.dtype)
+
+    def run(self, operation: str, operands: Mapping[str, Array]) -> Any:
+        return run(operation, operands)
+
+
+BACKEND = _MosaicGpu()

@@ -1,23 +1,21 @@
-"""How gradients reach the registers of a Hopper GPU: patches, and the stream of them.
+"""How gradients reach the registers of a GPU: a stream of patches.
 
-``G`` comes in *patches*, which the copy engine (TMA) brings into shared memory several
-steps ahead of their use. A patch is a *row block* (32 rows) by a *slab* (128 or 256
-columns), and its entries are spread over the 128 threads of a thread block in *register
-tiles* of 32 by 128.
+``G`` comes in *patches*. The copy engine (TMA) brings them into shared memory several steps
+ahead of their use. A patch is a *row block* (32 rows) by a *slab* (128 or 256 columns). Its
+entries are spread over the 128 threads of a thread block in *register tiles* of 32 by 128.
 
-The copy engine wants rows that start at multiples of 16 bytes, which those of a lone
-tile of ``G`` need not do. But ``q`` rows together always take such a multiple for some
-``q <= 8``, and a copy may start at any column, so ``G`` is seen as ``(m / q, q k)``, and a
-row block is every ``q``-th row. Where ``q`` does not divide ``m``, ``G`` is seen as one flat
-array, and each row of a patch is a copy of its own. In both views a patch at the end of a
-row runs on into the next row, and what lies there has to be masked. Copies from beyond
-the end of an axis bring zeros.
+The copy engine needs rows that start at multiples of 16 bytes. Rows of a lone tile of ``G`` need
+not do so. But for some ``q <= 8``, ``q`` rows together take a multiple of 16 bytes, and a copy
+may start at any column. So the copy engine sees ``G`` as ``(m / q, q k)``, and a row block is
+every ``q``-th row. Where ``q`` does not divide ``m``, it sees ``G`` as one flat array and copies
+each row of a patch separately. In both views a patch at the end of a row runs on into the next
+row, and the kernel masks what lies there. A copy from beyond the end of an axis brings zeros.
 
-That is so of copies *from* global memory, which carry a descriptor of the array. Mosaic
-makes of a contiguous copy *to* it a plain one (``cp.async.bulk``): that is cut at the end
-of the array only, not of a tile, and moves whole pieces of 16 bytes. So what a kernel
-writes is as wide as a whole number of copies; what lies beyond the last column is cut off
-afterwards.
+This holds for copies *from* global memory, which carry a descriptor of the array. Mosaic turns a
+contiguous copy *to* global memory into a plain one (``cp.async.bulk``). The hardware cuts that
+copy at the end of the array, not of a tile, and moves whole pieces of 16 bytes. So the array that
+a kernel writes is as wide as a whole number of copies, and the columns beyond the last one are cut
+off afterwards.
 """
 
 from __future__ import annotations
@@ -37,22 +35,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-# Patches in flight. Six of 16 KiB take 100 KiB, the most that leaves room for two thread
-# blocks on a multiprocessor (227 KiB); by Little's law 4.8 TB/s at a latency of 1 us need
-# 36 KiB on each.
+# Patches in flight. Six of 16 KiB take 100 KiB, the largest number that leaves room for two
+# thread blocks on a multiprocessor (227 KiB). By Little's law, 4.8 TB/s at a latency of 1 us
+# need 36 KiB on each multiprocessor.
 _STAGES = 6
 
-# Rows of a patch: a piece of v travels with every patch, so fewer would add to the traffic
-# from the L2 cache (3 to 6 % of it at 32); more would want more registers for the sums.
+# Rows of a patch. A piece of v comes with every patch, so fewer rows would add to the traffic
+# from the L2 cache (3 to 6 % of it at 32). More rows would need more registers for the sums.
 ROWS = 32
 
-# Bytes of a row of a patch: 128 float32 or 256 bfloat16, the most that one copy can move.
+# Bytes of a row of a patch: 128 float32 or 256 bfloat16, the largest that one copy can move.
 _SLAB_BYTES = 512
 
 LANES = 128  # columns of a register tile: four for each of the 32 threads of a warp
 
-# Threads of a warp lie along a row, four columns each (16-byte accesses without bank
-# conflicts); each of the four warps has eight rows, so sums along a row stay in a warp.
+# The threads of a warp lie along a row and have four columns each, which gives accesses of 16
+# bytes without bank conflicts. Each of the four warps has eight rows, so the sum along a row
+# stays in a warp.
 LAYOUT = plgpu.Layout.TILED(
     plgpu.Tiling(((ROWS, LANES), (ROWS // 4, LANES), (4,))),
     warp_dims=(-5,),
@@ -65,7 +64,7 @@ PER_COLUMN = LAYOUT.reduce(0)
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How the copy engine sees ``G``, and the patches it is read in."""
+    """How the copy engine sees ``G``, and how it cuts ``G`` into patches."""
 
     t: int
     m: int
@@ -92,18 +91,18 @@ class View:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """That of a row, of which the copy engine wants no axis of one."""
+        """Shape of a row; the copy engine takes no axis of length 1."""
         return (self.k,) if self.t == 1 else (self.t, self.k)
 
     @property
     def written_shape(self) -> tuple[int, ...]:
-        """That of a row that a kernel writes: whole pieces of ``LANES`` columns."""
+        """Shape of a row that a kernel writes: whole pieces of ``LANES`` columns."""
         width = pl.cdiv(self.k, LANES) * LANES
         return (width,) if self.t == 1 else (self.t, width)
 
     @property
     def bleeds(self) -> bool:
-        """Whether patches at the end of a row hold more than zeros beyond it."""
+        """Whether a patch at the end of a row may hold more than zeros beyond it."""
         return self.flat or self.interleave > 1
 
     @property
@@ -122,7 +121,7 @@ class View:
 
     @property
     def copies(self) -> int:
-        """Copies that bring one patch."""
+        """Number of copies that bring one patch."""
         return ROWS if self.flat else 1
 
     def copy(
@@ -132,7 +131,7 @@ class View:
         barrier: Any,
         where: tuple[Array, Array, Array],
     ) -> None:
-        """Starts to bring the patch at ``where``: tile, row block, first column."""
+        """Starts to copy the patch at ``where``: tile, row block, first column."""
         tile, row_block, column = where
         if not self.flat:
             which, group = div_rem(row_block, self.groups)
@@ -154,12 +153,12 @@ class View:
         return row_ref.at[part] if self.t == 1 else row_ref.at[tile, part]
 
     def by_row(self, values: Float[Array, " rows"]) -> Float[Array, " m"]:
-        """From the order of row blocks to the order of rows."""
+        """Takes values from the order of row blocks to that of rows."""
         parts = values.reshape(self.interleave, self.groups * ROWS)
         return parts[:, : self.m // self.interleave].T.reshape(self.m)
 
     def by_row_block(self, values: Float[Array, " m"]) -> Float[Array, " rows"]:
-        """From the order of rows to that of row blocks, zeros where there is no row."""
+        """Takes values from the order of rows to that of row blocks; zeros where no row is."""
         parts = values.reshape(self.m // self.interleave, self.interleave).T
         rest = self.groups * ROWS - parts.shape[1]
         return jnp.pad(parts, ((0, 0), (0, rest))).reshape(-1)
@@ -180,8 +179,8 @@ def div_rem(number: Array, divisor: int) -> tuple[Array, Array]:
 
 
 def store(ref: Any, value: Array) -> None:
-    """``ref[...] = value`` for values so few that coalescing does not matter."""
-    if hasattr(plgpu, "store"):  # from jax 0.12 on, where assignment insists on coalescing
+    """``ref[...] = value`` for so few values that coalescing does not matter."""
+    if hasattr(plgpu, "store"):  # jax 0.12 and later, where assignment insists on coalescing
         plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
@@ -193,13 +192,13 @@ def per_column(ref: Any, part: Any) -> Array:
 
 
 def tile_of(values: Array, axis: int) -> Array:
-    """A register tile from a value for each row (``axis`` 0) or column (1)."""
+    """A register tile made from a value for each row (``axis`` 0) or each column (1)."""
     wide = lax.broadcast_in_dim(values, (ROWS, LANES), (axis,))
     return plgpu.layout_cast(wide, LAYOUT)
 
 
-def zeros(dtype: DTypeLike) -> Array:
-    return plgpu.layout_cast(jnp.zeros((ROWS, LANES), dtype), LAYOUT)
+def zeros() -> Array:
+    return plgpu.layout_cast(jnp.zeros((ROWS, LANES), jnp.float32), LAYOUT)
 
 
 def index(axis: int) -> Array:
@@ -208,14 +207,15 @@ def index(axis: int) -> Array:
 
 
 def parts(view: View) -> list[Any]:
-    """The columns of a patch, as many at a time as a register tile has."""
+    """The columns of a patch, in pieces as wide as a register tile."""
     return [pl.ds(start, LANES) for start in range(0, view.slab, LANES)]
 
 
 class Stream:
-    """Patches of ``G``, and with each a piece of a vector, fetched ahead of their use.
+    """Patches of ``G``, each with a piece of a vector, fetched ahead of their use.
 
-    ``locate(step)`` says where they are: what :meth:`View.copy` wants, and the piece.
+    ``locate(step)`` returns the position of the patch, as :meth:`View.copy` takes it, and the
+    piece.
     """
 
     def __init__(
@@ -249,24 +249,27 @@ class Stream:
             plgpu.copy_gmem_to_smem(piece, self._piece_ref.at[slot], barrier)
 
     def take(self, step: Array) -> tuple[Any, Any]:
-        """Waits for the patch and the piece of a step."""
+        """Waits for the patch and the piece of ``step`` and returns them."""
         slot = div_rem(step, _STAGES)[1]
         plgpu.barrier_wait(self._barrier.at[slot])
         return self._patch_ref.at[slot], self._piece_ref.at[slot]
 
     def free(self, step: Array) -> None:
-        """Lets later ones take the place of the patch and the piece of a step."""
-        plgpu.commit_smem()  # what was read here was read before a copy writes here
+        """Lets a later step overwrite the patch and the piece of ``step``."""
+        plgpu.commit_smem()  # orders the reads so far before the copy that overwrites
         self._fetch(step + np.int32(_STAGES))
 
 
 def share(total: int, blocks: int) -> tuple[Array, Array]:
-    """The pieces of work, first and one past the last, of this thread block."""
+    """The pieces of work of this thread block: the first, and one past the last."""
     return share_of(lax.axis_index("block").astype(jnp.int32), total, blocks)
 
 
 def share_of(block: Array, total: int, blocks: int) -> tuple[Array, Array]:
-    """That of one of ``blocks``; the first ones get one piece more. Products stay below total."""
+    """The pieces of one of ``blocks`` thread blocks; the first ones get one piece more.
+
+    No product is larger than ``total``, so nothing overflows.
+    """
     each, more = divmod(total, blocks)
     first = block * np.int32(each) + jnp.minimum(block, np.int32(more))
     return first, first + np.int32(each) + (block < more).astype(jnp.int32)
@@ -284,7 +287,7 @@ def launch(
         with jax.enable_x64(False):  # indices are of 32 bits
             pl.run_scoped(functools.partial(body, *refs), *scratch)
 
-    # InterpretGPUParams is there from jax 0.11 on.
+    # jax 0.10 has no InterpretGPUParams.
     return pl.kernel(
         scoped,
         out_type=out,
@@ -296,6 +299,6 @@ def launch(
 
 
 def varying(*operands: Array) -> jax.sharding.ManualAxisType:
-    """How what is computed from ``operands`` varies over the mesh of a ``shard_map``."""
+    """How a result of ``operands`` varies over the mesh of a ``shard_map``."""
     axes = [jax.typeof(operand).manual_axis_type.varying for operand in operands]
     return jax.sharding.ManualAxisType(varying=frozenset().union(*axes))

@@ -1,19 +1,26 @@
-"""What the rest of the library calls, each with its choice of implementation."""
+"""What the rest of the library calls: each operation with its choice of implementation."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from mfac_jax.kernels import _dispatch, _xla, _xla_blocks
+from mfac_jax.kernels import _dispatch, _xla, backends
+
+# By default a scan of fewer entries is plain XLA: 16 MiB of float32 stay in the second-level
+# cache of a GPU from one step to the next, so there is no bandwidth to gain. Not measured. For
+# TPUs it is the same number for want of a better one.
+MIN_ENTRIES = 2**22
 
 
 def dots(
     block: Float[Array, "t m *shape"],
     vector: Float[Array, "t *shape"],
     *,
-    compensated: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, " m"]:
     """``G v``: the dot product of every row with ``vector``.
@@ -21,21 +28,25 @@ def dots(
     Args:
         block: ``G``.
         vector: ``v``, cut into tiles as the rows are.
-        compensated: accumulate in two words (error-free products and sums) and round
-            once at the end: float32 gradients then give dot products as if in float64. It
-            reads nothing more, but takes about 20 operations an entry in place of 2.
-        implementation: ``"xla"``, ``"mosaic_gpu"`` or ``"mosaic_tpu"``; by default the
-            best one on each platform.
+        implementation: one of :func:`mfac_jax.kernels.backends.names`; by default the best
+            one on each platform.
 
     Returns:
         ``G v``, in the accumulation dtype.
 
     Raises:
-        ValueError: there is no such implementation, or it cannot work on such a block.
-        NotImplementedError: it is not for the platform the program is compiled for.
+        ValueError: there is no such implementation, or it cannot work on this block.
+        NotImplementedError: the program is compiled for a platform that the implementation
+            is not for.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import kernels
+        >>> block = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])  # one tile, two gradients
+        >>> kernels.dots(block, jnp.array([[1.0, -1.0]]))
+        Array([-1., -1.], dtype=float32)
     """
-    operands: dict[str, Array | None] = {"block": block, "vector": vector}
-    return _dispatch.run("dots", implementation, _xla.dots, operands, compensated=compensated)
+    return _scan("dots", implementation, _xla.dots, block, vector=vector)
 
 
 def write_row(
@@ -44,29 +55,41 @@ def write_row(
     vector: Float[Array, "t *shape"],
     where: Bool[Array, ""],
     *,
-    compensated: bool = False,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "t m *shape"], Float[Array, " m"]]:
     """Writes ``vector`` into ``row`` and returns the block and that row's ``G g``.
 
-    Where ``where`` is false the block comes back as it was and the dot products mean
-    nothing. Otherwise they are those of the row as it is stored, so that a
-    low-precision block and its Gram matrix describe the same gradients. What was in the
-    row before, NaN perhaps, has no part in them. ``row`` counts from the end if it is
-    negative, and is moved to the nearest row if there is none such.
+    The dot products are those of the row as it is stored, so a low-precision block and its
+    Gram matrix describe the same gradients. The old contents of the row, perhaps NaN, have
+    no part in them.
 
-    The other arguments and the errors are those of :func:`dots`.
+    Args:
+        block: ``G``.
+        row: number of the row, 0 to m - 1. A number outside is moved to the nearest row,
+            because a kernel would write outside of the block.
+        vector: ``g``, cut into tiles as the rows are.
+        where: if false, the block comes back as it was and the dot products mean nothing.
+        implementation: as in :func:`dots`.
+
+    Returns:
+        The block, and ``G g`` in the accumulation dtype.
+
+    Raises:
+        ValueError: as :func:`dots`.
+        NotImplementedError: as :func:`dots`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import kernels
+        >>> block = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
+        >>> gradient = jnp.array([[5.0, 6.0]])
+        >>> block, dots = kernels.write_row(block, jnp.int32(1), gradient, jnp.bool_(True))
+        >>> dots
+        Array([17., 61.], dtype=float32)
     """
-    m = block.shape[1]
-    operands: dict[str, Array | None] = {
-        "block": block,
-        "row": jnp.clip(jnp.where(row < 0, row + m, row), 0, m - 1),
-        "vector": vector,
-        "where": where,
-    }
-    return _dispatch.run(
-        "write_row", implementation, _xla.write_row, operands, compensated=compensated
-    )
+    row = jnp.clip(row, 0, block.shape[1] - 1)
+    operands = {"row": row, "vector": vector, "where": where}
+    return _scan("write_row", implementation, _xla.write_row, block, **operands)
 
 
 def combine(
@@ -75,19 +98,17 @@ def combine(
     *,
     vector: Float[Array, "t *shape"] | None = None,
     scale: Float[Array, ""] | None = None,
-    mask: Bool[Array, "t *shape"] | None = None,
     dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "t *shape"]:
-    """``G^T c``: the rows added up with ``coefficients``; or ``(v - G^T c) scale``.
+    """``G^T c``, the sum of the rows weighted by ``coefficients``; or ``(v - G^T c) scale``.
 
     Args:
         block: ``G``.
         coefficients: ``c``.
         vector: ``v``; without it the result is ``G^T c`` times ``scale``.
-        scale: a factor for the result, 1 by default.
-        mask: the result is 0 where it is false.
-        dtype: that of the result; the accumulation dtype by default.
+        scale: factor of the result, 1 by default.
+        dtype: dtype of the result; the accumulation dtype by default.
         implementation: as in :func:`dots`.
 
     Returns:
@@ -96,67 +117,83 @@ def combine(
     Raises:
         ValueError: as :func:`dots`.
         NotImplementedError: as :func:`dots`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import kernels
+        >>> block = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
+        >>> kernels.combine(block, jnp.array([2.0, 1.0]))
+        Array([[5., 8.]], dtype=float32)
     """
-    operands = {
-        "block": block,
-        "coefficients": coefficients,
-        "vector": vector,
-        "scale": scale,
-        "mask": mask,
-    }
-    return _dispatch.run("combine", implementation, _xla.combine, operands, dtype=dtype)
+    operands = {"coefficients": coefficients, "vector": vector, "scale": scale}
+    out = _scan("combine", implementation, _xla.combine, block, **operands)
+    return out if dtype is None else out.astype(dtype)
+
+
+def _scan(
+    operation: str,
+    implementation: str | None,
+    plain: Callable[..., Any],
+    block: Float[Array, "t m *shape"],
+    **operands: Array | None,
+) -> Any:
+    if implementation is None and block.size < MIN_ENTRIES:
+        implementation = backends.PLAIN
+    given = {name: value for name, value in operands.items() if value is not None}
+    return _dispatch.run(operation, implementation, plain, {"block": block, **given})
 
 
 def block_inverse_diagonal(
-    block: Float[Array, "n d"],
+    batch: Float[Array, "b n B"],
     damping: Float[Array, ""],
-    size: int,
     *,
+    plain: Callable[..., Float[Array, "b B"]],
     implementation: str | None = None,
-) -> Float[Array, " d"]:
-    """``diag(F^-1)`` of the Fisher cut into blocks of ``size`` coordinates.
-
-    On a TPU a kernel reads each block once and keeps it on the chip until its part of the
-    diagonal is written.
+) -> Float[Array, "b B"]:
+    """``diag(F_b^-1)`` of the Fisher of every block of coordinates, by a kernel or ``plain``.
 
     Args:
-        block: ``G``; whole blocks of columns.
+        batch: ``G_b``, the gradients of b blocks of B coordinates.
         damping: ``lambda > 0``.
-        size: columns a block has.
+        plain: the same function of ``batch`` and ``damping`` in ``jax.numpy``, which runs where
+            no kernel can. Programs are cached by it, so every call needs the same object.
         implementation: as in :func:`dots`.
 
     Returns:
-        The diagonal, positive.
+        The diagonals, positive.
 
     Raises:
-        ValueError: as :func:`dots`, or the blocks are not whole.
+        ValueError: as :func:`dots`.
         NotImplementedError: as :func:`dots`.
     """
-    _check_blocks(block, size)
-    operands: dict[str, Array | None] = {"block": block, "damping": damping}
-    name, plain_form = "block_inverse_diagonal", _xla_blocks.block_inverse_diagonal
-    return _dispatch.run(name, implementation, plain_form, operands, size=size)
+    operands = {"batch": batch, "damping": damping}
+    return _dispatch.run("block_inverse_diagonal", implementation, plain, operands)
 
 
 def block_ihvp(
-    block: Float[Array, "n d"],
-    vector: Float[Array, " d"],
+    batch: Float[Array, "b n B"],
+    vectors: Float[Array, "b B"],
     damping: Float[Array, ""],
-    size: int,
     *,
+    plain: Callable[..., Float[Array, "b B"]],
     implementation: str | None = None,
-) -> Float[Array, " d"]:
-    """``F^-1 v`` with the Fisher cut into blocks of ``size`` coordinates.
+) -> Float[Array, "b B"]:
+    """``F_b^-1 v_b`` with the Fisher of every block of coordinates, by a kernel or ``plain``.
 
-    The other arguments, the result's meaning and the errors are those of
-    :func:`block_inverse_diagonal`.
+    Args:
+        batch: ``G_b``, the gradients of b blocks of B coordinates.
+        vectors: ``v_b``.
+        damping: ``lambda > 0``.
+        plain: the same function of ``batch``, ``vectors`` and ``damping``, as in
+            :func:`block_inverse_diagonal`.
+        implementation: as in :func:`dots`.
+
+    Returns:
+        The products.
+
+    Raises:
+        ValueError: as :func:`dots`.
+        NotImplementedError: as :func:`dots`.
     """
-    _check_blocks(block, size)
-    operands: dict[str, Array | None] = {"block": block, "vector": vector, "damping": damping}
-    plain_form = _xla_blocks.block_ihvp
-    return _dispatch.run("block_ihvp", implementation, plain_form, operands, size=size)
-
-
-def _check_blocks(block: Float[Array, "n d"], size: int) -> None:
-    if size < 1 or block.shape[1] % size:
-        raise ValueError(f"block must be whole blocks of size={size} columns, got {block.shape}.")
+    operands = {"batch": batch, "vectors": vectors, "damping": damping}
+    return _dispatch.run("block_ihvp", implementation, plain, operands)

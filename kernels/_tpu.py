@@ -1,19 +1,18 @@
 """The scans as Pallas kernels for TPUs.
 
-All three are bound by memory: a block passes once through VMEM, tile by tile, and the
-vector unit multiplies and adds in float32 while the next tile arrives. Sums stay in
-vector lanes, which makes them as accurate as a sum of ``d / 128`` terms; one reduction
-over the lanes comes last.
+Memory bandwidth limits all three. A block passes once through VMEM, tile by tile. The vector
+unit multiplies and adds in float32 while the next tile arrives. Sums stay in vector lanes, so
+they are as accurate as a sum of ``d / 128`` terms. One reduction over the lanes comes last.
 
-A tile that reaches over the end of the block holds there whatever memory held, perhaps
-NaN, so what lies outside is taken out of every product by a select.
+Where a tile reaches over the end of the block it holds whatever memory held, perhaps NaN. A
+select takes these entries out of every product.
 
-The kernels read a block row by row. XLA lays an array out by columns where that needs
-less padding, which is so when m is a multiple of 128 and k is not, and then copies the
-whole block for each kernel. Tiles of a multiple of 128 columns avoid it.
+The kernels read a block row by row. XLA lays an array out by columns where that needs less
+padding, that is when m is a multiple of 128 and k is not. It then copies the whole block for
+each kernel. Tiles of a multiple of 128 columns avoid this.
 
-Vectors go in and come out as float32 (t, 1, k), which lies in memory as the vector of all
-t k numbers does, so neither needs a copy; narrower numbers would be padded to 4 bytes.
+Vectors go in and come out as float32 (t, 1, k). In memory this is the vector of all t k numbers,
+so neither needs a copy. Narrower numbers would be padded to 4 bytes.
 """
 
 from __future__ import annotations
@@ -33,23 +32,20 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 _LANES = 128
 
-# A tile of dots and write_row: 256 x 2,048 float32 numbers are 2 MiB, 4 MiB while the
-# next one arrives. That is a quarter of the VMEM a kernel may use, and 8 rows of a tile,
-# which lie together in HBM, are 64 KiB, long enough for a DMA at full bandwidth.
+# A tile of dots and write_row. 256 x 2,048 float32 numbers are 2 MiB, and 4 MiB with the next
+# tile, which is a quarter of the VMEM that a kernel may use. 8 rows of a tile lie together in HBM
+# and take 64 KiB, long enough for a DMA at full bandwidth.
 _DOTS_ROWS = 256
 _DOTS_COLUMNS = 2048
 
-# A tile of combine, of the same size: tall, so that the coefficients of a window of the
-# usual size stay where they are.
+# A tile of combine, of the same size. It is tall, so that the coefficients of a window of the
+# usual size are loaded once.
 _COMBINE_ROWS = 512
 _COMBINE_COLUMNS = 1024
 
-# Rows between two turns of a loop: 8 vector registers of independent sums hide one
-# another's latency and share one load of the vector; 64 registers are all there are.
+# Rows of one round of a loop. 8 vector registers of independent sums hide one another's latency
+# and share one load of the vector. There are 64 registers.
 _GROUP = 64
-
-# The leading half of a float32 significand, 12 of 24 bits: products of halves are exact.
-_LEADING_BITS = 0xFFFFF000
 
 
 def unsupported(shape: tuple[int, ...], dtype: DTypeLike) -> str | None:
@@ -58,7 +54,7 @@ def unsupported(shape: tuple[int, ...], dtype: DTypeLike) -> str | None:
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"the TPU kernels need float32 or bfloat16 gradients, got {dtype.name}"
     if len(shape) != 3 or 0 in shape:
-        # With more axes it would be copied: the last two of an array are laid out together.
+        # A block with more axes would be copied, because memory groups the last two axes.
         return f"the TPU kernels need a block (t, m, k) that is not empty, got shape {shape}"
     return None
 
@@ -67,10 +63,9 @@ def dots(
     block: Float[Array, "t m k"],
     vector: Float[Array, "t k"],
     *,
-    compensated: bool = False,
     interpret: bool = False,
 ) -> Float[Array, " m"]:
-    """``G v``; ``compensated`` makes it as good as float64 sums, rounded to float32."""
+    """``G v``."""
     count, m, width = block.shape
     block, vector = _vary_alike(block, vector.astype(jnp.float32))
     rows, columns = _tile(block, _DOTS_ROWS, _DOTS_COLUMNS)
@@ -84,7 +79,7 @@ def dots(
             pl.BlockSpec((None, 1, columns), lambda _, t, k: (t, 0, k)),
         ],
         out_specs=pl.BlockSpec((rows, 1), lambda i, *_: (i, 0)),
-        scratch_shapes=_sums(rows, compensated),
+        scratch_shapes=[pltpu.VMEM((rows, _LANES), jnp.float32)],
         name="mfac_dots",
         interpret=interpret,
     )(block, vector[:, None])
@@ -97,17 +92,16 @@ def write_row(
     vector: Float[Array, "t k"],
     where: Bool[Array, ""],
     *,
-    compensated: bool = False,
     interpret: bool = False,
 ) -> tuple[Float[Array, "t m k"], Float[Array, " m"]]:
     """Writes ``vector`` into ``row`` in place and returns the block and that row's ``G g``.
 
-    HBM holds rows in groups of a vector register's sublanes, 8 in float32 and 16 in
-    bfloat16, so the group of ``row`` is what is written back.
+    HBM holds rows in groups of a vector register's sublanes: 8 in float32, 16 in bfloat16. So
+    the kernel writes back the whole group of ``row``.
     """
     count, m, width = block.shape
     row, where = row.astype(jnp.int32), where.astype(jnp.int32)
-    # XLA may leave out a conversion to the block's dtype and back, but not this.
+    # XLA may drop a conversion to the block's dtype and back, but not this.
     stored = jnp.finfo(block.dtype)
     vector = lax.reduce_precision(vector.astype(jnp.float32), stored.nexp, stored.nmant)
     block, row, vector, where = _vary_alike(block, row, vector, where)
@@ -115,13 +109,14 @@ def write_row(
     group = _sublanes(block.dtype)
     steps = pl.cdiv(width, columns)
     if interpret:
-        # The simulator takes aliased arrays of whole tiles only.
+        # The simulator needs aliased arrays to be whole tiles.
         tail = ((0, 0), (0, -m % rows), (0, -width % columns))
         block = jnp.pad(block, tail, constant_values=jnp.nan)
 
     def written(i: Array, t: Array, k: Array, state: jax.Ref) -> tuple[Array, Array, Array]:
-        # Before its rows come up the group's first piece waits, after them its last one
-        # stays: a piece is sent back when the next one is named, so none goes unwritten.
+        # A piece of the group is sent back when the index names another one. So the index is
+        # the first piece until the kernel reaches the group's rows, and the last piece after
+        # them. Every piece is written.
         home = lax.div(state[0], rows)
 
         def clamp(index: Array, last: int) -> Array:
@@ -143,7 +138,7 @@ def write_row(
                 pl.BlockSpec((None, group, columns), written),
                 pl.BlockSpec((rows, 1), lambda i, *_: (i, 0)),
             ),
-            scratch_shapes=_sums(rows, compensated),
+            scratch_shapes=[pltpu.VMEM((rows, _LANES), jnp.float32)],
         ),
         input_output_aliases={1: 0},
         name="mfac_write_row",
@@ -158,11 +153,9 @@ def combine(
     *,
     vector: Float[Array, "t k"] | None = None,
     scale: Float[Array, ""] | None = None,
-    mask: Bool[Array, "t k"] | None = None,
-    dtype: DTypeLike | None = None,
     interpret: bool = False,
 ) -> Float[Array, "t k"]:
-    """``G^T c``, or ``v - G^T c``; times ``scale``; zero where ``mask`` is false."""
+    """``G^T c``, or ``v - G^T c``; times ``scale``."""
     count, m, width = block.shape
     rows, columns = _tile(block, _COMBINE_ROWS, _COMBINE_COLUMNS)
     tiles, padded = pl.cdiv(m, rows), _round_up(rows, _LANES)
@@ -200,10 +193,7 @@ def combine(
         name="mfac_combine",
         interpret=interpret,
     )(*operands)
-    result = out[:, 0]
-    if mask is not None:
-        result = jnp.where(mask, result, 0.0)
-    return result.astype(jnp.float32 if dtype is None else dtype)
+    return out[:, 0]
 
 
 def _sublanes(dtype: DTypeLike) -> int:
@@ -216,18 +206,13 @@ def _round_up(length: int, multiple: int) -> int:
 
 
 def _tile(block: Float[Array, "t m k"], rows: int, columns: int) -> tuple[int, int]:
-    """The shape of a tile: that many rows and columns, or fewer for a small block."""
+    """Shape of a tile: at most this many rows and columns, fewer for a small block."""
     _, m, width = block.shape
     return min(rows, _round_up(m, _sublanes(block.dtype))), min(columns, _round_up(width, _LANES))
 
 
-def _sums(rows: int, compensated: bool) -> list[pl.MemoryRef]:
-    """Scratch for the sums of a tile's rows, in every lane; the words of a number apart."""
-    return [pltpu.VMEM((rows, _LANES), jnp.float32)] * (2 if compensated else 1)
-
-
 def _call(kernel: Callable[..., None], *, interpret: bool, **options: Any) -> Callable[..., Any]:
-    """``pl.pallas_call`` with indices of 32 bits, in the simulator if asked for."""
+    """``pl.pallas_call`` with indices of 32 bits; in the simulator if ``interpret``."""
     simulator = pltpu.InterpretParams() if interpret else False
 
     def run(*operands: Shaped[Array, "..."]) -> Any:
@@ -255,50 +240,17 @@ def _like(
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=mesh_axes)
 
 
-def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """``a + b`` and its rounding error, exactly."""
-    total = a + b
-    part = total - a
-    return total, (a - (total - part)) + (b - part)
-
-
-def _add_words(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
-    """The sum of two numbers of one word, or of two, the second then small again."""
-    if len(a) == 1:
-        return (a[0] + b[0],)
-    high, rounding = _two_sum(a[0], b[0])
-    return _two_sum(high, rounding + (a[1] + b[1]))
-
-
-def _halves(x: Array) -> tuple[Array, Array]:
-    """``x`` as a sum of two numbers of 12 significant bits."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(_LEADING_BITS)
-    leading = lax.bitcast_convert_type(bits, jnp.float32)
-    return leading, x - leading
-
-
-def _add_products(total: tuple[Array, ...], g: Array, v: Array) -> tuple[Array, ...]:
-    """Adds ``g * v`` to a sum of one word, or of two: then without loss."""
-    product = g * v
-    if len(total) == 1:
-        return (total[0] + product,)
-    (g_high, g_low), (v_high, v_low) = _halves(g), _halves(v)
-    error = ((g_high * v_high - product) + g_high * v_low + g_low * v_high) + g_low * v_low
-    high, rounding = _two_sum(total[0], product)
-    return high, total[1] + (rounding + error)
-
-
 def _add_tile(
     g_ref: jax.Ref,
     v_ref: jax.Ref,
     out_ref: jax.Ref,
-    sums: tuple[jax.Ref, ...],
+    sums: jax.Ref,
     width: int,
     new_row: Int[Array, ""] | None = None,
 ) -> None:
-    """Adds the products of a tile to the sums of its rows; the last tile writes them out.
+    """Adds the products of a tile to the sums of its rows; the last tile writes the sums out.
 
-    ``new_row`` counts from the first row of the tile; that row is taken to hold the vector.
+    ``new_row`` is an index in the tile. The vector takes the place of that row.
     """
     rows, columns = g_ref.shape
     group = math.gcd(rows, _GROUP)
@@ -306,8 +258,7 @@ def _add_tile(
 
     @pl.when((t == 0) & (k == 0))
     def _() -> None:
-        for ref in sums:
-            ref[...] = jnp.zeros_like(ref)
+        sums[...] = jnp.zeros_like(sums)
 
     lane = lax.broadcasted_iota(jnp.int32, (group, _LANES), 1) + k * columns
     sublane = lax.broadcasted_iota(jnp.int32, (group, _LANES), 0)
@@ -316,7 +267,7 @@ def _add_tile(
     def _(step: Int[Array, ""]) -> None:
         first = pl.multiple_of(step * group, group)
         part = pl.ds(first, group)
-        total = (jnp.zeros((group, _LANES), jnp.float32),) * len(sums)
+        total = jnp.zeros((group, _LANES), jnp.float32)
         for start in range(0, columns, _LANES):
             piece = pl.ds(start, _LANES)
             inside = lane < width - start
@@ -324,24 +275,21 @@ def _add_tile(
             g = g_ref[part, piece].astype(jnp.float32)
             if new_row is not None:
                 g = jnp.where(sublane + first == new_row, v, g)
-            g, v = jnp.where(inside, g, 0.0), jnp.where(inside, v, 0.0)
-            total = _add_products(total, g, v)
-        total = _add_words(tuple(ref[part, :] for ref in sums), total)
-        for ref, word in zip(sums, total, strict=True):
-            ref[part, :] = word
+            total += jnp.where(inside, g, 0.0) * jnp.where(inside, v, 0.0)
+        sums[part, :] += total
 
     @pl.when((t == pl.num_programs(1) - 1) & (k == pl.num_programs(2) - 1))
     def _() -> None:
-        total = tuple(ref[...] for ref in sums)
+        total = sums[...]
         distance = _LANES // 2
-        while distance:  # until every lane holds the sum over all of them
-            total = _add_words(total, tuple(pltpu.roll(word, distance, 1) for word in total))
+        while distance:  # until every lane holds the sum over all lanes
+            total += pltpu.roll(total, distance, 1)
             distance //= 2
-        out_ref[...] = sum(total)[:, :1]
+        out_ref[...] = total[:, :1]
 
 
 def _dots_kernel(
-    g_ref: jax.Ref, v_ref: jax.Ref, out_ref: jax.Ref, *sums: jax.Ref, width: int
+    g_ref: jax.Ref, v_ref: jax.Ref, out_ref: jax.Ref, sums: jax.Ref, *, width: int
 ) -> None:
     _add_tile(g_ref, v_ref, out_ref, sums, width)
 
@@ -352,7 +300,8 @@ def _write_row_kernel(
     v_ref: jax.Ref,
     group_ref: jax.Ref,
     out_ref: jax.Ref,
-    *sums: jax.Ref,
+    sums: jax.Ref,
+    *,
     width: int,
 ) -> None:
     row, where = state[0], state[1] != 0
@@ -372,7 +321,7 @@ def _write_row_kernel(
             group_ref[...] = jnp.where(sublane == new_row - first, new, old)
 
         @pl.when(~where)
-        def _() -> None:  # not a select, which might touch the bits of a NaN
+        def _() -> None:  # a select might change the bits of a NaN
             group_ref[...] = old
 
 
@@ -394,7 +343,7 @@ def _combine_kernel(
     def _() -> None:
         acc[...] = jnp.zeros_like(acc)
 
-    # Coefficients come along lanes and are needed one a row, in every lane.
+    # Coefficients come along lanes. Each row needs its own in every lane.
     c_rows[...] = jnp.broadcast_to(c_ref[...], (_LANES, c_ref.shape[1])).T
     sublane = lax.broadcasted_iota(jnp.int32, acc.shape, 0) + i * rows
 

@@ -1,13 +1,13 @@
-"""The block-diagonal inverse as a Pallas kernel for TPUs, every block inverted on chip.
+"""The block-diagonal inverse as a Pallas kernel for TPUs; every block is inverted on chip.
 
-A block of B coordinates is read once, as its gradients ``G_b`` (n, B), and leaves as the
-B numbers that were asked for. In between lies a matrix of the cheaper side, which the
-matrix unit forms and elimination turns into ``L D L^T`` (L with a diagonal of ones):
+The kernel reads the gradients ``G_b`` (n, B) of a block of B coordinates once and writes the B
+numbers that are asked for. The matrix unit forms a matrix of the cheaper side. Elimination turns
+it into ``L D L^T``, where L has a diagonal of ones:
 
     B <= n:  F_b = lambda I + G_b^T G_b / n,    W = L^-1,      F_b^-1 = W^T D^-1 W
     B > n:   A_b = n lambda I + G_b G_b^T,      W = L^-1 G_b,  F_b^-1 = (I - W^T D^-1 W) / lambda
 
-W is what the same elimination makes of ``I`` or ``G_b`` beside the matrix.
+The same elimination turns ``I`` or ``G_b`` into W.
 """
 
 from __future__ import annotations
@@ -26,71 +26,69 @@ from mfac_jax.kernels._tpu import _LANES, _call, _like, _vary_alike
 
 _SUBLANES = 16  # of bfloat16; float32 has half as many
 
-# Columns in VMEM at a time: four blocks of 128 or two of 256, whose sweeps hide one
-# another's latency. 1,024 gradients of 512 float32 numbers, and as many on their way, are
-# 4 MiB; a matrix of 256 x 256 fills as many vector registers as there are.
+# Columns in VMEM at a time: four blocks of 128 or two of 256, whose sweeps hide one another's
+# latency. 1,024 gradients of 512 float32 numbers, and as many in flight, are 4 MiB. A matrix of
+# 256 x 256 fills all vector registers.
 _COLUMNS = 512
 _MAX_ROWS = 1024
 _MAX_SIZE = 256
 
 
-def unsupported_blocks(shape: tuple[int, ...], dtype: DTypeLike, size: int) -> str | None:
-    """Why this cannot be cut into blocks of ``size`` columns and inverted, or None."""
+def unsupported(shape: tuple[int, ...], dtype: DTypeLike) -> str | None:
+    """Why these kernels cannot invert blocks (b, n, B) of this dtype, or None if they can."""
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"the TPU kernels need float32 or bfloat16 gradients, got {dtype.name}"
-    if size not in range(_LANES, _MAX_SIZE + 1, _LANES):
-        return f"the TPU kernels need blocks of {_LANES} or {_MAX_SIZE} columns, got {size}"
-    if len(shape) != 2 or 0 in shape or shape[1] % size:
-        return f"the TPU kernels need whole blocks of {size} columns, got shape {shape}"
-    if shape[0] > _MAX_ROWS:
-        return f"the TPU kernels need {_MAX_ROWS} gradients or fewer, got {shape[0]}"
+    if len(shape) != 3 or 0 in shape:
+        return f"the TPU kernels need blocks (b, n, B) that are not empty, got shape {shape}"
+    if shape[2] not in range(_LANES, _MAX_SIZE + 1, _LANES):
+        return f"the TPU kernels need blocks of {_LANES} or {_MAX_SIZE} columns, got {shape[2]}"
+    if shape[1] > _MAX_ROWS:
+        return f"the TPU kernels need {_MAX_ROWS} gradients or fewer, got {shape[1]}"
     return None
 
 
 def block_inverse_diagonal(
-    block: Float[Array, "n d"],
-    damping: Float[Array, ""],
-    size: int,
-    *,
-    interpret: bool = False,
-) -> Float[Array, " d"]:
-    """``diag(F^-1)`` of the Fisher that is cut into blocks of ``size`` coordinates."""
-    return _run("mfac_block_inverse_diagonal", block, damping, None, size, interpret)
+    batch: Float[Array, "b n B"], damping: Float[Array, ""], *, interpret: bool = False
+) -> Float[Array, "b B"]:
+    """``diag(F_b^-1)`` of every block."""
+    return _run("mfac_block_inverse_diagonal", batch, damping, None, interpret)
 
 
 def block_ihvp(
-    block: Float[Array, "n d"],
-    vector: Float[Array, " d"],
+    batch: Float[Array, "b n B"],
+    vectors: Float[Array, "b B"],
     damping: Float[Array, ""],
-    size: int,
     *,
     interpret: bool = False,
-) -> Float[Array, " d"]:
-    """``F^-1 v`` with the Fisher that is cut into blocks of ``size`` coordinates."""
-    return _run("mfac_block_ihvp", block, damping, vector, size, interpret)
+) -> Float[Array, "b B"]:
+    """``F_b^-1 v_b`` of every block."""
+    return _run("mfac_block_ihvp", batch, damping, vectors, interpret)
 
 
 def _run(
     name: str,
-    block: Float[Array, "n d"],
+    batch: Float[Array, "b n B"],
     damping: Float[Array, ""],
-    vector: Float[Array, " d"] | None,
-    size: int,
+    vectors: Float[Array, "b B"] | None,
     interpret: bool,
-) -> Float[Array, " d"]:
-    n, d = block.shape
+) -> Float[Array, "b B"]:
+    count, n, size = batch.shape
+    d = count * size
+    # The kernel reads blocks side by side, as the gradients lie in memory. XLA cancels this
+    # transposition against the one that made the batch.
+    matrix = jnp.moveaxis(batch, 0, 1).reshape(n, d)
     columns = min(_COLUMNS, d)
     rows = -(-n // _SUBLANES) * _SUBLANES
     side = min(size, rows)
     across = pl.BlockSpec((1, columns), lambda k: (0, k))
-    operands = [damping.astype(jnp.float32).reshape(1), block]
+    operands = [damping.astype(jnp.float32).reshape(1), matrix]
     in_specs = [
         pl.BlockSpec(memory_space=pltpu.SMEM),
         pl.BlockSpec((rows, columns), lambda k: (0, k)),
     ]
-    if vector is not None:
-        operands.append(vector.astype(jnp.float32)[None])
+    if vectors is not None:
+        operands.append(vectors.astype(jnp.float32).reshape(1, d))
         in_specs.append(across)
     operands = list(_vary_alike(*operands))
     out = _call(
@@ -106,7 +104,7 @@ def _run(
         name=name,
         interpret=interpret,
     )(*operands)
-    return out[0]
+    return out.reshape(count, size)
 
 
 def _kernel(damping_ref: jax.Ref, g_ref: jax.Ref, *refs: jax.Ref, n: int, size: int) -> None:
@@ -120,14 +118,14 @@ def _kernel(damping_ref: jax.Ref, g_ref: jax.Ref, *refs: jax.Ref, n: int, size: 
 
     for b, part in enumerate(parts):
         g = g_ref[:, part].astype(jnp.float32)
-        # Below the last gradient memory may hold NaN.
+        # Memory below the last gradient may hold NaN.
         g = jnp.where(lax.broadcasted_iota(jnp.int32, g.shape, 0) < n, g, 0.0)
         axis = 0 if direct else 1
         matrix = lax.dot_general(g, g, (((axis,), (axis,)), ((), ())), precision="highest")
         matrix = matrix / n if direct else matrix
         matrix = jnp.where(eye, matrix + shift, matrix)
-        # Rows and columns are scaled to a unit diagonal, hence gradients or coordinates
-        # of very different size do not disturb one another.
+        # Rows and columns are scaled to a unit diagonal, so gradients or coordinates of very
+        # different size do not disturb one another.
         scale = lax.rsqrt(jnp.sum(jnp.where(eye, matrix, 0.0), axis=0, keepdims=True))
         column = jnp.sum(jnp.where(eye, scale, 0.0), axis=1, keepdims=True)
         matrices[b] = matrix * scale * column
@@ -147,7 +145,7 @@ def _kernel(damping_ref: jax.Ref, g_ref: jax.Ref, *refs: jax.Ref, n: int, size: 
         else:
             out = jnp.sum(w * w * inverse_pivots, axis=0, keepdims=True)
             out = out if direct else (1 - out) / damping
-            # Rounding may leave nothing of either; these bounds always hold.
+            # These bounds always hold; rounding may break them.
             out = jnp.maximum(out, 1 / fisher_diagonals[b])
             out_ref[:, part] = jnp.minimum(out, 1 / damping)
 
@@ -160,10 +158,10 @@ def _eliminate(matrices: jax.Ref, targets: jax.Ref, floors: list[Float[Array, "1
     """Turns every target T into ``L^-1 T``, where ``L D L^T`` is its matrix.
 
     Args:
-        matrices: (b, s, s), symmetric with a diagonal near 1; afterwards row k holds
-            ``1 / D_k``, the inverse of its pivot, throughout.
+        matrices: (b, s, s), symmetric with a diagonal near 1. Afterwards every entry of row
+            k is ``1 / D_k``, the inverse of its pivot.
         targets: (b, s, t).
-        floors: what the damping alone leaves of each pivot.
+        floors: the smallest value that the damping allows for each pivot.
     """
     count, side = matrices.shape[:2]
     lane = lax.broadcasted_iota(jnp.int32, (1, side), 1)
@@ -178,8 +176,8 @@ def _eliminate(matrices: jax.Ref, targets: jax.Ref, floors: list[Float[Array, "1
             pivot = jnp.sum(jnp.where(here, row, 0.0), axis=1, keepdims=True)
             floor = jnp.sum(jnp.where(here, floors[b], 0.0), axis=1, keepdims=True)
             inverse = 1 / jnp.maximum(pivot, jnp.maximum(floor, eps))
-            # A pivot below eps is made of rounding errors, and so is the rest of its row:
-            # no other row loses anything to it.
+            # A pivot below eps consists of rounding errors, and so does the rest of its row.
+            # It is subtracted from no other row.
             below = (sublane > k) & (pivot > eps)
             column = jnp.sum(jnp.where(here, matrix, 0.0), axis=1, keepdims=True)
             factor = jnp.where(below, column * inverse, 0.0)

@@ -1,9 +1,9 @@
 """The scans in plain ``jax.numpy``: the default where no kernel is better, and the oracle.
 
-Accuracy decides their form. A matrix-vector product on the CPU adds up a row in one
-long chain (relative error 2e-6 at d = 270,000, 3e-4 at 5 million). A block in tiles is
-one batched product, as fast and, being short chains, accurate to 5e-8. A block that is
-one wide tile, a large parameter of its own, is multiplied and added up in lanes instead.
+Accuracy decides their form. A matrix-vector product on the CPU adds up a row in one long
+chain; its relative error is 2e-6 at d = 270,000 and 3e-4 at 5 million. A block in tiles is one
+batched product of short chains, which is as fast and accurate to 5e-8. A block of one wide tile
+(a large parameter of its own) is multiplied elementwise and added up in lanes.
 """
 
 from __future__ import annotations
@@ -18,45 +18,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from mfac_jax import _two_words
-
-# Columns a tile has at the most. 8,192 float32 columns of 512 rows are 16 MiB: small
-# against any window worth tiling, large enough that a tile's matrix product runs
-# at full speed (measured on two CPU cores: 2,048 to 8,192 within 5 %).
+# The largest number of columns of a tile. 8,192 float32 columns of 512 rows are 16 MiB. That is
+# small against any window worth tiling, and a tile's matrix product still runs at full speed
+# (measured on two CPU cores: 2,048 to 8,192 within 5 %).
 MAX_TILE = 8192
 
-# Triangular products are done in up to four panels of rows, 10/16 of the operations, and
-# symmetric ones in halves. Fewer rows than this leave a matrix unit idle.
+# A triangular product is cut into up to four panels of rows, which leaves 10/16 of the
+# operations. A symmetric product is cut into halves. Fewer rows than _MIN_ROWS leave a matrix
+# unit idle.
 _PANELS = 4
 _MIN_ROWS = 128
 
-# Rows that one product of combine adds up: a CPU reads 64 to 128 of them from end to end 4 %
-# slower than it could, 512 or all 1,024 of them 20 to 30 % (measured on two cores).
+# Rows that one product of combine adds up. Against its full bandwidth, a CPU reads 64 to 128
+# rows at a time 4 % slower, and 512 or all 1,024 rows 20 to 30 % slower (measured on two cores).
 _ROWS_OF_A_SUM = 128
 
-# Chunks that products on a GPU are cut into, so that what is made on the way, a copy of a chunk
-# and its image at the most, stays small against the gradients: below 20 % of them, as compiled
-# for an H200. A chunk takes two to five launches.
+# Number of chunks into which a GPU cuts a product. Its temporary arrays, at most a copy of a
+# chunk and the chunk's image, then take less than 20 % of the memory of the gradients (as
+# compiled for an H200). A chunk takes two to five launches.
 _CHUNKS = 16
 
-# One product of every tile, kept until they are added up, may be this share of the gradients.
+# The products of all tiles, kept until they are added up, may take this share of the memory of
+# the gradients.
 _LARGEST_SHARE = 1 / 8
-
-# Columns that a compensated sum works on at a time: sums of 512 rows in two words are
-# 2 MiB then and stay in a CPU's cache from one step to the next.
-_LANES = 512
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype products of ``dtype`` are accumulated in: float32 at least."""
+    """The dtype that accumulates products of ``dtype``: float32 at least."""
     return np.promote_types(dtype, np.float32)
 
 
 def _zeros(block: Array, shape: tuple[int, ...]) -> Array:
-    """Zeros to add products of ``block`` to: under ``shard_map`` they vary as it does."""
+    """Zeros to which products of ``block`` are added; under ``shard_map`` they vary as it does."""
     return jnp.zeros_like(block, shape=shape, dtype=accumulation_dtype(block.dtype))
 
 
@@ -65,30 +60,23 @@ def _matrices(block: Float[Array, "t m *shape"]) -> Float[Array, "t m k"]:
 
 
 def _has_explicit_axes(block: Array) -> bool:
-    """Whether the type says that the block is spread, which products want repeated."""
+    """Whether the type spreads the block over a mesh; a dot_general would want it repeated."""
     return any(part is not None for part in jax.typeof(block).sharding.spec)
 
 
-def dots(
-    block: Float[Array, "t m *shape"],
-    vector: Float[Array, "t *shape"],
-    *,
-    compensated: bool = False,
-) -> Float[Array, " m"]:
+def dots(block: Float[Array, "t m *shape"], vector: Float[Array, "t *shape"]) -> Float[Array, " m"]:
     """``G v``: the dot product of every row with ``vector``."""
     acc = accumulation_dtype(block.dtype)
     vector = vector.astype(acc)
-    if compensated:
-        return _compensated_dots(_matrices(block), vector.reshape(block.shape[0], -1))
     axes = tuple(range(2, block.ndim))
     is_long = block.ndim == 3 and block.shape[2] > MAX_TILE
     if block.dtype == acc and not is_long and not _has_explicit_axes(block):
-        # No reshape: it would gather a leaf that is sharded.
+        # A reshape would gather a sharded leaf.
         contract = (axes, tuple(axis - 1 for axis in axes))
         parts = lax.dot_general(block, vector, (contract, ((0,), (0,))), precision="highest")
     else:
-        # One fused loop: the widening is in it, where a product would want a wide copy
-        # first, and it may run over columns that an explicit mesh axis spreads.
+        # One fused loop widens on the fly; a dot_general would first make a wide copy. It may
+        # also run over columns that an explicit mesh axis spreads.
         parts = jnp.sum(block.astype(acc) * vector[:, None], axis=axes)
     return jnp.sum(parts, axis=0)
 
@@ -99,10 +87,8 @@ def combine(
     *,
     vector: Float[Array, "t *shape"] | None = None,
     scale: Float[Array, ""] | None = None,
-    mask: Bool[Array, "t *shape"] | None = None,
-    dtype: DTypeLike | None = None,
 ) -> Float[Array, "t *shape"]:
-    """``G^T c``, or ``(v - G^T c) scale``; 0 where ``mask`` is false; in ``dtype``."""
+    """``G^T c``, or ``(v - G^T c) scale``."""
     acc = accumulation_dtype(block.dtype)
     weights = coefficients.astype(acc)
     if _has_explicit_axes(block):
@@ -110,13 +96,15 @@ def combine(
     else:
         default = _combine_by_parts if block.dtype == acc else _combine_in_one_loop
         out = lax.platform_dependent(block, weights, cuda=combine_at_once, default=default)
-    return finish(out, vector, scale, mask, dtype)
+    if vector is not None:
+        out = vector.astype(acc) - out
+    return out if scale is None else out * scale.astype(acc)
 
 
 def _combine_by_parts(
     block: Float[Array, "t m *shape"], weights: Float[Array, " m"]
 ) -> Float[Array, "t *shape"]:
-    """``G^T c`` as a batched product of some rows at a time."""
+    """``G^T c`` as one batched product, a group of rows in each."""
     t, m = block.shape[:2]
     rows = next(r for r in range(min(m, _ROWS_OF_A_SUM), 0, -1) if m % r == 0)
     rows = rows if 2 * rows > _ROWS_OF_A_SUM else m
@@ -140,30 +128,14 @@ def combine_at_once(
 ) -> Float[Array, "t *shape"]:
     """``G^T c`` as one batched product of all rows, for a GPU.
 
-    There XLA makes it a fused loop or, under ``vmap`` over the weights, a matrix product that
-    widens what it reads. Products of parts of the rows, and sums under that ``vmap``, would
-    transpose a copy of the block first. (A block of 2 MiB it may still multiply before it
-    adds up, which stays in the GPU's cache.)
+    On a GPU, XLA makes it a fused loop, or a matrix product that widens what it reads under
+    ``vmap`` over the weights. Products of groups of rows, and sums under that ``vmap``, would
+    first make a transposed copy of the block. (XLA may still store the elementwise product of
+    a block of 2 MiB, which stays in the GPU's cache.)
     """
     repeated = jnp.broadcast_to(weights, block.shape[:2])
     contract = (((1,), (1,)), ((0,), (0,)))
     return lax.dot_general(repeated, block.astype(weights.dtype), contract, precision="highest")
-
-
-def finish(
-    combined: Float[Array, "*k"],
-    vector: Float[Array, "*k"] | None,
-    scale: Float[Array, ""] | None,
-    mask: Bool[Array, "*k"] | None,
-    dtype: DTypeLike | None,
-) -> Float[Array, "*k"]:
-    """What :func:`combine` does to a sum of rows before it is written."""
-    out = combined if vector is None else vector.astype(combined.dtype) - combined
-    if scale is not None:
-        out = out * scale.astype(out.dtype)
-    if mask is not None:
-        out = jnp.where(mask, out, jnp.zeros((), out.dtype))
-    return out if dtype is None else out.astype(dtype)
 
 
 def write_row(
@@ -171,17 +143,14 @@ def write_row(
     row: Int[Array, ""],
     vector: Float[Array, "t *shape"],
     where: Bool[Array, ""],
-    *,
-    compensated: bool = False,
 ) -> tuple[Float[Array, "t m *shape"], Float[Array, " m"]]:
     """Writes ``vector`` into ``row`` and returns the block and that row's ``G g``.
 
-    Where ``where`` is false the block comes back as it was and the dot products mean
-    nothing. Otherwise they are those of the row as it is stored, so that a
-    low-precision block and its Gram matrix describe the same gradients.
+    Where ``where`` is false the block is unchanged and the dot products mean nothing. The dot
+    products are those of the row as it is stored.
     """
     block = set_row(block, row, vector, where)
-    return block, dots(block, vector.astype(block.dtype), compensated=compensated)
+    return block, dots(block, vector.astype(block.dtype))
 
 
 def set_row(
@@ -190,15 +159,15 @@ def set_row(
     vector: Float[Array, "t *shape"],
     where: Bool[Array, ""],
 ) -> Float[Array, "t m *shape"]:
-    """The block with ``vector`` in ``row`` where ``where`` is true."""
+    """The block with ``vector`` in ``row`` if ``where`` is true, else the block."""
     stored = vector.astype(block.dtype)
 
     def write(block: Array) -> Array:
         return lax.dynamic_update_index_in_dim(block, stored, row, axis=1)
 
-    # On a CPU a branch: XLA there fuses the select into both the write and the dot products
-    # and then copies the whole block twice to keep them apart. Elsewhere a select: on a GPU
-    # XLA copies the block into the branches.
+    # A CPU gets a branch. XLA would fuse a select into both the write and the dot products and
+    # then copy the whole block twice to keep them apart. Other devices get a select, because
+    # XLA for a GPU copies the block into the branches.
     def write_or_not(block: Array) -> Array:
         return lax.cond(where, write, lambda block: block, block)
 
@@ -216,6 +185,13 @@ def gram(
     """``G G^T``, or ``G_S G_S^T`` over the coordinates where ``mask`` is true.
 
     Only the lower half is computed where that saves time.
+
+    Args:
+        block: ``G``.
+        mask: cut into tiles as the rows are; all coordinates by default.
+
+    Returns:
+        The Gram matrix, in the accumulation dtype.
     """
     masks = [] if mask is None else [mask]
     return lax.platform_dependent(block, *masks, cuda=gram_by_chunks, default=_gram_by_tiles)
@@ -244,10 +220,10 @@ def _gram_by_tiles(
 
 
 def _lower_parts(start: int, end: int) -> list[tuple[slice, slice]]:
-    """Rows and columns of the products that the lower half of ``G G^T`` is made of.
+    """Rows and columns of the products that make up the lower half of ``G G^T``.
 
-    Square ones, each half of the diagonal cut again: panels of rows as wide as the triangle
-    take a tenth longer at m = 512 (measured on two CPU cores).
+    The products are square, and the two halves of the diagonal are cut again. Panels of rows
+    as wide as the triangle take a tenth longer at m = 512 (measured on two CPU cores).
     """
     if end - start < 2 * _MIN_ROWS:
         return [(slice(start, end), slice(start, end))]
@@ -264,7 +240,10 @@ def transform(
     Args:
         block: ``G``.
         matrix: ``M``.
-        lower: whether ``M`` is square and lower triangular, which saves time.
+        lower: ``M`` is square and lower triangular, which saves time.
+
+    Returns:
+        The image of the rows; a block of k rows.
     """
     acc = accumulation_dtype(block.dtype)
     matrix = matrix.astype(acc)
@@ -280,7 +259,7 @@ def _transform_by_tiles(
     acc = accumulation_dtype(block.dtype)
     tiles = _matrices(block)
 
-    # Panels are written where they belong: put together first they would be copied twice.
+    # Each panel is written to its final place. Joining the panels first would copy them twice.
     def write(t: Int[Array, ""], image: Array) -> Array:
         tile = lax.dynamic_index_in_dim(tiles, t, keepdims=False).astype(acc)
         for start, panel in _panels(matrix, tile, lower):
@@ -298,9 +277,17 @@ def column_square_sums(
     *,
     lower: bool = False,
 ) -> Float[Array, "t *shape"]:
-    """``diag((M G)^T (M G))``: ``M G`` is never stored, but for a tile.
+    """``diag((M G)^T (M G))``, the squares of ``M G`` summed over its rows.
 
-    Without ``matrix`` it is the identity; ``lower`` is as in :func:`transform`.
+    At most a tile or a chunk of ``M G`` is in memory at a time.
+
+    Args:
+        block: ``G``.
+        matrix: ``M``; the identity by default.
+        lower: as in :func:`transform`.
+
+    Returns:
+        A number for each column, in the accumulation dtype.
     """
     if matrix is None:
         return _square_sums(block)
@@ -322,7 +309,7 @@ def _column_square_sums_by_tiles(
     return sums.reshape(block.shape[0], *block.shape[2:])
 
 
-# Jitted, so that the squares are never stored, whoever calls.
+# Jitted so that an eager caller does not store the squares either.
 @jax.jit
 def _square_sums(block: Float[Array, "t m *shape"]) -> Float[Array, "t *shape"]:
     return jnp.sum(jnp.square(block.astype(accumulation_dtype(block.dtype))), axis=1)
@@ -337,7 +324,7 @@ def _panel_ends(m: int) -> list[tuple[int, int]]:
 def _panels(
     matrix: Float[Array, "k m"], tile: Float[Array, "m t"], lower: bool
 ) -> list[tuple[int, Float[Array, "_ t"]]]:
-    """The product in panels of rows, each with its first row; one unless ``lower``."""
+    """The product in panels of rows, each with its first row; one panel unless ``lower``."""
     if not lower:
         return [(0, jnp.dot(matrix, tile, precision="highest"))]
     return [
@@ -354,16 +341,18 @@ def _scan_tiles(
 ) -> tuple[Any, list[Array]]:
     """Scans ``step(carry, tile, parts) -> (carry, outputs)`` over the tiles of a block.
 
-    A tile is (m, k) in the accumulation dtype, and only one is wide at a time. ``parts``
-    are those pieces of ``vectors``, (t, *shape), that lie over it. Outputs are (k,) a
-    tile and come back as (t, *): the tiles that one wide tile is cut into put together.
+    A tile is (m, k) in the accumulation dtype; only one is wide at a time. ``parts`` are the
+    pieces of ``vectors``, (t, *shape), at the columns of the tile. An output is (k,) for each
+    tile and comes back as (t, *). A block of one wide tile is cut into tiles, whose outputs are
+    joined.
     """
     acc = accumulation_dtype(block.dtype)
     count = block.shape[0]
     matrices = _matrices(block)
     flat = [vector.reshape(count, -1) for vector in vectors]
     if count > 1:
-        # By number: tiles that a scan hands out are copied once more (15 % of a gram's time).
+        # The loop takes a tile by its number. A scan over the tiles themselves copies each one
+        # once more (15 % of a gram's time).
         def body(carry: Any, t: Int[Array, ""]) -> tuple[Any, list[Array]]:
             tile, *parts = (
                 lax.dynamic_index_in_dim(x, t, keepdims=False) for x in (matrices, *flat)
@@ -391,22 +380,22 @@ def _scan_tiles(
     return carry, [jnp.concatenate(parts, axis=1) for parts in zip(*outputs, strict=True)]
 
 
-# On a GPU the host would start every round of a loop, thousands for a large model. Products of
-# many tiles are one batched product there. Rows are not cut, to save half of a symmetric or
-# triangular product: slices across the rows would be copied.
+# On a GPU the host starts every round of a loop, of which a large model has thousands. So a GPU
+# gets one batched product of many tiles. It computes both halves of a symmetric or triangular
+# product: to save one, XLA would copy slices across the rows.
 
 
 def gram_by_chunks(
     block: Float[Array, "t m *shape"], mask: Bool[Array, "t *shape"] | None = None
 ) -> Float[Array, "m m"]:
-    """:func:`gram` as one batched product, or one a chunk of tiles, a sum for every tile."""
+    """:func:`gram` as a batched product of all tiles, or of each chunk of tiles."""
     count, m = block.shape[:2]
     acc = accumulation_dtype(block.dtype)
 
     def step(total: Array, _: int, tiles: Array, *masks: Array) -> Array:
         for keep in masks:
             tiles = jnp.where(keep[:, None], tiles, jnp.zeros((), tiles.dtype))
-        # Products of two numbers of low precision are exact: they need no wide copy.
+        # Products of two low-precision numbers are exact, so no wide copy is needed.
         contract = (((2,), (2,)), ((0,), (0,)))
         products = lax.dot_general(
             tiles, tiles, contract, precision="highest", preferred_element_type=acc
@@ -423,7 +412,7 @@ def gram_by_chunks(
 def transform_by_chunks(
     block: Float[Array, "t m *shape"], matrix: Float[Array, "k m"]
 ) -> Float[Array, "t k *shape"]:
-    """:func:`transform` of several tiles as one batched product, or one a chunk to be widened."""
+    """:func:`transform` as one batched product, or one for each chunk if it has to be widened."""
     tiles = _matrices(block)
     shape = (block.shape[0], matrix.shape[0], tiles.shape[2])
     if block.dtype == matrix.dtype:
@@ -440,7 +429,7 @@ def transform_by_chunks(
 def column_square_sums_by_chunks(
     block: Float[Array, "t m *shape"], matrix: Float[Array, "k m"]
 ) -> Float[Array, "t *shape"]:
-    """:func:`column_square_sums` as one batched product a chunk of tiles."""
+    """:func:`column_square_sums` as a batched product of each chunk of tiles."""
 
     def step(_: Array, __: int, tiles: Array) -> Array:
         return jnp.sum(_images(tiles, matrix) ** 2, axis=1)
@@ -451,7 +440,7 @@ def column_square_sums_by_chunks(
 
 
 def _images(tiles: Float[Array, "c m k"], matrix: Float[Array, "j m"]) -> Float[Array, "c j k"]:
-    """``M G`` of every tile, with ``M`` repeated: a product without would transpose the tiles."""
+    """``M G`` of every tile. ``M`` is repeated; otherwise XLA would transpose the tiles."""
     repeated = jnp.broadcast_to(matrix, (tiles.shape[0], *matrix.shape))
     return jnp.matmul(repeated, tiles.astype(matrix.dtype), precision="highest")
 
@@ -461,8 +450,8 @@ def _chunk_by_chunk(
 ) -> list[Array]:
     """All values of ``carry = step(carry, start, tiles, *parts)`` over a few chunks of tiles.
 
-    ``tiles`` are (c, m, k), those from number ``start`` on; ``parts`` are what of ``vectors``,
-    (t, *shape), lies over them. A block that is one wide tile is cut into tiles of columns.
+    ``tiles`` are (c, m, k), beginning with tile ``start``. ``parts`` are the pieces of
+    ``vectors``, (t, *shape), at their columns. A block of one wide tile is cut into tiles.
     """
     count = block.shape[0]
     arrays = [_matrices(block), *(vector.reshape(count, -1) for vector in vectors)]
@@ -478,7 +467,7 @@ def _chunk_by_chunk(
         chunks.append((tiles, lambda array: array[..., tiles * MAX_TILE :]))
     carries = []
     for start, chunk in chunks:
-        # A chunk waits for the one before: side by side they would need the memory of all.
+        # A chunk waits for the one before. Side by side, all of them would be in memory.
         arrays, carry = lax.optimization_barrier((arrays, carry))
         carry = step(carry, start, *map(chunk, arrays))
         carries.append(carry)
@@ -490,38 +479,6 @@ def _some_tiles(array: Array, *, start: int, stop: int) -> Array:
 
 
 def _some_columns(array: Array, *, start: int, stop: int) -> Array:
-    """Tiles of columns of the one tile that there is."""
+    """Tiles ``start`` to ``stop`` of the columns of a single wide tile."""
     wide = array[0, ..., start * MAX_TILE : stop * MAX_TILE]
     return jnp.moveaxis(wide.reshape(*wide.shape[:-1], stop - start, MAX_TILE), -2, 0)
-
-
-def _compensated_dots(
-    block: Float[Array, "t m k"], vector: Float[Array, "t k"]
-) -> Float[Array, " m"]:
-    """``G v`` as if accumulated in twice the precision, rounded once at the end."""
-    acc = accumulation_dtype(block.dtype)
-    count, m, k = block.shape
-    steps, rest = divmod(k, _LANES)
-
-    def add(sums: tuple[Array, Array], tile: Array, part: Array) -> tuple[Array, Array]:
-        return _two_words.add(sums, _two_words.product(tile.astype(acc), part[None]))
-
-    def over_tile(sums: tuple[Array, Array], t: Int[Array, ""]) -> tuple[tuple[Array, Array], None]:
-        matrix = lax.dynamic_index_in_dim(block, t, keepdims=False)
-        row = lax.dynamic_index_in_dim(vector, t, keepdims=False)
-
-        def over_lanes(i: Int[Array, ""], sums: tuple[Array, Array]) -> tuple[Array, Array]:
-            tile = lax.dynamic_slice_in_dim(matrix, i * _LANES, _LANES, axis=1)
-            return add(sums, tile, lax.dynamic_slice_in_dim(row, i * _LANES, _LANES))
-
-        if steps:
-            sums = lax.fori_loop(0, steps, over_lanes, sums)
-        if rest:
-            padding = ((0, 0), (0, _LANES - rest))
-            tile = jnp.pad(matrix[:, steps * _LANES :], padding)
-            sums = add(sums, tile, jnp.pad(row[steps * _LANES :], padding[1:]))
-        return sums, None
-
-    zeros = _zeros(block, (m, _LANES))
-    sums, _ = lax.scan(over_tile, (zeros, zeros), jnp.arange(count))
-    return _two_words.total(sums, axis=1)

@@ -2,8 +2,8 @@
 
 from mfac_jax import (
     algebra,
-    carried,
     gradients,
+    incremental,
     inverse,
     kernels,
     optimizer,
@@ -13,20 +13,19 @@ from mfac_jax import (
     window,
 )
 from mfac_jax.gradients import collect_gradients
-from mfac_jax.inverse import fisher_inverse, inverse_diagonal
+from mfac_jax.inverse import fisher_inverse
 from mfac_jax.optimizer import mfac, mfac_precondition
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "__version__",
     "algebra",
-    "carried",
     "collect_gradients",
     "fisher_inverse",
     "gradients",
+    "incremental",
     "inverse",
-    "inverse_diagonal",
     "kernels",
     "mfac",
     "mfac_precondition",

@@ -1,10 +1,10 @@
-"""Checks of static arguments: every message says what was expected and what came."""
+"""Checks of static arguments. Every message says what was expected and what was given."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,21 +37,21 @@ def non_negative_int(value: Any, name: str) -> int:
 
 
 def positive_scalar(value: Any, name: str) -> None:
-    """A scalar, finite and greater than 0; the value of a traced one is not looked at."""
+    """Checks for a finite scalar above 0; of a traced scalar only shape and dtype."""
     number = _number(value, name)
     if number is not None and not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name} must be finite and greater than 0, got {value}.")
 
 
 def unit_interval(value: Any, name: str) -> None:
-    """A scalar in [0, 1]; the value of a traced one is not looked at."""
+    """Checks for a scalar in [0, 1]; of a traced scalar only shape and dtype."""
     number = _number(value, name)
     if number is not None and not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {value}.")
 
 
 def _number(value: Any, name: str) -> float | None:
-    """The value of a scalar; None if it is traced."""
+    """The value of a scalar, or None if it is traced."""
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
     if isinstance(value, bool) or not (is_array or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number or a scalar array, got {type(value).__name__}.")
@@ -66,13 +66,25 @@ def _number(value: Any, name: str) -> float | None:
 
 
 def one_of(value: Any, name: str, choices: Sequence[str]) -> None:
-    """One of a few names."""
+    """Checks that ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
 
 
+def named(value: Any, name: str, known: Mapping[str, Any]) -> Any:
+    """What goes by a name, or the caller's own function."""
+    if isinstance(value, str):
+        one_of(value, name, tuple(known))
+        return known[value]
+    if not callable(value):
+        raise TypeError(
+            f"{name} must be one of {', '.join(map(repr, known))} or a function, got {value!r}."
+        )
+    return value
+
+
 def index(value: Any, name: str, size: int) -> None:
-    """An index or array of indices into ``size`` items; traced values are not looked at."""
+    """Checks for one or more indices into ``size`` items; of traced ones only the dtype."""
     dtype = value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype
     if not np.issubdtype(dtype, np.integer):
         raise TypeError(f"{name} must be an integer index, got {dtype}.")

@@ -1,10 +1,9 @@
 """How a pytree of parameters maps onto the coordinates of a gradient.
 
-A :class:`Layout` is the static description (tree structure, shapes, dtypes) of
-the parameters a set of gradients belongs to. Coordinates are numbered 0 .. d-1 in
-the order of ``jax.tree.leaves``, each leaf in row-major order. It travels inside
-states as a pytree node without leaves, so that every function can tell a tree that
-does not fit from one that does.
+A :class:`Layout` describes the parameters of a set of gradients: tree structure, shapes and
+dtypes, all static. Coordinates are numbered 0 .. d-1 in the order of ``jax.tree.leaves``, each leaf
+in row-major order. A layout is a pytree node without leaves. States contain it, so every function
+can check whether a tree fits.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 PyTree = Any
 
@@ -26,7 +25,7 @@ class Layout:
 
     Attributes:
         treedef: the tree structure.
-        paths: a readable name for every leaf, for messages.
+        paths: the path of every leaf as text, for messages.
         shapes: the leaves' shapes.
         dtypes: the leaves' dtypes.
     """
@@ -35,7 +34,11 @@ class Layout:
     treedef: Any
 
     def __init__(self, tree: PyTree, name: str = "params"):
-        """Reads the layout off ``tree``: arrays, tracers or ``ShapeDtypeStruct``.
+        """Reads the layout of a tree.
+
+        Args:
+            tree: a tree of arrays, tracers or ``ShapeDtypeStruct``.
+            name: what errors call the tree.
 
         Raises:
             TypeError: a leaf is not a real floating-point array.
@@ -47,14 +50,9 @@ class Layout:
         self.shapes = tuple(tuple(np.shape(leaf)) for _, leaf in leaves)
         self.dtypes = tuple(jnp.result_type(leaf) for _, leaf in leaves)
 
-    # A tree without leaves fits any layout: optax.tree.map_params builds a state
-    # from a placeholder that stands for all of the parameters and matches its
-    # structure against the real state.
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Layout):
             return NotImplemented
-        if not self.shapes or not other.shapes:
-            return True
         return (
             self.shapes == other.shapes
             and self.dtypes == other.dtypes
@@ -62,14 +60,14 @@ class Layout:
         )
 
     def __hash__(self) -> int:
-        return hash(Layout)
+        return hash((self.shapes, self.dtypes))
 
     def __repr__(self) -> str:
         return f"Layout(d={self.size}, {self.describe()})"
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Coordinates of each leaf."""
+        """The number of coordinates of each leaf."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
     @property
@@ -78,7 +76,7 @@ class Layout:
         return sum(self.sizes)
 
     def describe(self) -> str:
-        """The leaves with dtype and shape, on one line."""
+        """The path, dtype and shape of every leaf, on one line."""
         parts = [
             f"{path or 'value'}: {dtype.name}{list(shape)}"
             for path, dtype, shape in zip(self.paths, self.dtypes, self.shapes, strict=True)
@@ -86,10 +84,13 @@ class Layout:
         return "{" + ", ".join(parts) + "}"
 
     def check(self, tree: PyTree, name: str) -> list[Any]:
-        """The leaves of ``tree``, once its structure and shapes are known to fit.
+        """Checks that ``tree`` has the structure and the shapes of the layout.
+
+        Returns:
+            The leaves of ``tree``.
 
         Raises:
-            ValueError: the structure or a shape differs; both are shown.
+            ValueError: the structure or a shape differs; the message shows both.
             TypeError: a leaf is not a real floating-point array.
         """
         leaves = self._leaves(tree, name)
@@ -102,10 +103,15 @@ class Layout:
         return leaves
 
     def check_mask(self, mask: PyTree, name: str = "mask") -> list[Array]:
-        """The leaves of a boolean mask, once its structure and shapes are known to fit.
+        """Checks that ``mask`` is boolean and has the structure and the shapes of the layout.
+
+        A scalar stands for a leaf of equal entries.
+
+        Returns:
+            The leaves of ``mask``, in the shapes of the layout.
 
         Raises:
-            ValueError: the structure or a shape differs; both are shown.
+            ValueError: the structure or a shape differs; the message shows both.
             TypeError: a leaf is not boolean.
         """
         leaves = self._leaves(mask, name)
@@ -125,8 +131,8 @@ class Layout:
     def _leaves(self, tree: PyTree, name: str) -> list[Any]:
         leaves, treedef = jax.tree_util.tree_flatten(tree)
         if treedef != self.treedef:
-            # nnx.Optimizer initializes with variables and updates with the arrays in
-            # them, so trees whose leaves go by the same names fit as well.
+            # nnx.Optimizer calls init with variables and update with the arrays in them. A tree
+            # with the same paths therefore fits as well.
             named = jax.tree_util.tree_leaves_with_path(tree)
             if tuple(_path(path) for path, _ in named) != self.paths:
                 raise ValueError(
@@ -136,11 +142,16 @@ class Layout:
         return leaves
 
     def flatten(self, tree: PyTree, dtype: jnp.dtype, name: str) -> Float[Array, " d"]:
-        """``tree`` as one vector of ``dtype``."""
+        """``tree`` as one vector of ``dtype``; the inverse of :meth:`unflatten`."""
         leaves = self.check(tree, name)
         if not leaves:
             return jnp.zeros((0,), dtype)
         return jnp.concatenate([jnp.ravel(jnp.asarray(leaf)).astype(dtype) for leaf in leaves])
+
+    def flat_mask(self, mask: PyTree, name: str = "mask") -> Bool[Array, " d"]:
+        """A boolean mask as one vector."""
+        leaves = self.check_mask(mask, name)
+        return jnp.concatenate([*map(jnp.ravel, leaves), jnp.zeros(0, bool)])
 
     def unflatten(self, vector: Shaped[Array, " d"]) -> PyTree:
         """A vector of ``d`` coordinates as a tree, in the vector's dtype."""
@@ -149,12 +160,12 @@ class Layout:
         return jax.tree_util.tree_unflatten(self.treedef, leaves)
 
     def is_flat(self, value: PyTree) -> bool:
-        """Whether ``value`` is one vector of all ``d`` coordinates in place of a tree."""
+        """Whether ``value`` is one vector of all ``d`` coordinates, not a tree."""
         is_vector = isinstance(value, jax.Array | np.ndarray) and value.shape == (self.size,)
         return is_vector and self.treedef != jax.tree_util.tree_structure(0)
 
     def as_tree(self, value: PyTree, name: str) -> PyTree:
-        """``value`` as a tree of arrays, given as a tree or as one flat vector."""
+        """``value``, a tree or one flat vector, as a tree of arrays."""
         if self.is_flat(value):
             _require_real(value, name)
             return self.unflatten(jnp.asarray(value))
@@ -163,7 +174,7 @@ class Layout:
         )
 
     def like(self, tree: PyTree, value: PyTree) -> PyTree:
-        """``tree`` in the form (tree or flat vector) and the dtypes of ``value``."""
+        """``tree`` in the form of ``value`` (a tree or one flat vector) and in its dtypes."""
         if self.is_flat(value):
             return self.flatten(tree, jnp.result_type(value), "result")
         leaves, treedef = jax.tree_util.tree_flatten(value)
@@ -171,6 +182,18 @@ class Layout:
             x.astype(jnp.result_type(v)) for x, v in zip(jax.tree.leaves(tree), leaves, strict=True)
         ]
         return jax.tree_util.tree_unflatten(treedef, converted)
+
+
+class AnyLayout(Layout):
+    """Stands for every layout in a tree that is a prefix of others.
+
+    JAX does not know this class as a node, so it is a leaf, and a leaf is a prefix of any layout.
+    """
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(None)
 
 
 def _path(path: tuple[Any, ...]) -> str:

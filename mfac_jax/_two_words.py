@@ -1,4 +1,7 @@
-"""Arithmetic on unevaluated sums of two numbers: twice the digits of the working dtype."""
+"""Double-word arithmetic: a number is the unevaluated sum of two words of the working dtype.
+
+Two words hold twice the digits of one (Dekker; Knuth, "The Art of Computer Programming", 4.2.2).
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,15 @@ from jaxtyping import Array
 
 TwoWords = tuple[Array, Array]
 
-# Slices that are added up in one round of a sum.
+# How many slices one round of a sum adds up.
 _FAN_IN = 16
 
 
 def product(x: Array, y: Array) -> TwoWords:
     """``x y`` in two words.
 
-    Half words multiply exactly, so that it does not matter whether a compiler fuses a
-    product with the addition that follows.
+    Products of half words are exact. The result is therefore the same whether or not a compiler
+    fuses a product with the addition that follows.
     """
     a, b = halves(x)
     c, d = halves(y)
@@ -28,23 +31,23 @@ def product(x: Array, y: Array) -> TwoWords:
 
 
 def add(x: TwoWords, y: TwoWords) -> TwoWords:
-    """``x + y``."""
+    """``x + y`` in two words."""
     high, low = exact_sum(x[0], y[0])
     return high, low + (x[1] + y[1])
 
 
 def exact_sum(x: Array, y: Array) -> TwoWords:
-    """``x + y`` of two numbers and its rounding error (Knuth)."""
+    """``x + y`` of two single words: the rounded sum and its rounding error (Knuth)."""
     high = x + y
     part = high - x
     return high, (x - (high - part)) + (y - part)
 
 
 def summed(x: TwoWords, axis: int) -> TwoWords:
-    """The sum of ``x`` along ``axis``.
+    """The sum of ``x`` along ``axis``, in two words.
 
-    In rounds, each of which adds up slices elementwise: on every device that is a few
-    loops over vectors, where a reduction of pairs is a chain of single numbers.
+    The sum runs in rounds. Each round adds slices elementwise, which is a few loops over vectors
+    on every device; a reduction over pairs would be a chain of scalar operations.
     """
     while (length := x[0].shape[axis]) > 1:
         size = -(-length // _FAN_IN)
@@ -53,14 +56,8 @@ def summed(x: TwoWords, axis: int) -> TwoWords:
     return x[0].squeeze(axis), x[1].squeeze(axis)
 
 
-def total(x: TwoWords, axis: int) -> Array:
-    """The sum of ``x`` along ``axis``, rounded once at the end."""
-    high, low = summed(x, axis)
-    return high + low
-
-
 def _slice(x: TwoWords, start: int, size: int, axis: int) -> TwoWords:
-    """``size`` entries from ``start`` on, zeros beyond the end."""
+    """Entries ``start .. start + size - 1`` along ``axis``, zeros beyond the end."""
 
     def cut(word: Array) -> Array:
         stop = min(start + size, word.shape[axis])
@@ -72,7 +69,7 @@ def _slice(x: TwoWords, start: int, size: int, axis: int) -> TwoWords:
 
 
 def halves(x: Array) -> TwoWords:
-    """``x`` as the sum of two numbers of half its digits each."""
+    """``x`` as the sum of two numbers with half as many digits each."""
     info = jnp.finfo(x.dtype)
     mask = jnp.asarray(-1 << (info.nmant // 2 + 1), jnp.dtype(f"int{info.bits}"))
     high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, mask.dtype) & mask, x.dtype)

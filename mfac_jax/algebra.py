@@ -1,12 +1,12 @@
 """The n x n algebra under every M-FAC formula.
 
-With gradients ``g_1 .. g_n`` as the rows of ``G`` and damping ``lambda``, the damped
-empirical Fisher ``F = lambda I + G^T G / n`` is only ever met through
+Let the gradients ``g_1 .. g_n`` be the rows of ``G`` and ``lambda`` the damping. Every formula
+reaches the damped empirical Fisher ``F = lambda I + G^T G / n`` through the n x n matrix
 
-    A = n lambda I + K,   K = G G^T   (n x n).
+    A = n lambda I + K,   K = G G^T.
 
-This module factors and solves with ``A``. It knows neither parameters nor ``d``.
-Everything is computed in the dtype of ``K``, float32 at least, never in TF32.
+This module factors ``A`` and solves with it. It knows neither parameters nor ``d``. It computes
+in the dtype of ``K``, which is float32 or wider, and never in TF32.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from jaxtyping import Array, Bool, Float
 
 from mfac_jax import _two_words
 
-# The diagonal that is added, relative to each pivot, when A is singular to working
-# precision: eps, then 4 eps and so on until the factor exists.
+# The fraction of its diagonal that is added to A if A is singular to working precision: eps, then
+# 4 eps and so on until the factor exists.
 _FLOOR_GROWTH = 4.0
 _MAX_ATTEMPTS = 17
 
-# Triangular matrices of up to this size are inverted by a triangular solve (measured on two
-# CPU cores: for batches of 64 to 256 rows, 16 beats 32, 64 and 128).
+# A triangular matrix of at most this size is inverted by a triangular solve. Measured on two CPU
+# cores for batches of 64 to 256 rows: 16 is faster than 32, 64 and 128.
 _LARGEST_SOLVE = 16
 
 
@@ -36,24 +36,37 @@ class Factor(NamedTuple):
 
     Attributes:
         lower: ``L`` with ``L L^T = A``; (n, n), lower triangular.
-        floor: what had to be added to ``A``, as a fraction of its diagonal, for the
-            factor to exist in working precision; scalar, 0 unless ``A`` is singular
-            to working precision (repeated gradients under a damping below
-            ``eps |g|^2 / n``).
+        floor: the fraction of its diagonal that was added to ``A`` so that the factor exists;
+            scalar. It is 0 unless ``A`` is singular to working precision, as with repeated
+            gradients under a damping below ``eps |g|^2 / n``.
     """
 
     lower: Float[Array, "n n"]
     floor: Float[Array, ""]
 
 
-# Jitted for callers that are not: an eager while_loop is compiled anew in every call.
+# Jitted for eager callers: an eager while_loop compiles in every call.
 @jax.jit
 def factor(gram: Float[Array, "n n"], shift: Float[Array, ""]) -> Factor:
-    """Factors ``A = shift I + gram``; ``shift`` is ``n lambda``.
+    """Factors ``A = shift I + gram``.
 
-    ``A`` is scaled to a unit diagonal first, so gradients of very different size
-    (a row a million times the others) do not disturb one another. A row that is
-    zero, with a shift that is zero, is treated as absent.
+    ``A`` is scaled to a unit diagonal first, so gradients of very different size (one row a
+    million times as large as the others) do not harm one another. A zero row with a zero shift
+    counts as absent.
+
+    Args:
+        gram: ``K``; (n, n).
+        shift: ``n lambda``; scalar.
+
+    Returns:
+        The factor of ``A``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import algebra
+        >>> factor = algebra.factor(jnp.array([[3.0]]), jnp.float32(1.0))
+        >>> algebra.solve(factor, jnp.array([8.0]))
+        Array([2.], dtype=float32)
     """
     lower, size, floor = _scaled_factor(gram, shift)
     return Factor(jnp.tril(lower) * size[:, None], floor)
@@ -61,24 +74,31 @@ def factor(gram: Float[Array, "n n"], shift: Float[Array, ""]) -> Factor:
 
 @jax.jit
 def inverse_root(gram: Float[Array, "*b n n"], shift: Float[Array, ""]) -> Float[Array, "*b n n"]:
-    """``L^-1``, as :func:`inverse_lower` of :func:`factor`, of one matrix or a batch of them.
+    """``L^-1`` of one matrix or a batch: :func:`inverse_lower` of :func:`factor`.
 
-    ``L`` itself is never written: blocks have as many numbers in it as in their gradients.
+    ``L`` itself is never written, since for blocks it is as large as their gradients.
+
+    Args:
+        gram: ``K``; (n, n), or a batch of them.
+        shift: ``n lambda``; scalar.
+
+    Returns:
+        ``L^-1``; (n, n), or a batch of them.
     """
     lower, size, _ = _scaled_factor(gram, shift)
     return _inverse_triangular(lower) / jnp.expand_dims(size, -2)
 
 
-# Jitted as factor is: without, every slice would be compiled by itself.
+# Jitted for eager callers: otherwise every slice is compiled on its own.
 @jax.jit
 def _inverse_triangular(lower: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
-    """The inverse of a lower triangular matrix, put together from those of its halves.
+    """The inverse of a lower triangular matrix, from the inverses of its halves.
 
         [T  0]^-1   [ T^-1          0   ]
         [C  B]    = [-B^-1 C T^-1   B^-1]
 
-    Most of the work is products then. A triangular solve with the identity takes up to twice
-    as long on a CPU, where it runs on one core and does not profit from the zeros.
+    Most of the work is then matrix products. A triangular solve with the identity takes up to
+    twice as long on a CPU: it runs on one core and does not skip the zeros.
     """
     n, dtype = lower.shape[-1], lower.dtype
     levels = 0
@@ -86,13 +106,13 @@ def _inverse_triangular(lower: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]
         levels += 1
     size = -(-n // 2**levels)
     rest = size * 2**levels - n
-    if rest:  # ones on the diagonal, so that all parts are of one size
+    if rest:  # pad with ones on the diagonal, so that all parts have one size
         lower = jnp.pad(lower, [(0, 0)] * (lower.ndim - 2) + [(0, rest)] * 2)
         ones = jnp.diag((jnp.arange(n + rest) >= n).astype(dtype))
         lower = lower + jnp.broadcast_to(ones, lower.shape)
 
     def blocks(size: int, *, below: bool) -> Float[Array, "*b k s s"]:
-        """The blocks on the diagonal, or those below it in pairs of them, by one gather."""
+        """The diagonal blocks, or the block below the diagonal of each pair, by one gather."""
         count = lower.shape[-1] // size // (2 if below else 1)
         own = jnp.arange(count, dtype=jnp.int32)
         if below:
@@ -114,7 +134,7 @@ def _inverse_triangular(lower: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]
             around = [(row * size, (1 - row) * size), (column * size, (1 - column) * size)]
             return jnp.pad(part, [(0, 0)] * (part.ndim - 2) + around)
 
-        # A sum compiles faster than one array put together from four.
+        # A sum compiles faster than the concatenation of four parts.
         inverse = placed(top, 0, 0) - placed(corner, 1, 0) + placed(bottom, 1, 1)
         size *= 2
     return inverse[..., 0, :n, :n]
@@ -127,7 +147,7 @@ def _is_diagonal(gram: Float[Array, "*b n n"]) -> Bool[Array, "*b n n"]:
 def _scaled_factor(
     gram: Float[Array, "*b n n"], shift: Float[Array, ""]
 ) -> tuple[Float[Array, "*b n n"], Float[Array, "*b n"], Float[Array, "*b"]]:
-    """``L`` of ``A`` with a unit diagonal, what it was scaled with, and the floor."""
+    """The factor of ``A`` scaled to a unit diagonal, the scale of each row, and the floor."""
     diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1) + shift.astype(gram.dtype)
     size = jnp.sqrt(jnp.where(diagonal > 0, diagonal, jnp.ones_like(diagonal)))
     row, column = jnp.expand_dims(1 / size, -1), jnp.expand_dims(1 / size, -2)
@@ -139,20 +159,20 @@ def _scaled_factor(
         return lax.linalg.cholesky(scaled, symmetrize_input=False)
 
     def failed(lower: Array) -> Array:
-        # A pivot below eps is made of rounding errors; NaN compares as false.
+        # A pivot below eps consists of rounding errors. The comparison is false for NaN.
         return ~jnp.all(jnp.diagonal(lower, axis1=-2, axis2=-1) ** 2 > eps, axis=-1)
 
     def again(carry: tuple[Array, Array, Array]) -> Array:
         lower, _, attempts = carry
         return jnp.any(failed(lower)) & (attempts < _MAX_ATTEMPTS)
 
-    # The floors of a batch grow one by one: what does not fail is factored as before.
+    # In a batch only the floors of failed matrices grow; the others are factored as before.
     def attempt_again(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         lower, floor, attempts = carry
         floor = jnp.where(failed(lower), jnp.maximum(_FLOOR_GROWTH * floor, eps), floor)
         return attempt(floor), floor, attempts + 1
 
-    # The first attempt is no step of the loop, which would have to be given a first factor.
+    # The first attempt comes before the loop, since a loop needs a factor to start from.
     floor = jnp.zeros_like(gram[..., 0, 0])
     start = (attempt(floor), floor, jnp.ones((), jnp.int32))
     lower, floor, _ = lax.while_loop(again, attempt_again, start)
@@ -160,7 +180,7 @@ def _scaled_factor(
 
 
 def smallest_pivot(factor: Factor) -> Float[Array, ""]:
-    """``min_i L_ii^2 / A_ii``: how singular ``A`` is whatever its scaling; 0 to 1."""
+    """``min_i L_ii^2 / A_ii``, in [0, 1]: near 0 if ``A`` is nearly singular, at any scale."""
     own = jnp.diagonal(factor.lower) ** 2
     return jnp.min(own / jnp.sum(factor.lower**2, axis=1))
 
@@ -184,18 +204,18 @@ def solve(factor: Factor, rhs: Float[Array, "n *k"]) -> Float[Array, "n *k"]:
 def refined_solve(
     factor: Factor, gram: Float[Array, "n n"], shift: Float[Array, ""], rhs: Float[Array, " n"]
 ) -> Float[Array, " n"]:
-    """``A^-1 b`` with one step of refinement, whose residual is exact to two words.
+    """``A^-1 b`` with one step of refinement, whose residual has twice the working precision.
 
-    The forward error of :func:`solve` is ``eps cond(A)``; here it is that of ``gram``
-    alone. O(n^2), nothing d-sized: for gradients with a common part (cosine 0.8) the
-    relative error of a direction is halved. An ``A`` that needed a
-    floor is solved as it was factored, without the step.
+    The forward error of :func:`solve` is ``eps cond(A)``; here only the rounding errors of
+    ``gram`` itself remain. The step takes O(n^2) and no scan of the gradients. For gradients
+    with a common part (cosine 0.8) it halves the relative error of a direction. If ``A`` needed
+    a floor, the step is left out: the solution is that of the floored matrix.
 
     Args:
         factor: the factor of ``shift I + gram``.
-        gram: ``K``.
-        shift: ``n lambda``.
-        rhs: ``b``.
+        gram: ``K``; (n, n).
+        shift: ``n lambda``; scalar.
+        rhs: ``b``; (n,).
 
     Returns:
         ``A^-1 b``; (n,).
@@ -214,15 +234,15 @@ def residual(
     """``b - shift x - K x`` in twice the working precision, rounded once at the end.
 
     Args:
-        gram: ``K``, symmetric.
-        shift: ``n lambda``.
-        solution: ``x``.
-        rhs: ``b``.
+        gram: ``K``, symmetric; (n, n).
+        shift: ``n lambda``; scalar.
+        solution: ``x``; (n,).
+        rhs: ``b``; (n,).
 
     Returns:
-        The residual.
+        The residual; (n,).
     """
-    # Along columns, for which it takes no transposition of a symmetric matrix.
+    # Sums along columns: K is symmetric, so no transposition is needed.
     product = _two_words.summed(_two_words.product(gram, -solution[:, None]), axis=0)
     product = _two_words.add(product, _two_words.product(shift, -solution))
     high, low = _two_words.add(product, (rhs, jnp.zeros_like(rhs)))
@@ -242,17 +262,24 @@ def log_det(factor: Factor) -> Float[Array, ""]:
 def share_between_equal_rows(
     gram: Float[Array, "n n"], coefficients: Float[Array, " n"]
 ) -> Float[Array, " n"]:
-    """Gives gradients that are equal the same coefficient, the mean of theirs.
+    """Gives equal gradients the same coefficient, the mean of their coefficients.
 
-    ``G^T c`` depends only on the sum over equal rows. ``A^-1 e_j`` for a row ``j``
-    that is there twice holds ``1 / (2 n lambda)`` with either sign in the two places;
-    they cancel in exact arithmetic and leave nothing but rounding errors here.
-    Sharing before and after the solve keeps them from arising: measured on a
-    gradient that is there three times (n = 128, ``|g|^2 = 2``, ``lambda = 1e-7``), the
-    relative error of the direction falls from 3e-2 to 3e-6.
+    ``G^T c`` depends only on the sum of the coefficients of equal rows. If row ``j`` occurs
+    twice, ``A^-1 e_j`` holds ``+1 / (2 n lambda)`` and ``-1 / (2 n lambda)`` in the two places.
+    They cancel in exact arithmetic; in floating point they leave rounding errors. Sharing before
+    and after the solve avoids these errors. Measured for a gradient that occurs three times
+    (n = 128, ``|g|^2 = 2``, ``lambda = 1e-7``): the relative error of the direction falls from
+    3e-2 to 3e-6.
 
-    Equal means that the rows of the Gram matrix are, to the last bit. Gradients that
-    only nearly agree are left alone: under a small damping their difference counts.
+    Gradients are equal if their rows of the Gram matrix are, to the last bit. Gradients that
+    nearly agree keep their coefficients: under a small damping their difference counts.
+
+    Args:
+        gram: ``K``; (n, n).
+        coefficients: ``c``; (n,).
+
+    Returns:
+        The shared coefficients; (n,).
     """
     n = gram.shape[0]
     own = jnp.arange(n, dtype=jnp.int32)

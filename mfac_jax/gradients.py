@@ -1,10 +1,9 @@
-"""Collecting the gradients a Fisher matrix is made of, from a loss and data.
+"""Collects the gradients of a Fisher matrix from a loss and data.
 
-A row is the gradient of one mini-batch or of one example; :func:`collect_gradients`
-says how the two differ. Rows are computed in chunks and written in place, so the
-memory in use is the rows themselves, one chunk of gradients and a few batches. The
-host runs ahead of the device and reads back, now and then, whether the rows it has
-left behind are finite.
+A row is the gradient of one mini-batch or of one example; :func:`collect_gradients` says how the
+two differ. One program computes a chunk of gradients, another writes it into the rows in place.
+The memory in use is therefore the rows, one chunk of gradients and a few batches. The host runs
+ahead of the device. Every few steps it reads which of the older rows are finite.
 """
 
 from __future__ import annotations
@@ -16,27 +15,27 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 from tqdm.auto import tqdm
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.rows import GradientRows, empty_rows
+from mfac_jax.rows import Dense, Storage, WritableRows, check_storage, check_writable
 
 LossFn = Callable[[PyTree, PyTree], Any]
-Rows = TypeVar("Rows", bound=GradientRows)
 LabelSampler = Callable[[PyTree, PyTree, Array], PyTree]
+Rows = TypeVar("Rows", bound=WritableRows)
 
-# A chunk of per-example gradients takes 64 MiB at most, which is small beside any
-# window worth bounding the memory of. Beyond 128 examples a chunk gains no speed.
+__all__ = ["collect_gradients"]
+
+# A chunk of per-example gradients takes at most 64 MiB, which is small beside any window whose
+# memory matters. More than 128 examples a chunk gain no speed.
 _CHUNK_BYTES = 2**26
 _MAX_CHUNK = 128
 
-# Steps between two looks at the rows' flags. Each look is at steps as many again in
-# the past, so the device never waits for the host, and no more than twice as many
-# batches are on their way at a time.
-_STEPS_PER_LOOK = 4
+# The flags of this many steps are read together, while as many later steps are still running.
+# The device never waits for the host, and at most twice as many batches are in use at a time.
+_STEPS_PER_READ = 4
 
 
 def collect_gradients(
@@ -50,73 +49,68 @@ def collect_gradients(
     sample_labels: LabelSampler | None = None,
     key: Array | None = None,
     mask: PyTree | None = None,
-    storage: str = "flat",
-    dtype: DTypeLike | None = None,
+    storage: Storage = Dense(),  # noqa: B008  (immutable)
     progress: bool = True,
-) -> GradientRows:
-    """Exactly ``num_gradients`` gradients of a loss, as rows.
+) -> WritableRows:
+    """Collects ``num_gradients`` gradients of a loss as rows.
 
     With ``l_i`` the loss of example ``i``, a row is
 
-    - by default the gradient of a mini-batch's mean loss, one row a batch, as in the
-      paper's experiments. The cost is that of ordinary training steps.
-    - with ``per_example=True`` the gradient of one ``l_i``, one row an example. These
-      rows make the empirical Fisher in the strict sense, ``mean_i grad l_i grad l_i^T``.
+    - by default the gradient of the mean loss of one mini-batch, as in the paper's
+      experiments. The cost is that of ordinary training steps.
+    - with ``per_example=True`` the gradient of one ``l_i``. These rows make the empirical
+      Fisher in the strict sense, ``mean_i grad l_i grad l_i^T``.
 
-    The two are different matrices. For batches of B examples drawn at random, the
-    mini-batch Fisher is on average ``(1/B)`` of the per-example Fisher plus
-    ``(1 - 1/B)`` of the outer product of the full gradient with itself: it is B times
-    smaller near a minimum, and a damping that suits one does not suit the other.
+    The two matrices differ. For random batches of B examples, the mini-batch Fisher is on
+    average ``1/B`` of the per-example Fisher plus ``(1 - 1/B)`` of the outer product of the
+    full gradient with itself. Near a minimum it is B times smaller, so a damping that suits one
+    does not suit the other.
 
-    Labels are those of the data by default (the empirical Fisher). With
-    ``sample_labels`` they are drawn from the model anew for every row, which makes the
-    rows a Monte-Carlo estimate of the true Fisher: of the Fisher itself with
-    ``per_example=True``, of ``1/B`` of it with mini-batches. For a classifier::
+    By default the labels are those of the data (empirical Fisher). With ``sample_labels`` they
+    are drawn from the model, anew for every row. The rows then are a Monte-Carlo estimate of
+    the true Fisher: of the Fisher itself with ``per_example=True``, of ``1/B`` of it with
+    mini-batches. For a classifier::
 
         def sample_labels(params, batch, key):
             return batch[0], jax.random.categorical(key, logits(params, batch[0]))
 
-    Data that run out before all rows are there are gone through again from the start.
+    If the data run out before all rows are filled, they are read again from the start.
 
     Args:
         loss_fn: ``loss_fn(params, batch)``, the mean loss of a batch; a scalar. It is
-            compiled once for every shape of batch, and not again in later calls with
-            the same function.
+            compiled once for every shape of batch. Later calls with the same function use
+            the compiled program.
         params: the parameters, any tree of real floating-point arrays.
-        batches: an iterable of batches, each a tree of arrays with one leading axis
-            of the same length. An object that starts afresh each time it is iterated
-            over (a list, a data loader) is read as needed. An iterator, which can be
-            gone through once, is copied in host memory as far as it is used, in case
-            it is short.
+        batches: an iterable of batches, each a tree of arrays with one leading axis of the
+            same length. A list or a data loader, which starts afresh each time it is iterated
+            over, is read as needed. The batches of an iterator are copied to host memory as
+            far as they are used, so that they can be read again.
         num_gradients: ``m``, the number of rows.
-        per_example: one row an example instead of one a batch. The example reaches
-            ``loss_fn`` as a batch of length 1.
+        per_example: whether a row is the gradient of one example instead of one batch. The
+            example reaches ``loss_fn`` as a batch of length 1.
         chunk_size: how many examples are differentiated at a time; only with
-            ``per_example``. By default as many as make 64 MiB of gradients, 128 at most.
-        sample_labels: ``sample_labels(params, batch, key)``, a batch for ``loss_fn``
-            whose labels are drawn from the model's own distribution. No derivative is
-            taken of it, and the batches need no labels of their own.
-        key: the random key ``sample_labels`` draws from, split by row; the rows do
-            not depend on ``chunk_size``.
-        mask: a tree of booleans with the structure of the parameters; the rows are
-            zero where it is false. All true by default.
-        storage: ``"flat"`` or ``"per_leaf"``; see :func:`mfac_jax.rows.empty_rows`.
-        dtype: what the rows are stored in; float32 by default, float64 for float64
-            parameters.
-        progress: show a progress bar, if there is a terminal or notebook to show it.
+            ``per_example``. By default as many as make 64 MiB of gradients, at most 128.
+        sample_labels: ``sample_labels(params, batch, key)`` returns a batch for ``loss_fn``
+            with labels drawn from the model's own distribution. It is not differentiated, and
+            the batches need no labels of their own.
+        key: the random key for ``sample_labels``, split by row: the rows do not depend on
+            ``chunk_size``.
+        mask: a tree of booleans with the structure of the parameters. The rows are zero where
+            it is false. All true by default.
+        storage: how the rows are stored; see :class:`mfac_jax.rows.Dense`.
+        progress: whether to show a progress bar if there is a terminal or notebook.
 
     Returns:
-        The rows, in the order of the data. No array of the caller's is changed or
-        donated.
+        The rows, in the order of the data. No array of the caller is changed or donated.
 
     Raises:
-        TypeError: an argument has the wrong type, a parameter is not real floating
-            point, or ``loss_fn`` does not return a real number.
-        ValueError: ``batches`` is empty or a batch malformed, ``num_gradients`` or
-            ``chunk_size`` is below 1, ``loss_fn`` does not return a scalar, an option
-            is unknown or is given without the one it belongs to.
-        FloatingPointError: a gradient has NaN or Inf in it or is too large to square;
-            the row, the batch and the example are named.
+        TypeError: an argument has the wrong type, a parameter is not real floating point, or
+            ``loss_fn`` does not return a real number.
+        ValueError: ``batches`` is empty or a batch is malformed, ``num_gradients`` or
+            ``chunk_size`` is below 1, ``loss_fn`` does not return a scalar, or an option is
+            given without the one it belongs to.
+        FloatingPointError: a gradient has NaN or Inf in it or is too large to square. The
+            message names the row, the batch and the example.
 
     Example:
         >>> import jax.numpy as jnp
@@ -132,15 +126,14 @@ def collect_gradients(
                [ 2.,  4.]], dtype=float32)
 
     References:
-        Frantar, Kurtic, Alistarh, NeurIPS 2021, section 2 (the empirical Fisher of
-        mini-batch gradients). Kunstner, Balles, Hennig, "Limitations of the empirical
-        Fisher approximation", NeurIPS 2019 (empirical against true Fisher).
+        Frantar, Kurtic, Alistarh, NeurIPS 2021, section 2 (the empirical Fisher of mini-batch
+        gradients). Kunstner, Balles, Hennig, "Limitations of the empirical Fisher
+        approximation", NeurIPS 2019 (the empirical Fisher against the true one).
     """
     m = _checks.positive_int(num_gradients, "num_gradients")
+    check_storage(storage)
     return fill_rows(
-        empty_rows(params, m, storage=storage, dtype=dtype),
-        0,
-        m,
+        storage.empty(params, m),
         loss_fn,
         params,
         batches,
@@ -155,8 +148,6 @@ def collect_gradients(
 
 def fill_rows(
     rows: Rows,
-    first: int,
-    count: int,
     loss_fn: Any,
     params: PyTree,
     batches: Any,
@@ -168,53 +159,52 @@ def fill_rows(
     mask: PyTree | None = None,
     progress: bool = True,
 ) -> Rows:
-    """:func:`collect_gradients` into the rows from ``first`` on of ``rows``, which are used up."""
+    """:func:`collect_gradients` into existing rows: fills all of ``rows``, which are donated."""
     check_functions(loss_fn, sample_labels, key)
     check_batches(batches, "batches")
+    check_writable(rows, "collecting gradients")
+    count = rows.num_rows
     chunk = _chunk_size(chunk_size, per_example, Layout(params).size, count)
-    if mask is not None:
-        rows.layout.check_mask(mask)
+    keep = None if mask is None else tuple(rows.layout.check_mask(mask))
 
-    unread = _Unread()
-    # On disable=None tqdm stays silent where its output would land in a file.
+    pending = _Pending()
+    # With disable=None tqdm stays silent unless its output goes to a terminal.
     with tqdm(total=count, unit="row", desc="gradients", disable=None if progress else True) as bar:
-        for place, batch in _places(batches, count, chunk):
-            rows, accepted = _write_gradients(
-                rows,
+        for step, batch in _steps(batches, count, chunk):
+            gradients = _gradients(
                 params,
                 batch,
-                first + place.row,
-                place.example,
-                place.num_rows,
+                step.row,
+                step.example,
+                step.num_rows,
                 key,
-                mask,
+                keep,
                 loss_fn=loss_fn,
                 sample_labels=sample_labels,
                 chunk=chunk,
             )
-            bar.update(unread.add(place, accepted))
-        bar.update(unread.read_all())
+            rows, accepted = rows.write_rows(step.row, gradients, step.num_rows)
+            del gradients  # before the next ones are computed
+            bar.update(pending.add(step, accepted))
+        bar.update(pending.check_all())
     return rows
 
 
-@functools.partial(
-    jax.jit, static_argnames=("loss_fn", "sample_labels", "chunk"), donate_argnames=("rows",)
-)
-def _write_gradients(
-    rows: Rows,
+@functools.partial(jax.jit, static_argnames=("loss_fn", "sample_labels", "chunk"))
+def _gradients(
     params: PyTree,
     batch: PyTree,
     row: Int[Array, ""],
     example: Int[Array, ""] | None,
     count: Int[Array, ""],
     key: Array | None,
-    mask: PyTree | None,
+    mask: tuple[Array, ...] | None,
     *,
     loss_fn: LossFn,
     sample_labels: LabelSampler | None,
     chunk: int | None,
-) -> tuple[Rows, Bool[Array, " k"]]:
-    """Writes rows ``row .. row + count - 1``; returns which gradients are finite."""
+) -> PyTree:
+    """The stacked gradients for ``rows[row : row + count]``; any others are padding."""
 
     def scalar_loss(params: PyTree, batch: PyTree) -> Array:
         return check_scalar(loss_fn(params, batch))
@@ -227,31 +217,30 @@ def _write_gradients(
     if chunk is None or example is None:
         gradients = jax.tree.map(lambda g: g[None], gradient(batch, row))
     else:
-        # A chunk that is not full repeats its last example and does not write it again.
+        # A chunk that is not full is padded with its last example.
         offsets = jnp.arange(chunk)
         picked = example + jnp.minimum(offsets, count - 1)
         examples = jax.tree.map(lambda leaf: leaf[picked][:, None], batch)
         gradients = jax.vmap(gradient)(examples, row + offsets)
-    if mask is not None:
-        leaves, treedef = jax.tree.flatten(gradients)
-        kept = [
-            jnp.where(keep[None], leaf, jnp.zeros_like(leaf))
-            for keep, leaf in zip(rows.layout.check_mask(mask), leaves, strict=True)
-        ]
-        gradients = jax.tree.unflatten(treedef, kept)
-
-    def put(
-        i: Int[Array, ""], carry: tuple[Rows, Bool[Array, " k"]]
-    ) -> tuple[Rows, Bool[Array, " k"]]:
-        rows, finite = carry
-        rows, accepted = rows.write(row + i, jax.tree.map(lambda g: g[i], gradients))
-        return rows, finite.at[i].set(accepted)
-
-    return jax.lax.fori_loop(0, count, put, (rows, jnp.ones(chunk or 1, bool)))
+    if mask is None:
+        return gradients
+    leaves, treedef = jax.tree.flatten(gradients)
+    kept = [
+        jnp.where(keep[None], leaf, jnp.zeros_like(leaf))
+        for keep, leaf in zip(mask, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, kept)
 
 
-class _Place(NamedTuple):
-    """What one step writes: ``num_rows`` rows from ``row`` on, and where they come from."""
+class _Step(NamedTuple):
+    """One step, which fills ``num_rows`` rows.
+
+    Attributes:
+        row: the first of these rows.
+        num_rows: how many there are.
+        batch: the number of the batch.
+        example: the number of the first example in it; None for rows of mini-batches.
+    """
 
     row: int
     num_rows: int
@@ -259,6 +248,7 @@ class _Place(NamedTuple):
     example: int | None
 
     def check(self, accepted: np.ndarray) -> None:
+        """Raises an error that names the first row that was not accepted, if there is one."""
         rejected = np.flatnonzero(~accepted)
         if rejected.size:
             first = int(rejected[0])
@@ -269,62 +259,60 @@ class _Place(NamedTuple):
             )
 
 
-class _Unread:
-    """Steps on their way, whose flags have not been read."""
+class _Pending:
+    """Steps whose flags have not been read, which would wait for the device."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[_Place, Bool[Array, " k"]]] = []
+        self._steps: list[tuple[_Step, Bool[Array, " k"]]] = []
 
-    def add(self, place: _Place, accepted: Bool[Array, " k"]) -> int:
-        """Takes a step in; returns how many more rows are known to be good."""
-        self._steps.append((place, accepted))
-        return self._read(_STEPS_PER_LOOK) if len(self._steps) == 2 * _STEPS_PER_LOOK else 0
+    def add(self, step: _Step, accepted: Bool[Array, " k"]) -> int:
+        """Adds a step; returns the number of rows that this call checked."""
+        self._steps.append((step, accepted))
+        return self._check(_STEPS_PER_READ) if len(self._steps) == 2 * _STEPS_PER_READ else 0
 
-    def read_all(self) -> int:
-        """Reads what is left; returns how many more rows are known to be good."""
-        return self._read(len(self._steps))
+    def check_all(self) -> int:
+        """Checks all remaining rows; returns their number."""
+        return self._check(len(self._steps))
 
-    def _read(self, count: int) -> int:
+    def _check(self, count: int) -> int:
         steps, self._steps = self._steps[:count], self._steps[count:]
         flags = jax.device_get([accepted for _, accepted in steps])
-        for (place, _), accepted in zip(steps, flags, strict=True):
-            place.check(accepted)
-        return sum(place.num_rows for place, _ in steps)
+        for (step, _), accepted in zip(steps, flags, strict=True):
+            step.check(accepted)
+        return sum(step.num_rows for step, _ in steps)
 
 
-def _places(
-    batches: Iterable[PyTree], m: int, chunk: int | None
-) -> Iterator[tuple[_Place, PyTree]]:
-    """The steps that fill m rows, each with the batch it reads."""
+def _steps(batches: Iterable[PyTree], m: int, chunk: int | None) -> Iterator[tuple[_Step, PyTree]]:
+    """The steps that fill m rows, each with its batch."""
     row = 0
     for number, batch in cycle(batches):
-        on_device, length = _on_device(batch, number)
+        device_batch, length = _on_device(batch, number)
         pieces: list[tuple[int | None, int]] = [(None, 1)]
         if chunk is not None:
             pieces = [(i, min(chunk, length - i)) for i in range(0, length, chunk)]
         for example, count in pieces:
             count = min(count, m - row)
-            yield _Place(row, count, number, example), on_device
+            yield _Step(row, count, number, example), device_batch
             row += count
             if row == m:
                 return
 
 
 def cycle(batches: Iterable[PyTree]) -> Iterator[tuple[int, PyTree]]:
-    """The batches, numbered from 0, over and over."""
+    """Repeats the batches without end; numbers those of each pass from 0."""
     first_pass = iter(batches)
-    once = first_pass is batches
+    is_iterator = first_pass is batches
     kept = []
     number = -1
     for number, batch in enumerate(first_pass):
-        if once:
-            # A copy: an iterator is free to fill one buffer over and over.
+        if is_iterator:
+            # A copy, since an iterator may fill the same buffer again and again.
             batch = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.array(x), batch)
             kept.append(batch)
         yield number, batch
     if number < 0:
         raise ValueError("batches is empty: expected at least one batch.")
-    again = kept if once else batches
+    again = kept if is_iterator else batches
     while True:
         number = -1
         for number, batch in enumerate(again):
@@ -337,9 +325,9 @@ def cycle(batches: Iterable[PyTree]) -> Iterator[tuple[int, PyTree]]:
 
 
 def _on_device(batch: PyTree, number: int) -> tuple[PyTree, int]:
-    """The batch as JAX arrays of its own, and its length."""
+    """The batch as JAX arrays that nobody else writes to, and its length."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
-    described = {f"{jax.tree_util.keystr(path)}": np.shape(leaf) for path, leaf in leaves}
+    described = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
     lengths = {shape[0] if shape else 0 for shape in described.values()}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(
@@ -350,16 +338,16 @@ def _on_device(batch: PyTree, number: int) -> tuple[PyTree, int]:
 
 
 def on_device(batch: PyTree) -> PyTree:
-    """The batch as JAX arrays of its own."""
-    # jnp.array copies what is not JAX's: the device may read it after the caller has
-    # filled it with the next batch.
+    """The batch as JAX arrays that nobody else writes to."""
+    # jnp.array copies arrays that are not JAX's: the device may read them only after the caller
+    # has filled them with the next batch.
     return jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), batch
     )
 
 
 def check_batches(batches: Any, name: str) -> None:
-    """``batches`` is an iterable of them, and not one array."""
+    """Checks that ``batches`` is an iterable of batches, and not one array."""
     if isinstance(batches, jax.Array | np.ndarray) or not isinstance(batches, Iterable):
         raise TypeError(
             f"{name} must be an iterable of batches, got {type(batches).__name__}; "
@@ -368,7 +356,7 @@ def check_batches(batches: Any, name: str) -> None:
 
 
 def check_functions(loss_fn: Any, sample_labels: Any, key: Any) -> None:
-    """What is to be a function is one, and what goes together does."""
+    """Checks the functions and the key, and that a sampler and a key come together."""
     for value, name in ((loss_fn, "loss_fn"), (sample_labels, "sample_labels")):
         if name == "sample_labels" and value is None:
             continue
@@ -378,8 +366,8 @@ def check_functions(loss_fn: Any, sample_labels: Any, key: Any) -> None:
             hash(value)
         except TypeError as error:
             raise TypeError(
-                f"{name} must be hashable, since its compiled form is kept: got "
-                f"{type(value).__name__}, which is not; wrap it in a function."
+                f"{name} must be hashable, since its compiled program is kept; got "
+                f"{type(value).__name__}, which is not. Wrap it in a function."
             ) from error
     if sample_labels is None and key is not None:
         raise ValueError("key is for sample_labels, which is not given.")
@@ -392,6 +380,7 @@ def check_functions(loss_fn: Any, sample_labels: Any, key: Any) -> None:
 
 
 def _chunk_size(chunk_size: Any, per_example: Any, d: int, m: int) -> int | None:
+    """How many examples are differentiated at a time; None for gradients of mini-batches."""
     if not isinstance(per_example, bool):
         raise TypeError(f"per_example must be a bool, got {type(per_example).__name__}.")
     if not per_example:
@@ -406,7 +395,7 @@ def _chunk_size(chunk_size: Any, per_example: Any, d: int, m: int) -> int | None
 
 
 def check_scalar(loss: Any) -> Array:
-    """What a loss function returns, once it is known to be one real number."""
+    """Checks that a loss function returned one real number, and returns it as an array."""
     if not jax.tree_util.all_leaves([loss]):
         raise TypeError(
             f"loss_fn must return a scalar and nothing else, got {jax.tree.structure(loss)}."

@@ -1,14 +1,14 @@
-"""SGD preconditioned by the inverse of a sliding-window Fisher, as optax pieces.
+"""SGD preconditioned by the inverse of a sliding-window Fisher, for optax.
 
-:func:`mfac_precondition` turns a gradient ``g`` into ``F^-1 g``, where
+:func:`mfac_precondition` turns a gradient ``g`` into the direction ``F^-1 g`` with
 
     F = lambda I + (1/n) sum_i g_i g_i^T
 
-runs over the last ``n <= m`` gradients, ``g`` the newest of them. :func:`mfac` is
-the ready-made optimizer around it.
+over the last ``n <= m`` gradients, of which ``g`` is the newest. :func:`mfac` is the complete
+optimizer: it adds momentum, weight decay and the learning rate.
 
-Reference: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations
-of Second-Order Information", NeurIPS 2021, sections 3.2 and 4.2.
+Reference: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of
+Second-Order Information", NeurIPS 2021, sections 3.2 and 4.2.
 """
 
 from __future__ import annotations
@@ -19,38 +19,40 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
 
-from mfac_jax import _checks, carried, window
-from mfac_jax._layout import Layout, PyTree
-from mfac_jax.rows import check_storage
+from mfac_jax import _checks, incremental, window
+from mfac_jax._layout import AnyLayout, Layout, PyTree
+from mfac_jax.rows import Dense, Storage, check_storage
 
 ScalarOrSchedule = ArrayLike | Callable[[Int[Array, ""]], ArrayLike]
+Mask = PyTree | Callable[[PyTree], PyTree]
 
 DEFAULT_WINDOW_SIZE = 64
 DEFAULT_RELATIVE_DAMPING = 0.01
 
-# From this window size on the state has room for the inverse of the m x m matrix. Whether a step
-# uses it, carried.newest decides for each platform.
-CARRY_FROM = 64
+# The smallest window whose state holds the inverse of the m x m matrix. On each platform
+# incremental.newest decides whether a step uses it.
+INCREMENTAL_FROM = 64
 
 
 class MfacState(NamedTuple):
     """State of :func:`mfac_precondition`.
 
     Attributes:
-        count: updates so far, those of rejected gradients included; scalar int32.
+        count: the number of updates so far, rejected gradients included; scalar int32.
         window: the gradients and their Gram matrix.
-        inverse: what makes the m x m step cheap, m^2 numbers; ``None`` in small windows,
-            where it is cheap without, and of size 1, unused, in float64 and where there are
-            no more parameters than gradients. On a CPU it stays empty in windows of fewer
-            than 128.
+        inverse: the inverse of the m x m matrix, which makes the m x m step O(m^2). ``None`` if
+            the window holds fewer than 64 gradients: factoring is as fast there. The inverse
+            stays empty, and every step factors, in three cases: in float64; if there are at
+            most as many parameters as gradients; and on a CPU if the window holds fewer than
+            128 gradients.
     """
 
-    count: Int[Array, ""]  # type: ignore[assignment]  # as in every optax state
+    count: Int[Array, ""]  # type: ignore[assignment]  # tuples have a method of this name
     window: window.Window
-    inverse: carried.CarriedInverse | None
+    inverse: incremental.IncrementalInverse | None
 
 
 def mfac_precondition(
@@ -59,55 +61,49 @@ def mfac_precondition(
     *,
     relative_damping: ScalarOrSchedule | None = None,
     normalize_by: str = "count",
-    storage: str = "flat",
-    dtype: DTypeLike | None = None,
-    implementation: str | None = None,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    storage: Storage = Dense(),  # noqa: B008  (immutable)
+    mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Preconditions gradients by ``F^-1``, the gradient itself being in the window.
+    """Preconditions gradients by ``F^-1``; the gradient itself is in the window.
 
     The damping of a step is
 
-        lambda = damping + relative_damping * trace(K) / n,
+        lambda = damping + relative_damping * trace(K) / n.
 
-    where the last factor is the trace of the undamped Fisher, ``d`` times the mean of
-    its diagonal and the mean of ``|g_i|^2``. A relative damping means the same whatever
-    the scale of the loss and the number of parameters. If neither is given,
-    ``relative_damping`` is 0.01 (how that was found is in the documentation,
-    "Defaults").
+    ``trace(K) / n`` is the mean of ``|g_i|^2``, the trace of the undamped Fisher. A relative
+    damping therefore means the same at every scale of the loss and for every number of
+    parameters. If neither damping is given, ``relative_damping`` is 0.01; the page "Defaults"
+    of the documentation says how it was found.
 
-    A gradient with NaN or Inf in it leaves the window as it was, gives a direction of
-    zero and is counted in ``rejected`` of the window. Directions have the structure
-    and the dtypes of the gradients.
+    A gradient with NaN or Inf in it is rejected: the window does not change, the direction is
+    zero, and the count ``rejected`` of the window rises. Directions have the structure and the
+    dtypes of the gradients.
 
     Args:
-        window_size: ``m``, how many gradients are kept; any int from 1 up. The
-            window takes ``m d`` entries of ``dtype``.
-        damping: ``lambda`` in the units of the squared gradient: a number, a scalar
-            array or a schedule (a function of the number of updates so far).
-        relative_damping: the same, as a fraction of the trace of the Fisher.
-        normalize_by: ``"count"`` divides the sum of outer products by the number of
-            gradients held; ``"window_size"`` by ``m`` from the first step on, as the
-            paper's code does. They differ only until the window is full.
-        storage: ``"flat"`` (one block, fastest) or ``"per_leaf"`` (one block a
-            parameter, follows the parameters' sharding).
-        dtype: what gradients are stored in; float32 by default, float64 for float64
-            parameters; bfloat16 halves the memory.
-        implementation: of the scans over the window: ``"xla"``, ``"mosaic_gpu"`` or
-            ``"mosaic_tpu"``; by default the best one on each platform.
-        mask: which weights are alive, a tree of booleans with the structure of the
-            parameters or a function from the parameters to one. Gradients enter the
-            window, and directions leave it, with zeros elsewhere. When a mask loses
-            weights in the course of training, :func:`mfac_jax.window.restrict`
-            removes them from the gradients that are in the window already.
+        window_size: ``m``, the number of gradients in a full window; at least 1. The window
+            stores ``m d`` numbers.
+        damping: ``lambda`` in the units of the squared gradient: a number, a scalar array or
+            a schedule (a function of the number of updates so far).
+        relative_damping: the damping as a fraction of the trace of the Fisher: a number, a
+            scalar array or a schedule.
+        normalize_by: ``"count"`` divides the sum of outer products by the number of gradients
+            held. ``"window_size"`` divides by ``m`` from the first step on, as the paper's
+            code does. The two differ only until the window is full.
+        storage: how the window's gradients are stored, see :class:`mfac_jax.rows.Dense`.
+            ``Dense(jnp.bfloat16)`` halves the memory; ``Dense(packing="leaf")`` follows the
+            sharding of the parameters.
+        mask: which weights are alive: a tree of booleans with the structure of the
+            parameters, or a function from the parameters to one. Gradients in the window and
+            directions are zero elsewhere. If the mask loses weights during training,
+            :func:`mfac_jax.window.restrict` removes them from the gradients already held.
 
     Returns:
         The transformation. Its state is an :class:`MfacState`;
         ``optax.tree.get(state, "window")`` finds the window.
 
     Raises:
-        TypeError: an argument has the wrong type; under ``optax.inject_hyperparams``
-            name ``window_size`` in ``static_args``.
+        TypeError: an argument has the wrong type. Under ``optax.inject_hyperparams``, name
+            ``window_size`` in ``static_args``.
         ValueError: an argument has an impossible value.
 
     Example:
@@ -129,55 +125,39 @@ def mfac_precondition(
         >>> bool(loss(params) < 1e-4)
         True
 
-    Departures from the paper: gradients are kept in a ring with their Gram matrix in
-    place of the paper's triangular recursion, the direction is computed without
-    subtraction (``n G^T A^-1 e`` for the newest gradient), and while the window fills
-    the Fisher is an average over the gradients that are there.
+    Departures from the paper: a ring of gradients and their Gram matrix replace the triangular
+    recursion; the direction is computed without subtraction (``n G^T A^-1 e`` for the newest
+    gradient); while the window fills, the Fisher is the average over the gradients held.
     """
     m = _checks.positive_int(window_size, "window_size")
     _checks.one_of(normalize_by, "normalize_by", ("count", "window_size"))
-    check_storage(storage, dtype, implementation)
+    check_storage(storage)
     if damping is None and relative_damping is None:
         relative_damping = DEFAULT_RELATIVE_DAMPING
     for value, name in ((damping, "damping"), (relative_damping, "relative_damping")):
         if value is not None and not callable(value):
             _checks.positive_scalar(value, name)
+    denominator = m if normalize_by == "window_size" else None
 
     def init(params: PyTree) -> MfacState:
-        held = window.init(params, m, storage=storage, dtype=dtype, implementation=implementation)
-        # optax.tree.map_params builds a state from a placeholder without leaves.
-        if held.rows.layout.shapes:
-            _mask_leaves(mask, params, held.rows.layout)
-        inverse = None
-        if m >= CARRY_FROM:  # for any parameters, since optax.tree.map_params passes none
-            is_used = m < held.rows.layout.size and held.gram.dtype == jnp.float32
-            inverse = carried.empty(m if is_used else 1)
-        return MfacState(jnp.zeros((), jnp.int32), held, inverse)
+        held = window.init(params, m, storage=storage)
+        inverse = incremental.empty(m, held.gram.dtype) if m >= INCREMENTAL_FROM else None
+        state = MfacState(jnp.zeros((), jnp.int32), held, inverse)
+        if isinstance(params, _PLACEHOLDER):
+            return _prefix_of_states(state)
+        _mask_leaves(mask, params, held.rows.layout)
+        return state
 
     def update(
         updates: PyTree, state: MfacState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, MfacState]:
         del extra_args
         alive = _mask_leaves(mask, params, state.window.rows.layout)
-        new_window, info = window.push(state.window, _masked(updates, alive))
-        lam = _damping(damping, relative_damping, state.count, new_window)
-        denominator = m if normalize_by == "window_size" else None
-        inverse = state.inverse
-        if inverse is None or len(inverse.matrix) != m:
-            direction = window.ihvp_newest(new_window, lam, denominator=denominator)
-        else:
-            direction, inverse = window.ihvp_newest_carried(
-                new_window, lam, inverse, denominator=denominator
-            )
-
-        # Leaf by leaf: the gradients may come in other containers than the parameters.
-        gradients, treedef = jax.tree.flatten(updates)
-        steps = [
-            jnp.where(info.accepted, step, jnp.zeros_like(step)).astype(jnp.result_type(gradient))
-            for step, gradient in zip(jax.tree.leaves(direction), gradients, strict=True)
-        ]
-        direction = _masked(jax.tree.unflatten(treedef, steps), alive)
-        return direction, MfacState(optax.safe_increment(state.count), new_window, inverse)
+        held, info = window.push(state.window, _masked(updates, alive))
+        lam = _damping(damping, relative_damping, state.count, held)
+        direction, inverse = _newest_direction(held, lam, state.inverse, denominator)
+        direction = _masked(_as_updates(direction, updates, info.accepted), alive)
+        return direction, MfacState(optax.safe_increment(state.count), held, inverse)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -190,30 +170,26 @@ def mfac(
     relative_damping: ScalarOrSchedule | None = None,
     momentum: ArrayLike | None = None,
     weight_decay: ArrayLike = 0.0,
-    weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    weight_decay_mask: Mask | None = None,
     normalize_by: str = "count",
-    storage: str = "flat",
-    dtype: DTypeLike | None = None,
-    implementation: str | None = None,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    storage: Storage = Dense(),  # noqa: B008  (immutable)
+    mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """M-FAC preconditioned SGD: precondition, momentum, weight decay, learning rate.
+    """SGD with M-FAC directions: precondition, momentum, weight decay, learning rate.
 
     Args:
         learning_rate: a number, a scalar array or a schedule.
-        window_size: as in :func:`mfac_precondition`, like all that is not named here.
-        damping: see there.
-        relative_damping: see there.
-        momentum: decay of a heavy-ball sum of the directions; none by default.
-        weight_decay: decoupled: ``weight_decay * w`` joins the direction after the
-            preconditioning, and is scaled by the learning rate with it.
+        window_size: see :func:`mfac_precondition`.
+        damping: see :func:`mfac_precondition`.
+        relative_damping: see :func:`mfac_precondition`.
+        momentum: decay of a heavy-ball sum of the directions; no momentum by default.
+        weight_decay: decoupled weight decay: ``weight_decay * w`` is added to the
+            preconditioned direction, and the learning rate scales their sum.
         weight_decay_mask: which weights decay, as in ``optax.add_decayed_weights``.
         normalize_by: see :func:`mfac_precondition`.
-        storage: see there.
-        dtype: see there.
-        implementation: see there.
-        mask: see there. Weights that are masked out get no weight decay, and nothing
-            from a momentum they may have had, either.
+        storage: see :func:`mfac_precondition`.
+        mask: see :func:`mfac_precondition`. The updates of weights that are not alive are
+            zero: neither weight decay nor an earlier momentum moves them.
 
     Returns:
         The optimizer.
@@ -238,8 +214,6 @@ def mfac(
             relative_damping=relative_damping,
             normalize_by=normalize_by,
             storage=storage,
-            dtype=dtype,
-            implementation=implementation,
             mask=mask,
         )
     ]
@@ -253,12 +227,42 @@ def mfac(
     return optax.chain(*parts)
 
 
+def _prefix_of_states(state: MfacState) -> MfacState:
+    """A tree that is a prefix of every state, from a state made from a placeholder.
+
+    optax.tree.map_params calls ``init`` with a placeholder for the parameters and maps over the
+    result together with the real state. Only the layout of the rows differs between the two.
+    A leaf takes its place, or the place of the rows if they keep it as static metadata.
+    """
+
+    def is_layout(node: Any) -> bool:
+        return isinstance(node, Layout)
+
+    rows = jax.tree.map(
+        lambda node: AnyLayout() if is_layout(node) else node, state.window.rows, is_leaf=is_layout
+    )
+    if not any(map(is_layout, jax.tree.leaves(rows))):
+        rows = AnyLayout()
+    return state._replace(window=state.window._replace(rows=rows))
+
+
+def _placeholder_type() -> type:
+    """The private class of the placeholder of optax.tree.map_params, found by a call."""
+    seen: list[PyTree] = []
+    optax.tree.map_params(seen.append, lambda leaf: leaf, None)
+    return type(seen[0])
+
+
+_PLACEHOLDER = _placeholder_type()
+
+
 def _damping(
     damping: ScalarOrSchedule | None,
     relative: ScalarOrSchedule | None,
     count: Int[Array, ""],
     held: window.Window,
 ) -> Float[Array, ""]:
+    """``lambda`` of this step."""
     dtype = held.rows.dtype
 
     def at(value: ScalarOrSchedule | None) -> Float[Array, ""]:
@@ -269,9 +273,34 @@ def _damping(
     return at(damping) + at(relative) * window.fisher_trace(held)
 
 
-def _mask_leaves(
-    mask: PyTree | Callable[[PyTree], PyTree] | None, params: PyTree | None, layout: Layout
-) -> list[Array] | None:
+def _newest_direction(
+    held: window.Window,
+    lam: Float[Array, ""],
+    inverse: incremental.IncrementalInverse | None,
+    denominator: int | None,
+) -> tuple[PyTree, incremental.IncrementalInverse | None]:
+    """``F^-1 g`` for the newest gradient, and the inverse for the next step."""
+    # The inverse checks its solutions for float32. With d <= m a d x d matrix may be better
+    # conditioned than the m x m one; window.ihvp_newest then takes that.
+    is_incremental = held.gram.dtype == jnp.float32 and len(held.gram) < held.rows.layout.size
+    if inverse is None or not is_incremental:
+        return window.ihvp_newest(held, lam, denominator=denominator), inverse
+    return window.ihvp_newest_incremental(held, lam, inverse, denominator=denominator)
+
+
+def _as_updates(direction: PyTree, updates: PyTree, accepted: Bool[Array, ""]) -> PyTree:
+    """The direction in the containers and dtypes of the updates; zero if not accepted."""
+    # Leaf by leaf, since the updates may come in other containers than the parameters.
+    leaves, treedef = jax.tree.flatten(updates)
+    steps = [
+        jnp.where(accepted, step, jnp.zeros_like(step)).astype(jnp.result_type(leaf))
+        for step, leaf in zip(jax.tree.leaves(direction), leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, steps)
+
+
+def _mask_leaves(mask: Mask | None, params: PyTree | None, layout: Layout) -> list[Array] | None:
+    """The leaves of the mask for these parameters, checked."""
     if mask is None:
         return None
     if callable(mask):
@@ -284,7 +313,9 @@ def _mask_leaves(
     return layout.check_mask(mask)
 
 
-def _restrict(mask: PyTree | Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
+def _restrict(mask: Mask) -> optax.GradientTransformation:
+    """Sets the updates of weights that are not alive to zero."""
+
     def update(updates: PyTree, params: PyTree | None) -> PyTree:
         return _masked(updates, _mask_leaves(mask, params, Layout(updates, "updates")))
 
@@ -292,6 +323,7 @@ def _restrict(mask: PyTree | Callable[[PyTree], PyTree]) -> optax.GradientTransf
 
 
 def _masked(tree: PyTree, alive: list[Array] | None) -> PyTree:
+    """The tree with zeros where weights are not alive."""
     if alive is None:
         return tree
     leaves, treedef = jax.tree.flatten(tree)

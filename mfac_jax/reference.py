@@ -1,17 +1,16 @@
-"""The paper's own formulas, written down as they stand: an oracle and a baseline.
+"""The paper's own recursions, as an oracle for tests and a baseline for benchmarks.
 
 The paper builds ``F^-1`` one gradient at a time by the Sherman-Morrison formula. With
 ``F_0 = lambda I``, ``h_i = F_{i-1}^-1 g_i`` and n gradients,
 
     F_i^-1 = F_{i-1}^-1 - h_i h_i^T / (n + g_i . h_i).
 
-The static algorithm keeps the ``h_i``; the dynamic one keeps the dot products
-``g_i . g_j`` and finds the ``h_i`` as combinations of gradients. Both take n steps
-that depend on one another where the rest of the library takes matrix products
-(:mod:`mfac_jax.inverse`, :mod:`mfac_jax.window`). :func:`dense_fisher` is the matrix
-that all of them stand for.
+The static algorithm keeps the ``h_i``. The dynamic algorithm keeps the dot products
+``g_i . g_j`` and expresses the ``h_i`` as combinations of gradients. Both take n steps, each of
+which depends on the one before. The rest of the library computes the same by matrix products
+(:mod:`mfac_jax.inverse`, :mod:`mfac_jax.window`). :func:`dense_fisher` is the matrix ``F`` itself.
 
-Everything works on plain ``(n, d)`` arrays, can be jitted and holds nothing back.
+All functions take plain ``(n, d)`` arrays and can be jitted.
 
 Reference: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations
 of Second-Order Information", NeurIPS 2021, sections 3.1 and 3.2.
@@ -28,8 +27,8 @@ from jaxtyping import Array, Float, Int
 
 from mfac_jax import _checks, kernels
 
-# The static recursion grows its array of h_i in this many stages, so that a step does
-# not pass over all of the rows that are still to come: 1/8 more work than is needed.
+# The static recursion grows its array of h_i in this many stages, so that a step does not read
+# all rows that are still zero. That leaves 1/8 more work than necessary.
 _STAGES = 8
 
 
@@ -62,7 +61,7 @@ class Coefficients(NamedTuple):
 
 
 def dense_fisher(gradients: Float[Array, "n d"], damping: ArrayLike) -> Float[Array, "d d"]:
-    """``F = lambda I + G^T G / n``: d x d numbers, for small d.
+    """``F = lambda I + G^T G / n`` as a dense matrix, for small d.
 
     Args:
         gradients: ``G``; (n, d).
@@ -88,7 +87,7 @@ def dense_fisher(gradients: Float[Array, "n d"], damping: ArrayLike) -> Float[Ar
 
 
 def static_recursion(gradients: Float[Array, "n d"], damping: ArrayLike) -> Recursion:
-    """The ``h_i``, one after another (section 3.1). O(d n^2) in n dependent steps.
+    """The ``h_i``, one after another (section 3.1). O(d n^2), in n dependent steps.
 
         h_i = g_i / lambda - sum_{j < i} (h_j . g_i) / (n + g_j . h_j) h_j
 
@@ -127,7 +126,7 @@ def static_recursion(gradients: Float[Array, "n d"], damping: ArrayLike) -> Recu
     stage = -(-n // _STAGES)
     for start in range(0, n, stage):
         size = min(stage, n - start)
-        # Vectors that are still zero leave the sum as it is, whatever their scale.
+        # Vectors that are still zero add nothing to the sum, whatever their scale.
         vectors = jnp.concatenate([vectors, jnp.zeros((size, d), gradients.dtype)])
         scales = jnp.concatenate([scales, jnp.ones((size,), gradients.dtype)])
         vectors, scales = lax.fori_loop(start, start + size, step, (vectors, scales))
@@ -135,7 +134,15 @@ def static_recursion(gradients: Float[Array, "n d"], damping: ArrayLike) -> Recu
 
 
 def static_ihvp(recursion: Recursion, vector: Float[Array, " d"]) -> Float[Array, " d"]:
-    """``F^-1 v = v / lambda - sum_j (h_j . v) / (n + g_j . h_j) h_j``. O(d n)."""
+    """``F^-1 v = v / lambda - sum_j (h_j . v) / (n + g_j . h_j) h_j``. O(d n).
+
+    Args:
+        recursion: the result of :func:`static_recursion`.
+        vector: ``v``; (d,).
+
+    Returns:
+        ``F^-1 v``; (d,).
+    """
     vector = vector.astype(recursion.vectors.dtype)
     dots = jnp.dot(recursion.vectors, vector, precision="highest")
     inside = jnp.dot(dots / recursion.scales, recursion.vectors, precision="highest")
@@ -143,14 +150,21 @@ def static_ihvp(recursion: Recursion, vector: Float[Array, " d"]) -> Float[Array
 
 
 def static_diagonal(recursion: Recursion) -> Float[Array, " d"]:
-    """``diag(F^-1) = 1 / lambda - sum_j h_j^2 / (n + g_j . h_j)``. O(d n)."""
+    """``diag(F^-1) = 1 / lambda - sum_j h_j^2 / (n + g_j . h_j)``. O(d n).
+
+    Args:
+        recursion: the result of :func:`static_recursion`.
+
+    Returns:
+        The diagonal; (d,).
+    """
     squares = recursion.vectors**2
     inside = jnp.dot(1 / recursion.scales, squares, precision="highest")
     return 1 / recursion.damping - inside
 
 
 def dynamic_coefficients(dots: Float[Array, "n n"], damping: ArrayLike) -> Coefficients:
-    """The coefficients of the ``h_i`` from dot products alone (section 3.2). O(n^3).
+    """The coefficients of the ``h_i``, from dot products alone (section 3.2). O(n^3).
 
         D_ij = (g_i . g_j) / lambda - sum_{k < i} D_ki D_kj / (n + D_kk)
         B_ij = delta_ij / lambda    - sum_{k < i} D_ki B_kj / (n + D_kk)
@@ -184,7 +198,16 @@ def dynamic_coefficients(dots: Float[Array, "n n"], damping: ArrayLike) -> Coeff
 def dynamic_ihvp(
     gradients: Float[Array, "n d"], coefficients: Coefficients, vector: Float[Array, " d"]
 ) -> Float[Array, " d"]:
-    """``F^-1 v`` from two scans over the gradients. O(d n)."""
+    """``F^-1 v`` by two scans over the gradients. O(d n).
+
+    Args:
+        gradients: ``G``; (n, d).
+        coefficients: the result of :func:`dynamic_coefficients`.
+        vector: ``v``; (d,).
+
+    Returns:
+        ``F^-1 v``; (d,).
+    """
     dtype = coefficients.lower.dtype
     gradients, vector = gradients.astype(dtype), vector.astype(dtype)
     dots = jnp.dot(gradients, vector, precision="highest")
@@ -198,10 +221,19 @@ def dynamic_direction(
     coefficients: Coefficients,
     slot: Int[ArrayLike, ""],
 ) -> Float[Array, " d"]:
-    """``F^-1 g`` for the gradient in ``slot``, the newest, from one scan. O(d n).
+    """``F^-1 g`` for the newest gradient by one scan over the gradients. O(d n).
 
-    Its dot products with the gradients are there already, a column of ``dots``, and it
-    is itself a row, so the direction is a single combination of rows.
+    Row ``slot`` of ``dots`` already holds its dot products with the gradients, and it is itself
+    a row of ``G``, so the direction is one combination of rows.
+
+    Args:
+        gradients: ``G``; (n, d).
+        dots: ``g_i . g_j``; (n, n).
+        coefficients: the result of :func:`dynamic_coefficients`.
+        slot: the row of the newest gradient; scalar int.
+
+    Returns:
+        ``F^-1 g``; (d,).
     """
     dtype = coefficients.lower.dtype
     own = (jnp.arange(dots.shape[0]) == slot).astype(dtype) / coefficients.damping

@@ -1,62 +1,63 @@
 """The dynamic algorithm: a sliding window of gradients and products with ``F^-1``.
 
-The paper keeps a triangular recursion up to date and pays O(d m + m^3) for a
-replaced gradient. Here the state holds ``K = G G^T`` beside the rows: a replaced
-gradient costs one scan (``G g``, the new row and column of ``K``), damping enters
-only when ``A = n lambda I + K`` is factored, and with ``n`` rows held
+The paper updates a triangular recursion and pays O(d m + m^3) for a replaced gradient. Here
+the state holds ``K = G G^T`` beside the rows. A replaced gradient costs one scan, which gives
+``G g``, the new row and column of ``K``. Damping enters only when ``A = n lambda I + K`` is
+factored. With ``n`` gradients held,
 
     F^-1 v      = (v - G^T A^-1 G v) / lambda        (:func:`ihvp`)
     F^-1 G^T a  = n G^T A^-1 a                       (:func:`ihvp_combination`)
 
-The second has no subtraction, hence no cancellation; it is what the optimizer uses.
+The second has no subtraction and therefore no cancellation. The optimizer uses it.
 
-Slots are numbered 0 .. m-1. A push fills an empty slot if there is one and
-otherwise replaces the oldest gradient. Empty slots are zero rows and never count.
+Slots are numbered 0 .. m-1. A push fills an empty slot if there is one and replaces the oldest
+gradient otherwise. Empty slots are rows of zeros, and ``n`` does not count them.
 
-Reference: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations
-of Second-Order Information", NeurIPS 2021, section 3.2.
+Reference: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of
+Second-Order Information", NeurIPS 2021, section 3.2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from mfac_jax import _checks, algebra, carried
+from mfac_jax import _checks, algebra, incremental
 from mfac_jax._layout import PyTree
-from mfac_jax.rows import GradientRows, check_rows, empty_rows
+from mfac_jax.rows import Dense, Storage, WritableRows, check_storage, check_writable
 
 _EMPTY = -1
 
 
 class Window(NamedTuple):
-    """The last gradients and their Gram matrix; immutable.
+    """The most recent gradients and their Gram matrix; immutable.
 
     Attributes:
         rows: ``G``, the gradients; ``m`` rows of ``d`` entries.
         gram: ``K = G G^T``; (m, m), zero in the rows and columns of empty slots.
-        stamps: the order in which the slots were filled, -1 where empty; (m,) int32.
-        rejected: gradients that were not taken in, being NaN, infinite or too large
-            to square; scalar int32.
+        stamps: the order in which the slots were filled, -1 where a slot is empty; (m,) int32.
+        rejected: how many gradients the window has rejected because they held NaN or Inf or
+            were too large to square; scalar int32.
     """
 
-    rows: GradientRows
+    rows: WritableRows
     gram: Float[Array, "m m"]
     stamps: Int[Array, " m"]
     rejected: Int[Array, ""]
 
 
 class PushInfo(NamedTuple):
-    """What became of one gradient.
+    """What the window did with one gradient.
 
     Attributes:
-        slot: where it was put; scalar int32.
-        accepted: whether it was; false leaves the window as it was.
+        slot: the slot of the gradient; scalar int32.
+        accepted: whether the window took the gradient in; if not, it is unchanged. Scalar bool.
     """
 
     slot: Int[Array, ""]
@@ -67,27 +68,22 @@ def init(
     params: PyTree,
     window_size: int,
     *,
-    storage: str = "flat",
-    dtype: DTypeLike | None = None,
-    implementation: str | None = None,
+    storage: Storage = Dense(),  # noqa: B008  (immutable)
 ) -> Window:
     """An empty window for gradients of ``params``.
 
     Args:
         params: the parameters, or anything with their shapes and dtypes.
-        window_size: ``m``, any number of gradients from 1 up.
-        storage: ``"flat"`` or ``"per_leaf"``; see :func:`mfac_jax.rows.empty_rows`.
-        dtype: what the gradients are stored in.
-        implementation: of the scans, by name; by default the best on each platform. See
-            :mod:`mfac_jax.kernels`.
+        window_size: ``m``, the number of gradients it holds when full; at least 1.
+        storage: how gradients are stored; see :class:`mfac_jax.rows.Dense`.
 
     Returns:
-        The window: ``m d`` entries of ``dtype`` and ``m^2`` of the accumulation dtype.
+        The window: ``m`` rows, and ``m^2`` entries in the accumulation dtype.
 
     Raises:
-        TypeError: ``window_size`` is not an int, or a leaf is not real floating point.
-        ValueError: ``window_size`` is below 1, or ``storage`` or ``implementation`` is
-            unknown.
+        TypeError: ``window_size`` is not an int, ``storage`` is not a storage, or a leaf is
+            not real floating point.
+        ValueError: ``window_size`` is below 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -98,7 +94,9 @@ def init(
         Array([0.5, 1. , 1. ], dtype=float32)
     """
     m = _checks.positive_int(window_size, "window_size")
-    rows = empty_rows(params, m, storage=storage, dtype=dtype, implementation=implementation)
+    check_storage(storage)
+    rows = storage.empty(params, m)
+    check_writable(rows, "a window")
     return Window(
         rows=rows,
         gram=jnp.zeros((m, m), rows.dtype),
@@ -107,13 +105,16 @@ def init(
     )
 
 
-def from_rows(rows: GradientRows) -> Window:
-    """A full window of gradients that exist already; row 0 is the oldest. O(d m^2).
+def from_rows(rows: WritableRows) -> Window:
+    """A full window of gradients that exist already. O(d m^2).
+
+    Args:
+        rows: the gradients, the oldest first.
 
     Raises:
-        TypeError: ``rows`` are not gradient rows.
+        TypeError: ``rows`` are not gradient rows, or cannot be written.
     """
-    check_rows(rows)
+    check_writable(rows, "a window")
     return Window(
         rows=rows,
         gram=rows.gram(),
@@ -123,27 +124,28 @@ def from_rows(rows: GradientRows) -> Window:
 
 
 def num_held(window: Window) -> Int[Array, ""]:
-    """``n``: the number of gradients in the window."""
+    """``n``: the number of gradients in the window; scalar int32."""
     return jnp.sum(window.stamps != _EMPTY, dtype=jnp.int32)
 
 
 def newest_slot(window: Window) -> Int[Array, ""]:
-    """The slot of the gradient that came last (0 for an empty window)."""
+    """The slot of the newest gradient; 0 for an empty window. Scalar int32."""
     return jnp.argmax(window.stamps).astype(jnp.int32)
 
 
 def push(window: Window, gradient: PyTree) -> tuple[Window, PushInfo]:
-    """Takes a gradient in, in place of the oldest if the window is full. O(d m).
+    """Adds a gradient, which replaces the oldest one if the window is full. O(d m).
 
-    A gradient that is not finite, or too large for sums of squared norms over the
-    window to be, leaves the window as it was but for the count in ``rejected``.
+    A gradient with NaN or Inf in it is rejected, and so is one so large that the sum of
+    squared norms over the window could overflow. Only the count ``rejected`` then changes.
 
     Args:
         window: the window.
         gradient: a tree with the structure of the parameters.
 
     Returns:
-        The new window and what was done; fit for ``lax.scan``.
+        The new window, and what it did with the gradient. ``push`` can be the body of a
+        ``lax.scan``.
 
     Raises:
         ValueError: the gradient's structure or a shape differs; both are shown.
@@ -155,49 +157,50 @@ def push(window: Window, gradient: PyTree) -> tuple[Window, PushInfo]:
 
 
 def replace(window: Window, slot: ArrayLike, gradient: PyTree) -> tuple[Window, PushInfo]:
-    """Puts a gradient in the place, and the age, of the one in ``slot``. O(d m).
+    """Replaces the gradient in ``slot``; the new one has the age of the old. O(d m).
 
-    An empty slot takes the gradient as a push would, as the newest.
+    In an empty slot the gradient becomes the newest, as after a push.
 
     Args:
         window: the window.
-        slot: which; 0 .. m-1.
+        slot: the slot, 0 .. m-1.
         gradient: a tree with the structure of the parameters.
 
     Returns:
-        The new window and what was done.
+        The new window, and what it did with the gradient.
 
     Raises:
-        ValueError: ``slot`` is out of range, or the gradient does not fit. A traced
-            slot out of range rejects the gradient.
+        ValueError: ``slot`` is out of range, or the gradient does not fit. If a traced slot
+            is out of range, the gradient is rejected instead.
         TypeError: ``slot`` is not an integer.
     """
     m = window.rows.num_rows
-    slot, inside = _slot(slot, m)
+    slot, exists = _checked_slot(slot, m)
     window.rows.layout.check(gradient, "gradient")
-    refused = jax.tree.map(lambda g: jnp.where(inside, g, jnp.full_like(g, jnp.nan)), gradient)
+    gradient = jax.tree.map(lambda g: jnp.where(exists, g, jnp.full_like(g, jnp.nan)), gradient)
     slot = jnp.clip(slot, 0, m - 1)
     held = window.stamps[slot]
     stamp = jnp.where(held == _EMPTY, jnp.max(window.stamps) + 1, held)
-    return _write(window, slot, refused, stamp)
+    return _write(window, slot, gradient, stamp)
 
 
 def remove(window: Window, slot: ArrayLike) -> Window:
-    """Takes the gradient in ``slot`` out; nothing happens if there is none. O(d).
+    """Removes the gradient in ``slot``, if there is one. O(d).
 
     Args:
         window: the window.
-        slot: which; 0 .. m-1.
+        slot: the slot, 0 .. m-1.
 
     Returns:
         The window with an empty slot, which the next push fills.
 
     Raises:
-        ValueError: ``slot`` is out of range. A traced slot out of range removes nothing.
+        ValueError: ``slot`` is out of range. If a traced slot is out of range, nothing is
+            removed instead.
         TypeError: ``slot`` is not an integer.
     """
-    slot, inside = _slot(slot, window.rows.num_rows)
-    slot = jnp.where(inside, slot, window.rows.num_rows)  # out of range: dropped
+    slot, exists = _checked_slot(slot, window.rows.num_rows)
+    slot = jnp.where(exists, slot, window.rows.num_rows)  # JAX drops updates out of range.
     return window._replace(
         rows=window.rows.clear(slot),
         gram=window.gram.at[slot].set(0).at[:, slot].set(0),
@@ -206,14 +209,18 @@ def remove(window: Window, slot: ArrayLike) -> Window:
 
 
 def restrict(window: Window, mask: PyTree) -> Window:
-    """Sets the gradients to zero where ``mask`` is false. O(d m^2), for a changed mask.
+    """Sets the gradients to zero where ``mask`` is false. O(d m^2).
 
     Args:
         window: the window.
-        mask: a tree of booleans with the structure of the parameters; true is kept.
+        mask: a tree of booleans with the structure of the parameters.
 
     Returns:
         The window of the restricted gradients.
+
+    Raises:
+        ValueError: the structure or a shape of ``mask`` differs.
+        TypeError: a leaf of ``mask`` is not boolean.
     """
     rows = window.rows.restrict(mask)
     return window._replace(rows=rows, gram=rows.gram())
@@ -234,16 +241,16 @@ def ihvp(
 ) -> PyTree:
     """``F^-1 v = (v - G^T A^-1 G v) / lambda`` for any ``v``. O(d m + m^3).
 
-    In float32 the part of ``v`` inside the span of the gradients loses about
-    ``eps |g|^2 / lambda`` to cancellation; for a combination of the window's own
-    gradients use :func:`ihvp_combination`.
+    In float32 the part of ``v`` in the span of the gradients loses about
+    ``eps |g|^2 / lambda`` to cancellation. For a combination of the window's own gradients
+    use :func:`ihvp_combination`.
 
     Args:
         window: the window.
         vector: ``v``, a tree like the parameters or one flat vector (d,).
         damping: ``lambda > 0``; a number or a scalar array.
-        denominator: what the sum of outer products is divided by; the number of
-            gradients held by default.
+        denominator: the divisor of the sum of outer products; by default the number of
+            gradients held.
 
     Returns:
         ``F^-1 v`` in the form and the dtypes of ``vector``.
@@ -257,7 +264,7 @@ def ihvp(
     factor = algebra.factor(window.gram, n * lam)
     solved = algebra.refined_solve(factor, window.gram, n * lam, rows.dots(tree))
     out = rows.combine(solved, vector=tree, scale=1 / lam)
-    return layout.like(_or_smaller_side(out, window, tree, lam, n, factor), vector)
+    return layout.like(_better_conditioned(out, window, lambda: tree, lam, n, factor), vector)
 
 
 def ihvp_combination(
@@ -270,17 +277,17 @@ def ihvp_combination(
 ) -> PyTree:
     """``F^-1 G^T a = n G^T A^-1 a``: a combination of the window's own gradients.
 
-    O(d m + m^3), one scan, no cancellation. Gradients that are equal share their
-    coefficient (:func:`mfac_jax.algebra.share_between_equal_rows`).
+    O(d m + m^3), with one scan and no cancellation. Equal gradients share their coefficients
+    (:func:`mfac_jax.algebra.share_between_equal_rows`).
 
     Args:
         window: the window.
-        coefficients: ``a``; (m,), one a slot.
+        coefficients: ``a``; (m,), one for each slot.
         damping: ``lambda > 0``; a number or a scalar array.
         denominator: as in :func:`ihvp`.
-        refinements: steps of iterative refinement, two scans each. They gain where
-            gradients are nearly dependent and the damping is small, see the accuracy
-            page of the documentation.
+        refinements: steps of iterative refinement, two scans each. They help if gradients are
+            nearly dependent and the damping is small; see the page "Accuracy" of the
+            documentation.
 
     Returns:
         ``F^-1 G^T a``, a tree like the parameters in the accumulation dtype of the
@@ -312,7 +319,7 @@ def ihvp_combination(
         correction = solve(a - n * lam * c - rows.dots(out) / n)
         c += correction
         out = jax.tree.map(jnp.add, out, rows.combine(n * correction))
-    return _or_smaller_side(out, window, rows.combine(a), lam, n, factor)
+    return _better_conditioned(out, window, lambda: rows.combine(a), lam, n, factor)
 
 
 def ihvp_newest(
@@ -322,7 +329,7 @@ def ihvp_newest(
     denominator: ArrayLike | None = None,
     refinements: int = 0,
 ) -> PyTree:
-    """``F^-1 g`` for the gradient that came last; zero for an empty window.
+    """``F^-1 g`` for the newest gradient; zero for an empty window.
 
     The arguments are those of :func:`ihvp_combination`.
     """
@@ -336,36 +343,38 @@ def ihvp_newest(
     )
 
 
-def ihvp_newest_carried(
+def ihvp_newest_incremental(
     window: Window,
     damping: ArrayLike,
-    inverse: carried.CarriedInverse,
+    inverse: incremental.IncrementalInverse,
     *,
     denominator: ArrayLike | None = None,
-) -> tuple[PyTree, carried.CarriedInverse]:
-    """:func:`ihvp_newest` in O(d m + m^2), with the inverse of ``A`` from the step before.
+) -> tuple[PyTree, incremental.IncrementalInverse]:
+    """:func:`ihvp_newest` in O(d m + m^2): updates the inverse of ``A`` of the last step.
 
-    For a float32 window of fewer gradients than parameters that takes one gradient between
-    two calls, under a damping that changes slowly. After anything else the inverse is made
-    anew, O(m^3), and the result is as good. See :mod:`mfac_jax.carried`.
+    This needs a float32 window of fewer gradients than parameters. The cost holds if one
+    gradient was pushed since the last call and the damping changed little. After any other
+    change the inverse is rebuilt, O(m^3), and the result is as exact. See
+    :mod:`mfac_jax.incremental`.
 
     Args:
         window: the window.
         damping: as in :func:`ihvp_combination`.
-        inverse: what the last call returned; :func:`mfac_jax.carried.empty` at first.
+        inverse: the inverse that the last call returned; :func:`mfac_jax.incremental.empty` in
+            the first call.
         denominator: as in :func:`ihvp`.
 
     Returns:
-        ``F^-1 g`` for the gradient that came last, and the inverse for the next call.
+        ``F^-1 g`` for the newest gradient, and the inverse for the next call.
 
     Raises:
         ValueError: ``damping`` is not positive, or the inverse has another size or dtype.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from mfac_jax import carried, window
+        >>> from mfac_jax import incremental, window
         >>> w, _ = window.push(window.init(jnp.zeros(3), 2), jnp.array([1.0, 0.0, 0.0]))
-        >>> direction, inverse = window.ihvp_newest_carried(w, 1.0, carried.empty(2))
+        >>> direction, inverse = window.ihvp_newest_incremental(w, 1.0, incremental.empty(2))
         >>> direction
         Array([0.5, 0. , 0. ], dtype=float32)
     """
@@ -376,7 +385,7 @@ def ihvp_newest_carried(
             f"({m}, {m}); got {inverse.matrix.dtype} of shape {inverse.matrix.shape}."
         )
     lam, n = _damping(window, damping), _denominator(window, denominator)
-    coefficients, inverse = carried.newest(inverse, gram, newest_slot(window), n * lam)
+    coefficients, inverse = incremental.newest(inverse, gram, newest_slot(window), n * lam)
     return window.rows.combine(n * coefficients), inverse
 
 
@@ -394,8 +403,8 @@ def _write(
     return new, PushInfo(slot, accepted)
 
 
-def _slot(slot: ArrayLike, m: int) -> tuple[Int[Array, ""], Bool[Array, ""]]:
-    """The slot, and whether there is such a one, which a traced slot does not tell before."""
+def _checked_slot(slot: ArrayLike, m: int) -> tuple[Int[Array, ""], Bool[Array, ""]]:
+    """The slot, and whether it exists. A traced slot out of range raises no error."""
     _checks.index(slot, "slot", m)
     if np.shape(slot) != ():
         raise ValueError(f"slot must be one slot, got an array of shape {np.shape(slot)}.")
@@ -403,29 +412,34 @@ def _slot(slot: ArrayLike, m: int) -> tuple[Int[Array, ""], Bool[Array, ""]]:
     return slot, (slot >= 0) & (slot < m)
 
 
-def _or_smaller_side(
+def _better_conditioned(
     out: PyTree,
     window: Window,
-    tree: PyTree,
+    vector: Callable[[], PyTree],
     lam: Float[Array, ""],
     n: Float[Array, ""],
     factor: algebra.Factor,
 ) -> PyTree:
-    """``F^-1 v`` from ``F`` itself in place of ``out`` if d <= m and ``F`` is less singular.
+    """``F^-1 v``: ``out``, or the solution with ``F`` itself if that is better conditioned.
 
-    Once d gradients are held, ``K`` has rank d < m and ``A`` is as ill-conditioned as
-    ``|g|^2 / lambda``. ``F`` need not be, but is where gradients differ much in size.
+    Once d gradients are held, ``K`` has rank d. With d < m the condition of ``A`` is then about
+    ``|g|^2 / lambda``. That of ``F``, which is d x d, may be smaller. It need not be if the
+    gradients differ much in size.
     """
     rows, layout = window.rows, window.rows.layout
     if not 0 < layout.size <= rows.num_rows:
         return out
-    gradients = rows.columns(0, layout.size)
-    fisher = jnp.dot(gradients.T, gradients, precision="highest") / n
-    own_factor = algebra.factor(fisher, lam)
-    vector = layout.flatten(tree, rows.dtype, "vector")
-    small = layout.unflatten(algebra.refined_solve(own_factor, fisher, lam, vector))
-    better = algebra.smallest_pivot(own_factor) > algebra.smallest_pivot(factor)
-    return jax.tree.map(lambda x, y: jnp.where(better, x, y), small, out)
+
+    def column(unit: Float[Array, " d"]) -> Float[Array, " m"]:
+        return rows.dots(layout.unflatten(unit))
+
+    columns: Float[Array, "d m"] = jax.vmap(column)(jnp.eye(layout.size, dtype=rows.dtype))
+    fisher = jnp.dot(columns, columns.T, precision="highest") / n
+    fisher_factor = algebra.factor(fisher, lam)
+    rhs = layout.flatten(vector(), rows.dtype, "vector")
+    solution = layout.unflatten(algebra.refined_solve(fisher_factor, fisher, lam, rhs))
+    is_better = algebra.smallest_pivot(fisher_factor) > algebra.smallest_pivot(factor)
+    return jax.tree.map(lambda x, y: jnp.where(is_better, x, y), solution, out)
 
 
 def _damping(window: Window, damping: ArrayLike) -> Float[Array, ""]:

@@ -87,17 +87,19 @@ def as_matrix(block):
     return block.reshape(block.shape[0], math.prod(block.shape[1:]))
 
 
-def error_of_allowed(got, terms, axis, dtype=np.float32):
+def as_batch(matrix, size):
+    """Blocks (b, n, B) of ``size`` neighbouring columns of a matrix (n, d)."""
+    return jnp.moveaxis(jnp.asarray(matrix).reshape(matrix.shape[0], -1, size), 1, 0)
+
+
+def error_of_allowed(got, terms, axis):
     """The largest error of sums of exact ``terms``, as a part of what rounding explains.
 
     Rounding is in proportion to the norm of the terms, which tells it from a term left
-    out; in proportion to the sum of their sizes it would not in long sums. Then comes the
-    rounding to ``dtype``.
+    out; in proportion to the sum of their sizes it would not in long sums.
     """
     exact = np.sum(terms, axis)
     allowed = oracles.tolerance(np.float32, terms.shape[axis]) * np.linalg.norm(terms, axis=axis)
-    if dtype != np.float32:
-        allowed += float(jnp.finfo(dtype).eps) * np.abs(exact)
     error = np.abs(np.asarray(got, np.float64).reshape(exact.shape) - exact)
     return float(np.max(error / np.maximum(allowed, 1e-300), initial=0))
 

@@ -1,4 +1,4 @@
-"""The n x n algebra on matrices from harmless to singular."""
+"""The n x n algebra on matrices from well-conditioned to singular."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def gram(kind="independent", n=N, d=40, seed=0):
 
 
 def scaled_error(lower, matrix):
-    """Backward error of a factor, every entry relative to its own scale."""
+    """The backward error of a factor, every entry relative to its own scale."""
     lower = np.asarray(lower, np.float64)
     size = np.sqrt(np.diag(matrix))
     return np.max(np.abs(lower @ lower.T - matrix) / size[:, None] / size[None, :])
@@ -40,7 +40,7 @@ def test_rows_of_very_different_size():
     assert scaled_error(got.lower, k) < oracles.tolerance(np.float32, N)
 
 
-def test_a_floor_only_where_the_matrix_is_singular():
+def test_only_a_singular_matrix_gets_a_floor():
     k = gram("duplicated")
     k /= k[0, 0]
     enough = algebra.factor(jnp.asarray(k, jnp.float32), jnp.float32(1e-3))
@@ -49,14 +49,14 @@ def test_a_floor_only_where_the_matrix_is_singular():
     assert 0 < singular.floor < 1e-4
     assert np.all(np.isfinite(singular.lower))
     assert np.all(np.diag(singular.lower) > 0)
-    # What was factored is the matrix with the reported floor and nothing else.
+    # The factor is that of the matrix plus the reported floor.
     floored = k + float(singular.floor) * np.diag(np.diag(k))
     assert scaled_error(singular.lower, floored) < oracles.tolerance(np.float32, N)
 
 
 @pytest.mark.parametrize("n", [1, 16, 17, 31, 33, 100, 129, 512])
 @pytest.mark.parametrize("kind", ["independent", "correlated", "one row 1e6", "low rank"])
-def test_triangles_are_inverted_as_well_as_by_a_solve(kind, n):
+def test_a_triangular_inverse_is_as_exact_as_a_solve(kind, n):
     k = jnp.asarray(gram(kind, n, 2 * n), jnp.float32)
     factor = algebra.factor(k, jnp.float32(0))  # floored where the rank is low
     inverse = algebra.inverse_lower(factor)
@@ -75,7 +75,7 @@ def test_triangles_are_inverted_as_well_as_by_a_solve(kind, n):
 
 
 @pytest.mark.parametrize("n", [3, 17, 100])
-def test_a_batch_of_triangles_is_inverted_as_one_by_one(n):
+def test_a_batch_of_inverse_roots_is_that_of_each_matrix(n):
     grams = jnp.stack(
         [jnp.asarray(gram("correlated", n, 2 * n, seed), jnp.float32) for seed in range(3)]
     )
@@ -94,7 +94,7 @@ def test_a_batch_of_triangles_is_inverted_as_one_by_one(n):
 
 
 @pytest.mark.x64
-def test_triangles_of_double_precision():
+def test_triangular_inverse_in_float64():
     lower = np.tril(np.random.default_rng(0).normal(size=(70, 70))) / 8 + 2 * np.eye(70)
     inverse = algebra.inverse_lower(algebra.Factor(jnp.asarray(lower), jnp.float64(0)))
     np.testing.assert_allclose(inverse @ lower, np.eye(70), atol=1e-13)
@@ -116,7 +116,7 @@ def test_zero_matrix():
     assert damped.floor == absent.floor == 0
 
 
-def test_not_a_number_ends_and_is_passed_on():
+def test_nan_ends_the_attempts_and_is_returned():
     got = jax.jit(algebra.factor)(jnp.full((3, 3), jnp.nan), SHIFT)
     assert np.any(np.isnan(got.lower))
 
@@ -147,7 +147,7 @@ def test_solves_and_determinant():
     oracles.assert_close(algebra.log_det(factor), oracles.log_det(a), length=N)
 
 
-def test_a_refined_solve_is_as_good_as_its_matrix():
+def test_a_refined_solve_is_as_exact_as_its_matrix():
     n = 64
     k = gram("correlated", n, 200).astype(np.float32)
     want = np.linalg.solve(k.astype(np.float64) + 0.5 * np.eye(n), np.eye(n)[3])
@@ -180,7 +180,7 @@ def test_float64():
     np.testing.assert_allclose(got, want, 1e-11)
 
 
-def test_vmap_floors_each_matrix_for_itself():
+def test_vmap_floors_each_matrix_on_its_own():
     ks = jnp.asarray(np.stack([gram(), gram("duplicated"), gram()]), jnp.float32)
     got = jax.jit(jax.vmap(algebra.factor, (0, None)))(ks, jnp.float32(0))
     assert got.floor[0] == got.floor[2] == 0

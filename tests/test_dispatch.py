@@ -1,5 +1,8 @@
 """The choice between implementations, and the rules around kernels."""
 
+import subprocess
+import sys
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -8,9 +11,9 @@ import pytest
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mfac_jax import kernels, mfac_precondition, rows, window
-from mfac_jax.inverse import inverse_diagonal
-from mfac_jax.kernels import _dispatch
+from mfac_jax import fisher_inverse, kernels, mfac_precondition, rows
+from mfac_jax.kernels import _scans, backends
+from mfac_jax.rows import Dense
 
 SHAPE = (2, 6, 128)
 KERNEL_CALLS = {"cuda": "mosaic_gpu_v2", "tpu": "tpu_custom_call"}
@@ -18,7 +21,7 @@ KERNEL_CALLS = {"cuda": "mosaic_gpu_v2", "tpu": "tpu_custom_call"}
 
 @pytest.fixture
 def no_block_is_small(monkeypatch):
-    monkeypatch.setattr(_dispatch, "MIN_ENTRIES", 0)
+    monkeypatch.setattr(_scans, "MIN_ENTRIES", 0)
 
 
 def operands(shape=SHAPE, dtype=jnp.float32):
@@ -41,7 +44,7 @@ def scans(implementation=None):
         "dots": lambda block, vector, c: kernels.dots(block, vector, **on),
         "write_row": write_row,
         "combine": lambda block, vector, c: kernels.combine(
-            block, c, vector=vector, scale=jnp.float32(2), mask=vector > 0, **on
+            block, c, vector=vector, scale=jnp.float32(2), **on
         ),
     }
 
@@ -128,21 +131,19 @@ def test_a_kernel_that_cannot_do_a_shape_says_why(name, implementation, shape, w
 
 @pytest.mark.parametrize("operation", ["block_inverse_diagonal", "block_ihvp"])
 def test_an_implementation_without_a_kernel_says_so(operation):
-    given = (jnp.ones((3, 128)), *[jnp.ones(128)] * (operation == "block_ihvp"), jnp.float32(1))
+    vectors = [jnp.ones((2, 128))] * (operation == "block_ihvp")
+    given = (jnp.ones((2, 3, 128)), *vectors, jnp.float32(1))
     with pytest.raises(
         ValueError, match=f"'mosaic_gpu' cannot run: it has no kernel for {operation}"
     ):
-        getattr(kernels, operation)(*given, 128, implementation="mosaic_gpu")
+        getattr(kernels, operation)(*given, plain=max, implementation="mosaic_gpu")
 
 
 @pytest.mark.parametrize(
     "make",
     [
         lambda: kernels.dots(*operands()[:2], implementation="cuda"),
-        lambda: rows.empty_rows(jnp.zeros(3), 2, implementation="cuda"),
-        lambda: rows.as_rows(jnp.zeros((3, 2)), implementation="cuda"),
-        lambda: window.init(jnp.zeros(3), 2, implementation="cuda"),
-        lambda: mfac_precondition(implementation="cuda"),
+        lambda: Dense(implementation="cuda"),
     ],
 )
 def test_an_unknown_implementation(make):
@@ -153,11 +154,12 @@ def test_an_unknown_implementation(make):
 
 
 def test_rows_pass_the_choice_on():
-    tx = mfac_precondition(4, implementation="mosaic_gpu")
+    tx = mfac_precondition(4, storage=Dense(implementation="mosaic_gpu"))
     with pytest.raises(NotImplementedError, match="mosaic_gpu"):
         tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
-    for storage in ("flat", "per_leaf"):
-        held = rows.empty_rows({"a": jnp.ones(3)}, 2, storage=storage, implementation="mosaic_tpu")
+    for packing in ("flat", "leaf"):
+        storage = Dense(packing=packing, implementation="mosaic_tpu")
+        held = storage.empty({"a": jnp.ones(3)}, 2)
         with pytest.raises(NotImplementedError, match="mosaic_tpu"):
             held.combine(jnp.ones(2))
         with pytest.raises(NotImplementedError, match="mosaic_tpu"):
@@ -166,14 +168,23 @@ def test_rows_pass_the_choice_on():
 
 def test_rows_in_float64_are_not_for_kernels():
     with jax.enable_x64(True), pytest.raises(ValueError, match=r"float32 or bfloat16.*float64"):
-        rows.empty_rows(jnp.zeros(3), 2, dtype="float64", implementation="mosaic_gpu")
+        Dense("float64", implementation="mosaic_gpu")
 
 
-def test_blocks_take_xla_where_it_is_asked_for():
-    gradients = jnp.ones((130, 256))
+@pytest.mark.parametrize("what", ["diagonal", "ihvp", "combination", "compensate"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_blocks_take_xla_where_it_is_asked_for(what, stacked):
+    gradients, mask, v, c = jnp.ones((130, 256)), jnp.ones(256, bool), jnp.ones(256), jnp.ones(130)
+    inputs = {"diagonal": (), "ihvp": (v,), "combination": (c,), "compensate": (v,)}[what]
     for implementation, has_kernel in ((None, True), ("xla", False)):
-        held = rows.as_rows(gradients, implementation=implementation)
-        text = program(lambda held: inverse_diagonal(held, 1.0, blocks=128), (held,), "tpu")
+        held = rows.as_rows(gradients, storage=Dense(implementation=implementation))
+
+        def ask(held):
+            held = rows.StackedRows.of((held,), jnp.ones(1)) if stacked else held
+            inverse = fisher_inverse(held, 1.0, mask=mask, blocks=128)
+            return getattr(inverse, what)(*inputs)
+
+        text = program(ask, (held,), "tpu")
         assert (KERNEL_CALLS["tpu"] in text) == has_kernel
 
 
@@ -181,7 +192,7 @@ def test_operations_without_a_kernel_export_as_they_are():
     held = rows.as_rows(jnp.ones((3, 20_000)))
 
     def diagonal(held):
-        return inverse_diagonal(held, 1.0, blocks=64)
+        return fisher_inverse(held, 1.0, blocks=64).diagonal()
 
     for platform in ("cpu", "rocm"):
         export.export(jax.jit(diagonal), platforms=[platform])(held)
@@ -220,9 +231,9 @@ def test_operation_by_operation(no_block_is_small, name):
 
 def test_blocks_operation_by_operation():
     held = rows.as_rows(jnp.arange(48.0).reshape(3, 16))
-    want = inverse_diagonal(held, 1.0, blocks=4)
+    want = fisher_inverse(held, 1.0, blocks=4).diagonal()
     with jax.disable_jit():
-        close(inverse_diagonal(held, 1.0, blocks=4), want)
+        close(fisher_inverse(held, 1.0, blocks=4).diagonal(), want)
 
 
 def test_the_value_beside_a_derivative_is_that_of_the_kernel_asked_for():
@@ -330,3 +341,93 @@ def test_other_gpus_get_xla(no_block_is_small, monkeypatch, capability, uses_ker
     if not uses_kernel:
         with pytest.raises(ValueError, match=r"such as H100 or B200, got compute capability"):
             scans("mosaic_gpu")["dots"](*operands())
+
+
+class NarrowBlocks(backends.Backend):
+    """A backend for CPUs that takes blocks of at most ``most`` columns and marks its results."""
+
+    needs = "a CPU"
+
+    def __init__(self, most, mark):
+        self.most, self.mark = most, mark
+
+    def why_not(self, operation, block):
+        if operation != "dots":
+            return f"it has no kernel for {operation}"
+        if block.shape[-1] > self.most:
+            return f"it needs at most {self.most} columns, got {block.shape[-1]}"
+        return None
+
+    def run(self, operation, operands):
+        return self.mark + kernels.dots(**operands, implementation="xla")
+
+
+@pytest.fixture
+def two_backends(monkeypatch, no_block_is_small):
+    """For one platform; the registry is as before after the test."""
+    monkeypatch.setattr(backends, "_registry", dict(backends._registry))
+    backends.register("narrow", "cpu", lambda: NarrowBlocks(128, 1000.0))
+    backends.register("wide", "cpu", lambda: NarrowBlocks(256, 2000.0))
+
+
+def mark(columns, **options):
+    """Which backend ran: what it added to the dot products."""
+    block, vector, _ = operands((2, 6, columns))
+    got = jax.jit(lambda b, v: kernels.dots(b, v, **options))(block, vector)
+    added = got - kernels.dots(block, vector, implementation="xla")
+    return float(jnp.round(added[0]))
+
+
+@pytest.mark.parametrize(("columns", "added"), [(128, 1000), (256, 2000), (512, 0)])
+def test_the_first_backend_that_can_work_on_a_block_does(two_backends, columns, added):
+    assert backends.names() == ("xla", "mosaic_gpu", "mosaic_tpu", "narrow", "wide")
+    assert mark(columns) == added
+
+
+def test_a_backend_asked_for_by_name(two_backends):
+    assert mark(128, implementation="wide") == 2000
+    assert mark(128, implementation="xla") == 0
+    with pytest.raises(ValueError, match="'narrow' cannot run: it needs at most 128 columns, got"):
+        mark(256, implementation="narrow")
+    tx = mfac_precondition(4, storage=Dense(implementation="narrow"))
+    with pytest.raises(ValueError, match="'narrow' cannot run: it has no kernel for write_row"):
+        tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
+
+
+@pytest.mark.parametrize("name", ["write_row", "combine"])
+def test_an_operation_without_a_kernel_in_any_backend(two_backends, name):
+    close(jax.jit(scans()[name])(*operands()), scans("xla")[name](*operands()))
+
+
+@pytest.mark.parametrize("name", ["xla", "mosaic_gpu", "wide"])
+def test_the_name_of_a_backend_is_new(two_backends, name):
+    with pytest.raises(ValueError, match=f"no implementation yet; got '{name}'"):
+        backends.register(name, "cpu", lambda: NarrowBlocks(1, 0.0))
+
+
+def test_a_backend_is_not_loaded_for_another_platform(monkeypatch, no_block_is_small):
+    monkeypatch.setattr(backends, "_registry", dict(backends._registry))
+
+    def load():
+        raise AssertionError("loaded")
+
+    backends.register("mine", "rocm", load)
+    for platform in ("cpu", "cuda", "tpu"):
+        program(scans()["dots"], operands(), platform)
+    with pytest.raises(AssertionError, match="loaded"):
+        program(scans()["dots"], operands(), "rocm")
+
+
+def test_a_program_for_a_cpu_imports_no_kernel():
+    script = """
+import sys
+import jax, jax.numpy as jnp
+from mfac_jax import fisher_inverse, kernels
+from mfac_jax.rows import as_rows
+kernels.dots(jnp.ones((1, 2, 2**21)), jnp.ones((1, 2**21)))
+fisher_inverse(as_rows(jnp.ones((2, 256))), 1.0, blocks=128).diagonal()
+public = "jax.experimental.pallas", "mfac_jax.kernels._mosaic", "mfac_jax.kernels._tpu"
+print([name for name in sys.modules if name.startswith(public)])
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -14,10 +14,14 @@ from flax import nnx
 from oracles import flat, relative_error
 
 from mfac_jax import collect_gradients
-from mfac_jax.gradients import _chunk_size, _write_gradients
+from mfac_jax.gradients import _chunk_size, _gradients
+from mfac_jax.rows import Dense, Layout, StackedRows, Storage, WritableRows, _base
 
 CLASSES, FEATURES = 3, 4
 D = CLASSES * FEATURES + CLASSES
+
+STORAGES = {"flat": Dense(), "leaf": Dense(packing="leaf")}
+every_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 
 
 def logits(params, x):
@@ -77,10 +81,10 @@ def collect(*args, **kwargs):
     return collect_gradients(*args, progress=False, **kwargs)
 
 
-@pytest.mark.parametrize(("num_gradients", "storage"), [(1, "flat"), (3, "per_leaf"), (8, "flat")])
+@pytest.mark.parametrize(("num_gradients", "storage"), [(1, "flat"), (3, "leaf"), (8, "flat")])
 def test_mini_batch_rows(num_gradients, storage):
     params, batches = make_params(), make_batches(5, 5, 2)
-    rows = collect(loss, params, batches, num_gradients, storage=storage)
+    rows = collect(loss, params, batches, num_gradients, storage=STORAGES[storage])
     assert rows.num_rows == num_gradients
     assert_rows_close(matrix(rows), one_by_one(params, batches, num_gradients, False))
 
@@ -91,11 +95,11 @@ def test_mini_batch_rows(num_gradients, storage):
     ("num_gradients", "chunk_size", "storage"),
     [
         (1, None, "flat"),
-        (8, 3, "per_leaf"),
+        (8, 3, "leaf"),
         (12, 1, "flat"),
-        (12, 7, "per_leaf"),
+        (12, 7, "leaf"),
         (29, 3, "flat"),
-        (29, None, "per_leaf"),
+        (29, None, "leaf"),
     ],
 )
 def test_per_example_rows(num_gradients, chunk_size, storage):
@@ -107,9 +111,52 @@ def test_per_example_rows(num_gradients, chunk_size, storage):
         num_gradients,
         per_example=True,
         chunk_size=chunk_size,
-        storage=storage,
+        storage=STORAGES[storage],
     )
     assert_rows_close(matrix(rows), one_by_one(params, batches, num_gradients, True))
+
+
+class HostRows(WritableRows):
+    """Rows in host memory, which no compiled program can take; they can be written, no more."""
+
+    dtype = jnp.dtype("float32")
+    dots = combine = gram = put = write = clear = restrict = None
+
+    def __init__(self, layout, num_rows):
+        self.layout, self.num_rows = layout, num_rows
+        self.matrix = np.zeros((num_rows, layout.size), "float32")
+
+    def write_rows(self, first, gradients, count):
+        leaves = [np.asarray(g).reshape(len(g), -1) for g in jax.tree.leaves(gradients)]
+        new = np.concatenate(leaves, axis=1)[:count]
+        self.matrix[first : first + count] = new
+        return self, jnp.asarray(np.isfinite(new).all(axis=1))
+
+
+class Host(Storage):
+    def empty(self, params, num_rows):
+        return HostRows(Layout(params), num_rows)
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_rows_that_can_only_be_written(per_example):
+    params, batches = make_params(), make_batches(5, 5, 2)
+    options = {"per_example": per_example, "storage": Host()}
+    rows = collect(loss, params, batches, 14, **options)
+    assert_rows_close(rows.matrix, one_by_one(params, batches, 14, per_example))
+    batches[1][0][1, 0] = np.nan
+    with pytest.raises(FloatingPointError, match="row 6 .*example 1" if per_example else "row 1 "):
+        collect(loss, params, batches, 14, **options)
+
+
+@pytest.mark.wrong_types
+def test_rows_that_cannot_be_written_are_an_error():
+    class ReadOnly(Host):
+        def empty(self, params, num_rows):
+            return StackedRows.of((Dense().empty(params, num_rows),), jnp.ones(1))
+
+    with pytest.raises(TypeError, match=r"collecting gradients needs .* got StackedRows"):
+        collect(loss, make_params(), make_batches(4), 2, storage=ReadOnly())
 
 
 @pytest.mark.parametrize("per_example", [False, True])
@@ -199,7 +246,7 @@ def test_an_object_that_cannot_start_afresh_is_an_error():
         collect(loss, make_params(), Spent(), 5)
 
 
-@pytest.mark.parametrize("storage", ["flat", "per_leaf"])
+@every_storage
 @pytest.mark.parametrize(
     ("per_example", "num_gradients", "where"),
     [(True, 30, "row 9 .*batch 1, example 3"), (False, 30, "row 1 .*batch 1 has")],
@@ -274,8 +321,9 @@ def test_numpy_data_are_left_alone():
     jax.tree.map(np.testing.assert_array_equal, before, (params, batches))
 
 
+@every_storage
 @pytest.mark.parametrize("per_example", [False, True])
-def test_one_compilation_for_each_length_of_batch(per_example):
+def test_one_compilation_for_each_length_of_batch(per_example, storage):
     traces = []
 
     def counted(params, batch):
@@ -283,36 +331,36 @@ def test_one_compilation_for_each_length_of_batch(per_example):
         return loss(params, batch)
 
     def compilations(batches, num_gradients):
+        """Of the program that computes gradients, and of the one that writes them."""
         traces.clear()
-        before = _write_gradients._cache_size()
-        chunk_size = 4 if per_example else None
-        collect(
-            counted, params, batches, num_gradients, per_example=per_example, chunk_size=chunk_size
-        )
-        return _write_gradients._cache_size() - before
+        before = _gradients._cache_size(), _base._write_rows._cache_size()
+        options = {"chunk_size": 4} if per_example else {}
+        options |= {"per_example": per_example, "storage": storage}
+        collect(counted, params, batches, num_gradients, **options)
+        return _gradients._cache_size() - before[0], _base._write_rows._cache_size() - before[1]
 
     params = make_params()
+    _base._write_rows.clear_cache()
     # The last chunk is smaller, in the batch and in the number of rows.
-    assert compilations(make_batches(*[6] * 20), 33) == 1
+    assert compilations(make_batches(*[6] * 20), 33) == (1, 1)
     assert len(traces) == 1
-    assert compilations(make_batches(6, 6, seed=1), 33) == 0
+    assert compilations(make_batches(6, 6, seed=1), 33) == (0, 0)
     assert not traces
-    assert compilations(make_batches(6, 5, seed=1), 33) == 1
+    assert compilations(make_batches(6, 5, seed=1), 33) == (1, 0)
 
 
-def test_rows_are_written_in_place():
+@every_storage
+def test_rows_are_written_in_place(storage):
     # Nothing as large as the rows is allocated beside them.
-    params = {"w": jnp.zeros((FEATURES, CLASSES)), "b": jnp.zeros(CLASSES), "frozen": None}
-    batch = jax.tree.map(jnp.asarray, make_batches(8)[0])
-    for storage in ("flat", "per_leaf"):
-        rows = collect(loss, params, [batch], 4000, storage=storage, per_example=True)
-        compiled = _write_gradients.lower(
-            rows, params, batch, 0, 0, 8, None, None, loss_fn=loss, sample_labels=None, chunk=8
-        ).compile()
-        memory = compiled.memory_analysis()
-        row_bytes = 4 * D
-        assert memory.alias_size_in_bytes >= 4000 * row_bytes
-        assert memory.temp_size_in_bytes < 400 * row_bytes
+    params, count, row_bytes = make_params(), 4000, 4 * D
+    rows = storage.empty(params, count)
+    gradients = jax.tree.map(lambda p: jnp.zeros((8, *p.shape)), params)
+    memory = _base._write_rows.lower(rows, 0, gradients, 8).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= count * row_bytes
+    assert memory.temp_size_in_bytes < count * row_bytes / 10
+    held = jax.tree.leaves(rows)
+    rows.write_rows(0, gradients, 8)
+    assert all(leaf.is_deleted() for leaf in held)
 
 
 @pytest.mark.parametrize(("d", "expected"), [(10, 128), (2**20, 16), (2**25, 1), (0, 128)])
@@ -328,14 +376,15 @@ def test_bfloat16_parameters_give_float32_rows():
     np.testing.assert_allclose(
         matrix(rows), one_by_one(params, batches, 2, False), rtol=2e-2, atol=1e-2
     )
-    assert collect(loss, params, batches, 2, dtype=jnp.bfloat16).block.dtype == jnp.bfloat16
+    low = collect(loss, params, batches, 2, storage=Dense(jnp.bfloat16))
+    assert low.blocks.dtype == jnp.bfloat16
 
 
 @pytest.mark.x64
 def test_float64_parameters_give_float64_rows():
     params = make_params(jnp.float64)
     batches = [(x.astype("float64"), y) for x, y in make_batches(4, 4)]
-    assert collect(loss, params, batches, 2, per_example=True).block.dtype == jnp.float64
+    assert collect(loss, params, batches, 2, per_example=True).blocks.dtype == jnp.float64
 
 
 def test_a_mask_restricts_the_rows():
@@ -367,7 +416,7 @@ def test_nnx_state_as_parameters():
         return -jnp.mean(jnp.take_along_axis(log_p, y[:, None], axis=1))
 
     batches = make_batches(4, 4)
-    for storage in ("flat", "per_leaf"):
+    for storage in STORAGES.values():
         rows = collect(nnx_loss, state, batches, 7, per_example=True, storage=storage)
         assert_rows_close(matrix(rows), one_by_one(state, batches, 7, True, nnx_loss))
 
@@ -379,7 +428,9 @@ def test_sharded_parameters_and_batches():
     spread = {**params, "w": jax.device_put(params["w"], sharding)}
     spread_batches = [jax.device_put(batch, sharding) for batch in batches]
     for per_example in (False, True):
-        rows = collect(loss, spread, spread_batches, 6, per_example=per_example, storage="per_leaf")
+        rows = collect(
+            loss, spread, spread_batches, 6, per_example=per_example, storage=STORAGES["leaf"]
+        )
         assert_rows_close(matrix(rows), one_by_one(params, batches, 6, per_example))
 
 
@@ -526,8 +577,7 @@ GOOD = {"loss_fn": loss, "params": make_params(), "batches": make_batches(4), "n
         ({"sample_labels": 1, "key": jax.random.key(0)}, TypeError, "sample_labels must be a fun"),
         ({"sample_labels": sample_labels, "key": 0}, TypeError, "JAX random key, .* got int"),
         ({"key": jax.random.key(0)}, ValueError, "key is for sample_labels"),
-        ({"storage": "sparse"}, ValueError, "storage must be one of 'flat', 'per_leaf'; got 'spa"),
-        ({"dtype": jnp.int32}, ValueError, r"dtype must be one of .*; got int32"),
+        ({"storage": "sparse"}, TypeError, "storage must be a storage, .* got 'sparse'"),
         ({"mask": {"w": True}}, ValueError, "mask does not have the structure"),
         (
             {"mask": {"w": 1.0, "b": True, "frozen": None}},
@@ -554,12 +604,13 @@ def test_a_function_that_cannot_be_hashed_is_an_error():
         collect(Unhashable(), make_params(), make_batches(4), 2)
 
 
+@pytest.mark.wrong_types
 def test_the_arguments_are_checked_before_the_data_are_touched():
     def untouchable():
         raise AssertionError("the data were read")
         yield
 
-    with pytest.raises(ValueError, match="storage"):
+    with pytest.raises(TypeError, match="storage"):
         collect(loss, make_params(), untouchable(), 2, storage="sparse")
     with pytest.raises(ValueError, match="mask"):
         collect(loss, make_params(), untouchable(), 2, mask=True)

@@ -18,7 +18,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from kernel_cases import as_matrix, columns
 
-from mfac_jax.kernels import _mosaic_gpu, _tpu, _tpu_blocks, _xla, _xla_blocks
+from mfac_jax.inverse import _sides
+from mfac_jax.kernels import _mosaic_gpu, _tpu, _tpu_blocks, _xla
 
 
 class Implementation(NamedTuple):
@@ -54,7 +55,7 @@ _ON_TPU |= {f"_{kind}": 256 for kind in ("DOTS_COLUMNS", "COMBINE_COLUMNS")} | {
 
 # fmt: off
 IMPLEMENTATIONS = [
-    Implementation("xla", _xla, kernel_cases.XLA, 5, {}, _xla_blocks),
+    Implementation("xla", _xla, kernel_cases.XLA, 5, {}, _sides),
     Implementation(
         "mosaic_gpu", _mosaic_gpu, kernel_cases.MOSAIC_GPU, 3, {"interpret": True},
         # Several pieces of work for each thread block. The interpreter does not keep the
@@ -121,22 +122,20 @@ def _program(function, options):
     return simulate(functools.partial(function, **dict(options)))
 
 
-def run(implementation, name, *arguments, keywords=None, **options):
+def run(implementation, name, *arguments, keywords=None):
     module = implementation.blocks if name.startswith("block_") else implementation.scans
-    if module not in (_xla, _xla_blocks):
-        options |= implementation.options
+    options = {} if module is _sides else implementation.options
     program = _program(getattr(module, name), tuple(options.items()))
     return jax.block_until_ready(program(*arguments, **(keywords or {})))
 
 
-def combine(implementation, block, c, keywords=None, dtype=None):
-    options = {} if dtype is None else {"dtype": dtype}
-    return run(implementation, "combine", block, c, keywords=keywords, **options)
+def combine(implementation, block, c, keywords=None):
+    return run(implementation, "combine", block, c, keywords=keywords)
 
 
-def write_row(implementation, block, row, vector, where, **options):
+def write_row(implementation, block, row, vector, where):
     arguments = block, jnp.int32(row), vector, jnp.bool_(where)
-    return run(implementation, "write_row", *arguments, **options)
+    return run(implementation, "write_row", *arguments)
 
 
 def problem(shape, dtype, seed=0):
@@ -171,9 +170,9 @@ def assert_same_bits(got, want):
     )
 
 
-def assert_combined(got, terms, dtype=jnp.float32):
-    assert got.dtype == dtype
-    assert kernel_cases.error_of_allowed(got, terms, 0, dtype) <= 1
+def assert_combined(got, terms):
+    assert got.dtype == jnp.float32
+    assert kernel_cases.error_of_allowed(got, terms, 0) <= 1
 
 
 @every_case()
@@ -194,31 +193,23 @@ def test_combine(implementation, shape, dtype):
 @every_case()
 def test_combine_with_all_that_it_can_do_at_the_end(implementation, shape, dtype):
     block, vector, c = problem(shape, dtype)
-    mask = np.random.default_rng(1).random(columns(shape)) < 0.5
-    # What the mask leaves out may be anything.
-    vector = np.where(mask, vector, np.float32(np.nan))
-    block = np.where(mask[:, None], block, np.array(np.inf, dtype))
-    extra = {"vector": vector, "scale": jnp.float32(0.3), "mask": mask}
-    got = combine(implementation, block, c, extra, dtype)
+    extra = {"vector": vector, "scale": jnp.float32(0.3)}
+    got = combine(implementation, block, c, extra)
     assert got.shape == columns(shape)
-    with np.errstate(invalid="ignore"):
-        terms = -as_matrix(block) * np.asarray(c, np.float64)[:, None]
+    terms = -as_matrix(block) * np.asarray(c, np.float64)[:, None]
     terms = np.concatenate([np.asarray(vector, np.float64).reshape(1, -1), terms])
-    terms = np.where(mask.ravel(), terms, 0) * np.float64(np.float32(0.3))
-    assert_combined(got, terms, dtype)
-    assert not np.any(np.asarray(got, np.float32)[~mask])
+    assert_combined(got, terms * np.float64(np.float32(0.3)))
 
 
 @every_implementation()
-@pytest.mark.parametrize("given", ["vector", "scale", "mask", "vector scale", "scale mask"])
+@pytest.mark.parametrize("given", ["vector", "scale"])
 def test_combine_with_a_part_of_it(implementation, given):
     block, vector, c = problem((1, 5, 33), jnp.float32)
-    values = {"vector": vector, "scale": jnp.float32(-2), "mask": vector > 0}
-    values = {name: values[name] for name in given.split()}
+    values = {given: {"vector": vector, "scale": jnp.float32(-2)}[given]}
     terms = as_matrix(block) * np.asarray(c, np.float64)[:, None]
     if "vector" in values:
         terms = np.concatenate([np.asarray(vector, np.float64), -terms])
-    terms = terms * np.float64(values.get("scale", 1)) * np.ravel(values.get("mask", True))
+    terms = terms * np.float64(values.get("scale", 1))
     assert_combined(combine(implementation, block, c, values), terms)
 
 
@@ -256,44 +247,6 @@ def test_no_row_and_no_column_sees_another(implementation, shape, dtype):
     np.testing.assert_array_equal(np.isnan(sums), np.arange(sums.size) == 0)
 
 
-def cancelling(shape, dtype):
-    """Dot products that are a millionth of their terms and less, and their exact values."""
-    rng = np.random.default_rng(0)
-    d, half = math.prod(columns(shape)), math.prod(columns(shape)) // 2
-    rows, vector = rng.normal(size=(shape[1], d)), rng.normal(size=d)
-    rows[:, half : 2 * half] = rows[:, :half] * (1 + 1e-7 * rng.normal(size=(shape[1], half)))
-    vector[half : 2 * half] = -vector[:half]
-    vector[2 * half :] = 0
-    order = rng.permutation(d)
-    matrix = rows[:, order].reshape(shape[1], shape[0], *shape[2:])
-    block = np.moveaxis(matrix, 1, 0).astype(dtype)
-    vector = vector[order].reshape(columns(shape)).astype(dtype).astype(np.float32)
-    return block, vector
-
-
-@every_case(lambda shape: math.prod(columns(shape)) > 300, quick=2)
-def test_compensated_sums_are_those_of_float64(implementation, shape, dtype):
-    block, vector = cancelling(shape, dtype)
-    row = shape[1] - 1
-
-    def error(name, compensated):
-        if name == "dots":
-            held = block
-            got = run(implementation, name, block, vector, compensated=compensated)
-        else:
-            held, got = write_row(implementation, block, row, vector, True, compensated=compensated)
-        terms = products(held, vector)  # exact: 48 bits of 53
-        exact = np.array([math.fsum(row) for row in terms])
-        # The result is a float32 number all the same.
-        rounding = np.abs(exact) * float(jnp.finfo(jnp.float32).eps) / 2
-        beyond = np.maximum(np.abs(np.asarray(got, np.float64) - exact) - rounding, 0)
-        return np.max(beyond / np.sum(np.abs(terms), axis=1))
-
-    for name in ("dots", "write_row"):
-        assert error(name, True) < 1e-12
-    assert error("dots", False) > 1e-11
-
-
 @every_implementation()
 def test_a_window_in_a_loop(implementation):
     block, vector, _ = problem((1, 4, 260), jnp.float32)
@@ -329,9 +282,8 @@ def test_each_device_scans_its_own_tiles(implementation, check_vma):
     def local(block, vector):
         plain = scans.dots(block, vector, **on)
         block, new = scans.write_row(block, jnp.int32(3), vector, jnp.bool_(True), **on)
-        # A mask that all devices hold alike, beside a vector that each has a part of.
-        extra = {"scale": jnp.float32(2), "mask": jnp.ones(vector.shape, bool)}
-        out = scans.combine(block, jnp.asarray(c), vector=vector, **extra, **on)
+        # Coefficients and a scale that all devices hold, beside a vector of which each has a part.
+        out = scans.combine(block, jnp.asarray(c), vector=vector, scale=jnp.float32(2), **on)
         if check_vma:
             for array in (plain, block, new, out):
                 assert jax.typeof(array).manual_axis_type.varying == {"x"}
@@ -380,11 +332,12 @@ def test_block_inverse(implementation, kind, n, count, size, dtype):
     rows = oracles.gradients(kind, n, count * size).astype(dtype)
     damping = oracles.damping_for(rows, 1e-3)
     vector = np.random.default_rng(1).normal(size=rows.shape[1]).astype(np.float32)
+    batch, vectors = kernel_cases.as_batch(rows, size), vector.reshape(count, size)
     damped = jnp.float32(damping)
-    diagonal = run(implementation, "block_inverse_diagonal", rows, damped, size=size)
-    ihvp = run(implementation, "block_ihvp", rows, vector, damped, size=size)
+    diagonal = run(implementation, "block_inverse_diagonal", batch, damped)
+    ihvp = run(implementation, "block_ihvp", batch, vectors, damped)
     assert diagonal.dtype == ihvp.dtype == jnp.float32
-    assert diagonal.shape == ihvp.shape == vector.shape
+    assert diagonal.shape == ihvp.shape == vectors.shape
 
     wide = np.asarray(rows, np.float64)
     inverse = oracles.block_inverse(wide, damping, [size] * count)
@@ -395,5 +348,6 @@ def test_block_inverse(implementation, kind, n, count, size, dtype):
     else:
         condition = max(np.linalg.cond(oracles.fisher(part, damping)) for part in parts)
     allowed = oracles.tolerance(np.float32, 1, condition)
+    diagonal, ihvp = np.ravel(diagonal), np.ravel(ihvp)
     assert np.max(np.abs(np.asarray(diagonal, np.float64) / np.diag(inverse) - 1)) < allowed
     assert oracles.relative_error(ihvp, inverse @ vector.astype(np.float64)) < allowed

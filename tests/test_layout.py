@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mfac_jax._layout import Layout
+from mfac_jax._layout import AnyLayout, Layout
 
 TREE = {"w": jnp.ones((2, 3)), "b": None, "s": jnp.ones(())}
 
@@ -83,6 +83,10 @@ def test_masks():
         layout.check_mask(mask | {"w": mask["w"].T})
     with pytest.raises(ValueError, match="mask does not have the structure"):
         layout.check_mask({"w": mask["w"]})
+    np.testing.assert_array_equal(
+        layout.flat_mask(mask), [True, True, False, True, True, False, True]
+    )
+    assert Layout({"a": None}).flat_mask({"a": None}).shape == (0,)
 
 
 def test_equality_and_hash():
@@ -99,15 +103,19 @@ def test_equality_and_hash():
     assert layout != "layout"
 
 
-def test_a_layout_without_leaves_equals_any():
-    # What it is for: optax.tree.map_params makes a state from a placeholder without
-    # leaves and needs its tree to match that of the real state.
+def test_layouts_without_leaves_differ_from_others():
     empty = Layout(optax.MaskedNode())
-    layout = Layout(TREE)
-    assert empty == layout
-    assert layout == empty
-    assert hash(empty) == hash(layout)
-    assert jax.tree.structure(empty) == jax.tree.structure(layout)
+    assert empty == Layout(optax.MaskedNode())
+    assert empty != Layout(TREE)
+    assert empty != Layout({"a": None})
+    assert jax.tree.structure(empty) != jax.tree.structure(Layout(TREE))
+
+
+def test_any_layout_is_a_prefix_of_every_layout():
+    for layout in (Layout(TREE), Layout({})):
+        pairs = jax.tree.map(lambda prefix, held: (prefix, held), [AnyLayout()], [layout])
+        [(_, held)] = pairs
+        assert held is layout
 
 
 def test_flat_vectors_stand_for_trees():

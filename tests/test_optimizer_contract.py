@@ -1,4 +1,4 @@
-"""What optax expects of a transformation, over every public one with its options.
+"""What optax expects of a transformation, over every public one, option and storage.
 
 After optax's own contract suite (its ``contrib/_common_test.py``).
 """
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import outside
 import pytest
 from jax import lax
 
 from mfac_jax import mfac, mfac_precondition
-from mfac_jax.rows import PerLeafRows
+from mfac_jax.rows import Dense
 from mfac_jax.window import Window, num_held
 
 M = 3
@@ -39,8 +40,9 @@ def alive(params):
 TRANSFORMS = {
     "defaults": mfac_precondition(M),
     "damping": mfac_precondition(M, 0.1, relative_damping=0.1, normalize_by="window_size"),
-    "schedule": mfac_precondition(M, schedule, dtype=jnp.bfloat16),
-    "per_leaf": mfac_precondition(M, 0.1, storage="per_leaf", mask=alive),
+    "schedule": mfac_precondition(M, schedule, storage=Dense(jnp.bfloat16)),
+    "leaf": mfac_precondition(M, 0.1, storage=Dense(packing="leaf"), mask=alive),
+    "outside": mfac_precondition(M, 0.1, storage=outside.Half()),
     "mfac": mfac(
         schedule,
         M,
@@ -48,7 +50,7 @@ TRANSFORMS = {
         momentum=0.9,
         weight_decay=0.1,
         weight_decay_mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        storage="per_leaf",
+        storage=Dense(packing="leaf"),
         mask=alive,
     ),
 }
@@ -178,18 +180,39 @@ def test_the_window_is_found_and_parameters_are_mapped(tx):
     assert isinstance(held, Window)
     assert num_held(held) == M
 
-    # Only what has a leaf for each parameter is mapped: a momentum, and the rows stored
-    # leaf by leaf.
+    # Only what has a leaf for each parameter is mapped: a momentum, and the rows packed by leaf.
     mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
     rows, mapped_rows = held.rows, optax.tree.get(mapped, "window").rows
-    if isinstance(rows, PerLeafRows):
-        assert_equal(mapped_rows.blocks, jax.tree.map(lambda x: x + 1, rows.blocks))
-    else:
-        assert_equal(mapped_rows, rows)
+    is_by_leaf = getattr(rows, "packing", None) == "leaf"
+    assert_equal(mapped_rows, jax.tree.map(lambda x: x + 1, rows) if is_by_leaf else rows)
     assert_equal(optax.tree.get(mapped, "window")._replace(rows=rows), held)
     if trace := optax.tree.get(state, "trace"):
         assert_equal(optax.tree.get(mapped, "trace"), jax.tree.map(lambda x: x + 1, trace))
+
+
+@every_transform
+def test_a_mapped_state_continues(tx):
+    params, state = loop(tx)[-1]
+    mapped = optax.tree.map_params(tx, lambda x: x, state)
+    g = gradient(9)
+    # Compiled anew: a compiled update for the real state could hide a difference.
+    assert_equal(jax.jit(tx.update)(g, mapped, params), jitted(tx)(g, state, params))
+
+
+@every_transform
+def test_a_state_is_placed_by_mapped_shardings(tx):
+    _, state = loop(tx)[-1]
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "a")
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shardings = optax.tree.map_params(
+        tx, lambda _: everywhere, state, transform_non_params=lambda _: everywhere
+    )
+    placed = jax.device_put(state, shardings)
+    jitted_place = jax.jit(lambda s: s, out_shardings=shardings)
+    for got in (placed, jitted_place(state)):
+        assert_equal(got, state)
+        assert all(leaf.sharding == everywhere for leaf in jax.tree.leaves(got))
 
 
 @every_transform

@@ -1,5 +1,6 @@
 """Budgets and schedules: exact counts, whatever the shapes."""
 
+import first_call
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfac_jax import pruning, rows
-from mfac_jax._layout import Layout
-from mfac_jax.pruning import _budgets, _masks, _step
+from mfac_jax.pruning import Scope, _budgets, _masks
 
 
 def problem(shapes, n=3, seed=0):
@@ -28,9 +28,15 @@ def step(params, g, sparsity, **options):
         damping=0.1,
         score="magnitude",
         update="none",
-        path_filter="",
-        **options,
+        scope=Scope(path_filter="", **options),
     )
+
+
+def counts_of(sparsity, budget, shapes):
+    """What a budget gives to leaves of these shapes."""
+    scope = Scope(path_filter="", budget=budget)
+    params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return _budgets.layer_counts(sparsity, scope, scope.select(params))
 
 
 def pruned(mask):
@@ -43,18 +49,16 @@ def pruned(mask):
     st.sampled_from(["uniform", "erk"]),
 )
 def test_counts_of_leaves_add_up_and_fit(shapes, sparsity, budget):
-    layout = Layout([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
-    counts = _budgets.layer_counts(sparsity, budget, layout)
-    assert counts.sum() == round(sparsity * layout.size)
+    sizes = np.prod(shapes, axis=1)
+    counts = counts_of(sparsity, budget, shapes)
+    assert counts.sum() == round(sparsity * sizes.sum())
     assert np.all(counts >= 0)
-    assert np.all(counts <= layout.sizes)
+    assert np.all(counts <= sizes)
 
 
 def test_erk_densities_follow_the_kernel_and_none_exceeds_one():
     shapes = [(3, 3, 16, 16), (3, 3, 32, 64), (64, 10), (4, 4)]
-    layout = Layout([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
-    counts = _budgets.layer_counts(0.9, "erk", layout)
-    density = 1 - counts / np.asarray(layout.sizes)
+    density = 1 - counts_of(0.9, "erk", shapes) / np.asarray([np.prod(s) for s in shapes])
     kernel = np.asarray([sum(s) / np.prod(s) for s in shapes])
     assert density[3] == 1.0  # the small one is not touched
     free = density[:3] < 1
@@ -67,7 +71,7 @@ def test_a_budget_holds_in_every_leaf_with_ties(budget):
     params = [jnp.ones((8, 8)), jnp.ones((3, 5)), jnp.ones((4, 16))]
     g = rows.as_rows([jnp.ones((2, *p.shape)) for p in params], params)
     _, mask, info = step(params, g, 0.5, budget=budget)
-    want = _budgets.layer_counts(0.5, budget, Layout(params))
+    want = counts_of(0.5, budget, [p.shape for p in params])
     assert pruned(mask) == want.tolist()
     assert int(info.num_pruned) == round(0.5 * 143)
 
@@ -103,19 +107,61 @@ def test_the_best_weight_of_every_layer_stays_unless_asked_otherwise():
 def test_a_new_sparsity_budget_count_or_schedule_compiles_nothing_anew():
     params, g = problem([(8, 8), (3, 5)])
     step(params, g, 0.3, budget="uniform")
-    compiled = _step._scores, _step._select, _step.work_out, _step._take
-    before = [function._cache_size() for function in compiled]
-    for sparsity in pruning.sparsity_schedule(0.8, 4, kind="cubic"):
-        step(params, g, sparsity, budget="erk")
-        step(params, g, [sparsity, 0.1])
-    assert [function._cache_size() for function in compiled] == before
+    with first_call.measured(figures := {}):
+        for sparsity in pruning.sparsity_schedule(0.8, 4, kind="cubic"):
+            step(params, g, sparsity, budget="erk")
+            step(params, g, [sparsity, 0.1])
+    assert figures["programs"] == 0
+
+
+def first_layers_first(sparsity, shapes):
+    """A budget of the caller's own: what can go of the first layer goes, then of the second."""
+    left, found = sparsity * sum(map(np.prod, shapes)), []
+    for size in map(np.prod, shapes):
+        found.append(min(left / size, 1.0))
+        left -= found[-1] * size
+    return found
+
+
+def test_a_budget_of_the_caller_s_own():
+    params, g = problem([(8, 8), (3, 5), (4, 16)])
+    _, mask, _ = step(params, g, 70 / 143, budget=first_layers_first, allow_empty_layers=True)
+    assert pruned(mask) == [64, 6, 0]
+
+
+@pytest.mark.parametrize(
+    ("budget", "error", "words"),
+    [
+        (lambda sparsity, shapes: [sparsity], ValueError, "a number for each of 2 layers, got 1"),
+        (lambda sparsity, shapes: [1.5, 0.0], ValueError, r"params\[0\] must lie in .*got 1.5"),
+        (lambda sparsity, shapes: [0.0, 0.0], ValueError, r"expected 40 pruned .*got 0\.0"),
+        (lambda sparsity, shapes: ["all", 0.0], TypeError, r"params\[0\] must be a number.*str"),
+    ],
+)
+def test_a_budget_that_gives_something_else(budget, error, words):
+    params, g = problem([(8, 8), (4, 4)])
+    with pytest.raises(error, match=words):
+        step(params, g, 0.5, budget=budget)
+
+
+@pytest.mark.wrong_types
+def test_a_budget_of_another_kind():
+    params, g = problem([(8, 8), (4, 4)])
+    with pytest.raises(TypeError, match=r"budget must be one of 'global', .* or a function, got 3"):
+        step(params, g, 0.5, budget=3)
+
+
+def test_a_budget_of_layers_needs_a_known_sparsity():
+    params, g = problem([(8, 8), (4, 4)])
+    with pytest.raises(TypeError, match="sparsity must be known outside jit for budget='erk'"):
+        jax.jit(lambda sparsity: step(params, g, sparsity, budget="erk")[1])(0.5)
 
 
 def test_below_what_is_pruned_in_a_leaf():
     params, g = problem([(8, 8), (4, 4)])
     mask = [jnp.ones((8, 8), bool), jnp.zeros((4, 4), bool).at[0].set(True)]
     with pytest.raises(ValueError, match=r"at least 12 of 16 weights of params\[1\]"):
-        pruning.prune_step(params, mask, g, [0.5, 0.5], damping=0.1, path_filter="")
+        pruning.prune_step(params, mask, g, [0.5, 0.5], damping=0.1, scope=Scope(path_filter=""))
 
 
 def test_a_leaf_that_is_ahead_of_its_budget_waits_for_the_others():
@@ -132,14 +178,14 @@ def test_a_leaf_that_is_ahead_of_its_budget_waits_for_the_others():
         batches,
         0.6,
         steps=4,
-        num_gradients=4,
-        budget="erk",
+        scope=Scope(budget="erk", path_filter=""),
+        gradients=pruning.Gradients(4),
+        search=pruning.Search(
+            [pruning.Setting("magnitude", "none", None, 1e-3)], num_calibration=1
+        ),
         mask=mask,
-        path_filter="",
-        num_calibration=1,
-        settings=[pruning.Setting("magnitude", "none", None, 1e-3)],
     )
-    want = _budgets.layer_counts(0.6, "erk", Layout(params)).tolist()
+    want = counts_of(0.6, "erk", [p.shape for p in params]).tolist()
     assert want[1] >= 3
     assert [layer.num_pruned for layer in pruned.report.layers] == want
 

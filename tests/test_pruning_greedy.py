@@ -94,9 +94,9 @@ def test_a_block_is_done_in_the_order_of_its_scores_even_if_costs_fall():
     assert np.argsort(np.asarray(scores)[0]).tolist() == order
 
 
-@pytest.mark.parametrize("storage", ["flat", "per_leaf"])
+@pytest.mark.parametrize("packing", ["flat", "leaf"])
 @pytest.mark.parametrize("blocks", [8, [5, 8, 8, 3]])
-def test_a_step_cuts_all_records_at_one_level(storage, blocks):
+def test_a_step_cuts_all_records_at_one_level(packing, blocks):
     rng = np.random.default_rng(0)
     outputs_first = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
     params = {"w": outputs_first.T}
@@ -106,7 +106,7 @@ def test_a_step_cuts_all_records_at_one_level(storage, blocks):
     new, mask, info = pruning.prune_step(
         params,
         pruning.initial_mask(params),
-        rows.as_rows(gradients, params, storage=storage),
+        rows.as_rows(gradients, params, storage=rows.Dense(packing=packing)),
         0.5,
         damping=damping,
         score="greedy",
@@ -153,7 +153,7 @@ def test_greedy_masks_cost_less_than_those_of_single_saliencies():
 @pytest.mark.parametrize("blocks", [None, "leaf"])
 def test_greedy_in_blocks_that_are_too_large(blocks):
     params = {"w": jnp.zeros((64, 64))}
-    with pytest.raises(ValueError, match=r"blocks of up to 2048 weights.*blocks=128"):
+    with pytest.raises(ValueError, match=r"blocks of at most 2048 weights.*blocks=128"):
         pruning.prune_step(
             params,
             pruning.initial_mask(params),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfac_jax import pruning
+from mfac_jax import pruning, rows
 from mfac_jax.pruning import _masks
 
 NAN, INF = float("nan"), float("inf")
@@ -60,6 +60,25 @@ def test_ties_run_through_the_leaves_in_order():
     assert mask["a"].tolist() == [[F, F]]
     assert mask["b"].tolist() == [F, T, T]
     assert mask["c"] is None
+
+
+@pytest.mark.parametrize("output_axis", [0, -1])
+@pytest.mark.parametrize("blocks", [None, 4])
+def test_ties_go_in_the_order_of_the_caller_s_coordinates(output_axis, blocks):
+    """Wherever outputs and blocks lie."""
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}
+    _, mask, _ = pruning.prune_step(
+        params,
+        pruning.initial_mask(params),
+        rows.as_rows({"a": jnp.ones((2, 2, 3)), "b": jnp.ones((2, 3, 2))}),
+        8 / 12,
+        damping=0.1,
+        score="magnitude",
+        blocks=blocks,
+        scope=pruning.Scope("", output_axis=output_axis, allow_empty_layers=True),
+    )
+    assert mask["a"].tolist() == [[F, F, F], [F, F, F]]
+    assert mask["b"].tolist() == [[F, F], [T, T], [T, T]]
 
 
 FEW_SCORES = st.sampled_from([0.0, 1.0, 1.5, -2.0, NAN, INF, 1e-30])

@@ -1,5 +1,6 @@
 """Pruning in one call."""
 
+import first_call
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +8,9 @@ import optax
 import oracles
 import pytest
 
-from mfac_jax import gradients, pruning, rows
-from mfac_jax.pruning import _prune, _step
-from mfac_jax.pruning._history import History
-from mfac_jax.rows import FlatRows, as_rows
+from mfac_jax import collect_gradients, pruning, rows
+from mfac_jax.pruning import Gradients, Scope, Search, _prune
+from mfac_jax.pruning._gradients import History
 
 X = jax.random.normal(jax.random.key(0), (128, 12))
 Y = jnp.tanh(X @ jax.random.normal(jax.random.key(1), (12, 3)))
@@ -48,10 +48,17 @@ def params():
     return params
 
 
+def few(count=32, history=0, **options):
+    return Gradients(count, history=history, **options)
+
+
+def among(*settings, descents=(), **options):
+    return Search(settings or SETTINGS, descents, **options)
+
+
 def run(params, sparsity=0.6, batches=BATCHES, **options):
-    chosen = {"steps": 3, "num_gradients": 32, "settings": SETTINGS, "progress": False}
-    plain = {"history": 0, "descents": ()}
-    return pruning.prune(params, loss_fn, batches, sparsity, **{**chosen, **plain, **options})
+    plain = {"steps": 3, "gradients": few(), "search": among(), "progress": False}
+    return pruning.prune(params, loss_fn, batches, sparsity, **{**plain, **options})
 
 
 def full_loss(params):
@@ -60,19 +67,19 @@ def full_loss(params):
 
 def test_a_percentage_is_all_it_takes(params):
     before = jax.tree.map(np.array, params)
-    pruned = run(params, per_example=True)
+    pruned = run(params, gradients=few(per_example=True))
     kernels = [pruned.mask["a"]["kernel"], pruned.mask["b"]["kernel"]]
     assert sum(int(jnp.sum(~m)) for m in kernels) == round(0.6 * 240)
     assert bool(pruned.mask["a"]["bias"].all())
     for w, m in zip(jax.tree.leaves(pruned.params), jax.tree.leaves(pruned.mask), strict=True):
         assert np.all(np.asarray(w)[~np.asarray(m)] == 0)
     jax.tree.map(np.testing.assert_array_equal, params, before)
-    magnitude = run(params, settings=SETTINGS[2:])
+    magnitude = run(params, search=among(*SETTINGS[2:]))
     assert full_loss(pruned.params) < full_loss(magnitude.params)
 
 
 def test_every_step_takes_the_setting_of_least_measured_loss(params):
-    report = run(params, per_example=True).report
+    report = run(params, gradients=few(per_example=True)).report
     assert len(report.steps) == 3
     for step in report.steps:
         assert len(step.tried) == 4
@@ -91,9 +98,8 @@ def test_every_step_takes_the_setting_of_least_measured_loss(params):
 
 def test_a_step_is_that_of_prune_step(params):
     setting = pruning.Setting("mfac", "joint", 24, 1e-3, (0.5,))
-    pruned = run(params, steps=1, settings=[setting], calibration=BATCHES[:1], num_calibration=1)
-    from mfac_jax import collect_gradients
-
+    search = among(setting, calibration=BATCHES[:1], num_calibration=1)
+    pruned = run(params, steps=1, search=search)
     g = collect_gradients(loss_fn, params, BATCHES, 32, progress=False)
     want, mask, info = pruning.prune_step(
         params,
@@ -108,26 +114,22 @@ def test_a_step_is_that_of_prune_step(params):
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
     jax.tree.map(close, pruned.params, want)
     close(pruned.report.steps[0].update_norm, info.update_norm)
-    given = run(params, steps=1, settings=[setting], gradients=g)
+    given = run(params, steps=1, search=among(setting), gradients=few(given=g))
     jax.tree.map(np.testing.assert_array_equal, given.mask, mask)
     jax.tree.map(close, given.params, want)
-    several = run(params, 0.6, steps=2, settings=[setting], gradients=g, history=1)
+    several = run(params, 0.6, steps=2, search=among(setting), gradients=few(given=g, history=1))
     assert [step.num_pruned for step in several.report.steps][-1] == 144
-    with pytest.raises(ValueError, match="num_gradients=8 rows, got 32"):
-        run(params, gradients=g, num_gradients=8)
+    with pytest.raises(ValueError, match="given must be count=8 gradients, got 32"):
+        few(8, given=g)
     with pytest.raises(ValueError, match="structure"):
-        run(params["a"], gradients=g)
-    with pytest.raises(ValueError, match="dtype is that of the gradients"):
-        run(params, gradients=g, dtype=jnp.bfloat16)
+        run(params["a"], gradients=few(given=g))
 
 
 def test_a_descent_is_the_optimizer_s_direction_at_the_gradients_of_the_step(params):
-    from mfac_jax import collect_gradients
-
-    setting, way = pruning.Setting("mfac", "joint", 24, 1e-3), pruning.Descent(0.02, 1e-3)
-    before = run(params, steps=1, settings=[setting])
-    after = run(params, steps=1, settings=[setting], descents=[way])
-    assert after.report.steps[0].tried[-1].descent == way
+    setting, descent = pruning.Setting("mfac", "joint", 24, 1e-3), pruning.Descent(0.02, 1e-3)
+    before = run(params, steps=1, search=among(setting))
+    after = run(params, steps=1, search=among(setting, descents=[descent]))
+    assert after.report.steps[0].tried[-1].descent == descent
     assert "descent 0.001" in str(after.report.steps[0].tried[-1])
     assert after.report.steps[0].loss_after < before.report.steps[0].loss_after
     jax.tree.map(np.testing.assert_array_equal, before.mask, after.mask)
@@ -150,18 +152,16 @@ def test_a_descent_is_the_optimizer_s_direction_at_the_gradients_of_the_step(par
 
 def test_no_descent_is_taken_that_does_not_help(params):
     far = [pruning.Descent(1e-3, 1e6), pruning.Descent(1e-3, 1e30)]
-    plain, tried = run(params), run(params, descents=far)
+    plain, tried = run(params), run(params, search=among(descents=far))
     jax.tree.map(np.testing.assert_array_equal, plain.params, tried.params)
     assert len(tried.report.steps[0].tried) == len(plain.report.steps[0].tried) + 2
 
 
 def test_the_gradients_of_earlier_steps_are_used_as_well(params):
-    options = {
-        "num_gradients": 8,
-        "steps": 4,
-        "settings": [pruning.Setting("mfac", "joint", 24, 1e-12)],
-    }
-    with_history, without = run(params, history=1, **options), run(params, **options)
+    options = {"steps": 4, "search": among(pruning.Setting("mfac", "joint", 24, 1e-12))}
+    with_history, without = (
+        run(params, gradients=few(8, history=history), **options) for history in (1, 0)
+    )
     freedom = [[s.degrees_of_freedom for s in p.report.steps] for p in (with_history, without)]
     assert freedom[0][0] == pytest.approx(freedom[1][0], rel=1e-3)
     assert max(freedom[1]) <= 8 < min(freedom[0][1:]) <= 16
@@ -172,19 +172,14 @@ def test_history_holds_the_newest_steps_at_one_level():
     rng = np.random.default_rng(0)
     sets = [rng.normal(size=(3, 10)).astype(np.float32) * 4.0**i for i in range(5)]
     sets[3][:] = 0
-    alive = [jnp.asarray(np.arange(10) < 7)]
-    past = History(2, 3)
+    alive = jnp.asarray(np.arange(10) < 7)
+    past = History(Gradients(3, history=1), jnp.zeros(10), 5)
     for i, new in enumerate(sets):
-
-        def fill(rows, first, new=new):
-            if rows is None:
-                rows = as_rows(jnp.zeros((past.num_rows, 10)))
-            matrix = np.array(rows.columns(0, 10))
-            matrix[first : first + 3] = new
-            return FlatRows.of(jnp.asarray(matrix), rows.layout, rows.implementation)
-
-        matrix = np.asarray(past.take(fill, alive).columns(0, 10))
+        past.take(lambda rows, g=new: rows.write_rows(0, jnp.asarray(g), 3)[0], alive)
+        matrix = np.asarray(past.rows.columns(0, 10))
         assert matrix.shape == (6, 10)
+        masked = matrix[:, :7].astype(np.float64)
+        oracles.assert_close(past.grams.of(alive), masked @ masked.T, length=7)
         fresh, slot = past.mean != 0, i % 2
         assert np.flatnonzero(fresh).tolist() == [3 * slot, 3 * slot + 1, 3 * slot + 2]
         assert past.filled == (0.5 if i == 0 else 1)
@@ -202,14 +197,35 @@ def test_history_holds_the_newest_steps_at_one_level():
             np.testing.assert_array_equal(old, sets[i - 1])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_room_for_later_gradients_changes_nothing(params, dtype):
-    options = {"steps": 2, "num_gradients": 8, "dtype": dtype}
-    options["descents"] = [pruning.Descent(0.02, 1e-2)]
+@pytest.mark.parametrize("history", [0, 1])
+def test_given_gradients_are_used_as_they_are(history):
+    """No copy is made of them, in whatever storage they are, and nothing is written into them."""
+    g = oracles.gradients("correlated", 3, 10)
+    given = rows.as_rows(jnp.asarray(g), storage=rows.Dense("bfloat16", "leaf"))
+    before = np.array(given.columns(0, 10))
+    past = History(Gradients(3, given=given, history=history), jnp.zeros(10), 5)
+    alive = jnp.ones(10, bool)
+    for i in range(4):
+        past.take(lambda rows: rows.write_rows(0, jnp.asarray(g), 3)[0], alive)
+        parts = past.rows.parts if history else (past.rows,)
+        assert [part is given for part in parts] == [
+            j == 0 and i <= history for j in range(len(parts))
+        ]
+    np.testing.assert_array_equal(given.columns(0, 10), before)
+
+
+@pytest.mark.parametrize("storage", [rows.Dense(), rows.Dense("bfloat16", "leaf")], ids=str)
+def test_room_for_later_gradients_changes_nothing(params, storage):
+    descents = [pruning.Descent(0.02, 1e-2)]
     relative = SETTINGS[0]._replace(damping=0.1, relative=True)
     for setting in (relative, SETTINGS[1]):
         one, other = (
-            run(params, settings=[setting], history=history, **options).report.steps[0]
+            run(
+                params,
+                steps=2,
+                gradients=few(8, history=history, storage=storage),
+                search=among(setting, descents=descents),
+            ).report.steps[0]
             for history in (0, 3)
         )
         # A window of two steps, since there are no more.
@@ -229,7 +245,7 @@ def test_room_for_later_gradients_changes_nothing(params, dtype):
     ],
 )
 def test_patterns_in_several_steps(params, pattern, settings, sparsity):
-    pruned = run(params, sparsity, pattern=pattern, settings=settings)
+    pruned = run(params, sparsity, scope=Scope(pattern=pattern), search=among(*settings))
     done = pruned.report.steps[-1].num_pruned
     assert done <= 120
     assert done > 120 - 16
@@ -239,14 +255,14 @@ def test_patterns_in_several_steps(params, pattern, settings, sparsity):
 
 
 def test_schedules_masks_and_sparsities_of_leaves(params):
-    given = run(params, schedule=(0.3, 0.6)).report
+    given = run(params, steps=(0.3, 0.6)).report
     assert [step.num_pruned for step in given.steps] == [72, 144]
     per_leaf = {"a": {"bias": 0.0, "kernel": 0.5}, "b": {"kernel": 0.25}}
     pruned = run(params, per_leaf)
     assert [layer.num_pruned for layer in pruned.report.layers] == [96, 12]
     again = pruning.prune(
-        pruned.params, loss_fn, BATCHES, 0.6, steps=2, num_gradients=8,
-        settings=SETTINGS[2:], mask=pruned.mask, schedule="cubic", progress=False,
+        pruned.params, loss_fn, BATCHES, 0.6, steps=2, gradients=Gradients(8),
+        search=Search(SETTINGS[2:]), mask=pruned.mask, progress=False,
     )  # fmt: skip
     gone = [~np.asarray(m) for m in jax.tree.leaves(pruned.mask)]
     for old, new in zip(gone, jax.tree.leaves(again.mask), strict=True):
@@ -290,14 +306,14 @@ def test_data_goes_on_from_step_to_step(params):
                 yield batch
 
     pruning.prune(
-        params, loss_fn, Loader(), 0.3, steps=2, num_gradients=5, settings=SETTINGS[2:],
-        num_calibration=2, progress=False,
+        params, loss_fn, Loader(), 0.3, steps=2, gradients=Gradients(5),
+        search=Search(SETTINGS[2:], num_calibration=2), progress=False,
     )  # fmt: skip
     # Two to calibrate on, five and five for gradients; a pass ends after eight.
     assert seen[:12] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
     once = pruning.prune(
-        params, loss_fn, iter(BATCHES), 0.3, steps=2, num_gradients=5, settings=SETTINGS[2:],
-        num_calibration=2, progress=False,
+        params, loss_fn, iter(BATCHES), 0.3, steps=2, gradients=Gradients(5),
+        search=Search(SETTINGS[2:], num_calibration=2), progress=False,
     )  # fmt: skip
     assert once.report.steps[-1].num_pruned == 72
 
@@ -321,31 +337,35 @@ def test_defaults_fit_every_pattern_and_include_the_papers_setting_and_none(para
     kernel = lambda path, leaf: path == "a/kernel"  # noqa: E731
     if pattern == pruning.BlocksOf(3):
         pattern = pruning.BlocksOf(3, axis=0)
-    pruned = run(params, 0.4, settings=None, pattern=pattern, path_filter=kernel, steps=2)
+    scope = Scope(path_filter=kernel, pattern=pattern)
+    pruned = run(params, 0.4, scope=scope, search=Search(descents=()), steps=2)
     assert pruned.report.steps[-1].sparsity == pytest.approx(0.4, abs=0.07)
 
 
 @pytest.mark.wrong_types
-@pytest.mark.parametrize("schedule", [None, 0.5])
-def test_a_schedule_of_the_wrong_type(params, schedule):
-    with pytest.raises(TypeError, match=r"schedule must be the name of one, .* got"):
-        run(params, schedule=schedule)
+@pytest.mark.parametrize("steps", [None, 0.5, "cubic", True, jnp.asarray(4)])
+def test_steps_of_the_wrong_type(params, steps):
+    with pytest.raises(TypeError, match=r"steps must be a number of steps, or .* got"):
+        run(params, steps=steps)
 
 
 @pytest.mark.wrong_types
 def test_scalars_of_numpy_and_jax_are_numbers(params):
     plain = run(
         params,
-        settings=[pruning.Setting("greedy", "joint", 24, 0.25)],
-        schedule=(0.4, 0.6),
-        descents=[pruning.Descent(0.25, 0.125)],
+        steps=(0.4, 0.6),
+        search=among(
+            pruning.Setting("greedy", "joint", 24, 0.25), descents=[pruning.Descent(0.25, 0.125)]
+        ),
     )
     given = run(
         params,
         np.float32(0.6),
-        settings=[pruning.Setting("greedy", "joint", np.int64(24), jnp.float32(0.25))],
-        schedule=np.array([0.4, 0.6]),
-        descents=[pruning.Descent(jnp.float32(0.25), np.float32(0.125))],
+        steps=np.array([0.4, 0.6]),
+        search=among(
+            pruning.Setting("greedy", "joint", np.int64(24), jnp.float32(0.25)),
+            descents=[pruning.Descent(jnp.float32(0.25), np.float32(0.125))],
+        ),
     )
     jax.tree.map(np.testing.assert_array_equal, plain.mask, given.mask)
     jax.tree.map(np.testing.assert_array_equal, plain.params, given.params)
@@ -358,7 +378,7 @@ def test_groups_too_large_for_greedy_masks_are_pruned_by_default():
 
 def test_a_relative_damping_follows_the_scale_of_the_loss(params):
     setting = pruning.Setting("greedy", "joint", 24, 1e-2, relative=True)
-    options = {"steps": 2, "num_gradients": 16, "settings": [setting], "descents": ()}
+    options = {"steps": 2, "gradients": Gradients(16), "search": among(setting)}
     plain = pruning.prune(params, loss_fn, BATCHES, 0.5, **options)
     scaled = pruning.prune(
         params, lambda params, batch: 100 * loss_fn(params, batch), BATCHES, 0.5, **options
@@ -369,25 +389,62 @@ def test_a_relative_damping_follows_the_scale_of_the_loss(params):
         assert other.degrees_of_freedom == pytest.approx(one.degrees_of_freedom, rel=1e-2)
 
 
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: Search(num_calibration=0), ValueError, "num_calibration must be at least 1"),
+        (lambda: Search(()), ValueError, "settings is empty"),
+        (lambda: Search(SETTINGS[0]), TypeError, r"give \[setting\]"),
+        (lambda: Search(["mfac"]), TypeError, "settings must be Setting, got str"),
+        (
+            lambda: Search([SETTINGS[0]._replace(scales=0.5)]),
+            TypeError,
+            "scales must be a sequence of numbers, got float",
+        ),
+        (lambda: Search([SETTINGS[0]._replace(scales=())]), ValueError, "scales is empty"),
+        (
+            lambda: Search([SETTINGS[0]._replace(score="best")]),
+            ValueError,
+            "score must be one of 'mfac', .*; got 'best'",
+        ),
+        (
+            lambda: Search([SETTINGS[0]._replace(update=3)]),
+            TypeError,
+            "update must be one of 'joint', .* or a function, got 3",
+        ),
+        (lambda: Search([SETTINGS[0]._replace(damping=-1.0)]), ValueError, "damping must be"),
+        (lambda: among(descents=[pruning.Descent(0.0, 1.0)]), ValueError, "relative_damping"),
+        (lambda: among(descents=[(0.1, 0.1)]), TypeError, "descents must be Descent, got tuple"),
+        (lambda: Search(calibration=X), TypeError, "calibration must be an iterable"),
+        (lambda: Gradients(0), ValueError, "count must be at least 1, got 0"),
+        (lambda: Gradients(history=-1), ValueError, "history must be at least 0, got -1"),
+        (lambda: Gradients(storage="flat"), TypeError, "storage must be a storage"),
+        (lambda: Gradients(per_example=1), TypeError, "per_example must be a bool, got int"),
+        (lambda: Gradients(given=X), TypeError, "rows must be gradient rows"),
+    ],
+)
+def test_a_value_is_looked_at_as_it_is_made(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
         ({"sparsity": 1.2}, ValueError, r"sparsity must lie in \[0, 1\]"),
-        ({"calibration": []}, ValueError, "calibration is empty"),
-        ({"num_calibration": 0}, ValueError, "num_calibration must be at least 1"),
-        ({"settings": []}, ValueError, "settings is empty"),
-        ({"schedule": (0.5, 0.4, 0.6)}, ValueError, "rise"),
-        ({"schedule": (0.1, 0.5)}, ValueError, "must end at sparsity=0.6"),
-        ({"schedule": "square"}, ValueError, "'geometric', 'cubic', 'linear'"),
-        ({"sparsity": 1.0, "allow_empty_layers": True}, ValueError, "expected 'cubic' or 'linear'"),
+        ({"search": among(calibration=[])}, ValueError, "calibration is empty"),
+        ({"steps": (0.5, 0.4, 0.6)}, ValueError, "rise"),
+        ({"steps": (0.1, 0.5)}, ValueError, "must end at sparsity=0.6"),
+        ({"steps": ()}, ValueError, "rise"),
         (
-            {"settings": [pruning.Setting("mfac", "joint", 8, 1e-3, scales=0.5)]},
-            TypeError,
-            "scales must be a sequence of numbers, got float",
+            {"sparsity": 1.0, "scope": Scope(allow_empty_layers=True)},
+            ValueError,
+            "expected 'cubic' or 'linear'",
         ),
         ({"steps": 0}, ValueError, "steps must be at least 1"),
-        ({"path_filter": "nothing"}, ValueError, "at least one parameter"),
-        ({"pattern": pruning.NofM(2, 5)}, ValueError, "multiple of 5"),
+        ({"scope": Scope("nothing")}, ValueError, "at least one parameter"),
+        ({"scope": Scope(pattern=pruning.NofM(2, 5))}, ValueError, "multiple of 5"),
         ({"sparsity": {"a": 0.5}}, ValueError, "structure"),
         (
             {"sparsity": {"a": {"bias": 0, "kernel": 0.5}, "b": {"kernel": 1.2}}},
@@ -395,29 +452,19 @@ def test_a_relative_damping_follows_the_scale_of_the_loss(params):
             r"sparsity\['b'\]\['kernel'\] must lie in",
         ),
         (
-            {"costs": {"a": {"bias": 1, "kernel": 0}, "b": {"kernel": 1}}},
+            {"scope": Scope(costs={"a": {"bias": 1, "kernel": 0}, "b": {"kernel": 1}})},
             ValueError,
             r"costs\['a'\]\['kernel'\] must be at least 1",
         ),
-        ({"budget": "equal"}, ValueError, "budget must be one of"),
-        (
-            {"settings": [pruning.Setting("best", "joint", 8, 1e-3)]},
-            ValueError,
-            "score must be one of",
-        ),
+        ({"scope": Scope(budget="equal")}, ValueError, "budget must be one of"),
         (
             {
-                "settings": [pruning.Setting("greedy", "joint", None, 1e-3)],
-                "pattern": pruning.Slices(),
+                "search": among(pruning.Setting("greedy", "joint", None, 1e-3)),
+                "scope": Scope(pattern=pruning.Slices()),
             },
             ValueError,
             "inside blocks",
         ),
-        ({"settings": [pruning.Setting("mfac", "joint", 8, -1.0)]}, ValueError, "damping"),
-        ({"settings": [SETTINGS[0]._replace(scales=())]}, ValueError, "scales is empty"),
-        ({"num_gradients": 0}, ValueError, "num_gradients must be at least 1"),
-        ({"history": -1}, ValueError, "history must be at least 0"),
-        ({"descents": [pruning.Descent(0.0, 1.0)]}, ValueError, "relative_damping"),
         (
             {"mask": {"a": {"bias": True, "kernel": False}, "b": {"kernel": True}}},
             ValueError,
@@ -440,7 +487,7 @@ def test_numbers_that_are_not_finite(params):
         run(bad)
     batches = [(x, y.at[0].set(jnp.inf)) for x, y in BATCHES]
     with pytest.raises(FloatingPointError, match="not finite"):
-        run(params, 0.5, batches=batches, calibration=BATCHES)
+        run(params, 0.5, batches=batches, search=among(calibration=BATCHES))
 
 
 def test_calibration_batches_that_are_not_finite(params, monkeypatch):
@@ -451,20 +498,21 @@ def test_calibration_batches_that_are_not_finite(params, monkeypatch):
     with pytest.raises(
         FloatingPointError, match="loss of params on the calibration batches is nan"
     ):
-        run(params, calibration=[(X, Y * jnp.nan)])
+        run(params, search=among(calibration=[(X, Y * jnp.nan)]))
 
 
 def test_another_sparsity_compiles_nothing_anew(params):
-    run(params, 0.5, history=1, descents=[pruning.Descent(0.02, 1e-3)])
-    compiled = (
-        _step._scores,
-        _step._select,
-        _step.work_out,
-        gradients._write_gradients,
-    )
-    before = [function._cache_size() for function in compiled]
-    run(params, 0.7, history=1, descents=[pruning.Descent(0.03, 1e-2)], schedule="cubic", steps=4)
-    assert [function._cache_size() for function in compiled] == before
+    options = {"gradients": few(history=1)}
+    run(params, 0.5, search=among(descents=[pruning.Descent(0.02, 1e-3)]), **options)
+    with first_call.measured(figures := {}):
+        run(
+            params,
+            0.7,
+            steps=pruning.sparsity_schedule(0.7, 4, kind="cubic"),
+            search=among(descents=[pruning.Descent(0.03, 1e-2)]),
+            **options,
+        )
+    assert figures["programs"] == 0
 
 
 def test_state_beside_the_weights_may_be_trained_as_well():
@@ -482,8 +530,8 @@ def test_state_beside_the_weights_may_be_trained_as_well():
         return params | {"mean": jnp.mean(X @ params["kernel"] - Y, axis=0)}
 
     pruned = pruning.prune(
-        start, loss, BATCHES, 0.5, steps=3, num_gradients=16, fine_tune=fine_tune,
-        settings=SETTINGS[2:], descents=(), path_filter="kernel", progress=False,
+        start, loss, BATCHES, 0.5, steps=3, gradients=Gradients(16), fine_tune=fine_tune,
+        search=among(*SETTINGS[2:]), scope=Scope("kernel"), progress=False,
     )  # fmt: skip
     assert np.any(pruned.params["mean"])
     for one, after in zip(pruned.report.steps, pruned.report.steps[1:], strict=False):
@@ -496,7 +544,7 @@ def test_a_mask_that_is_given_is_applied_at_once(params):
     mask["a"]["bias"] = mask["a"]["bias"].at[3].set(False)  # not prunable
     mask["a"]["kernel"] = mask["a"]["kernel"].at[:, ::2].set(False)
     masked = jax.tree.map(lambda w, m: jnp.where(m, w, 0), params, mask)
-    pruned = run(params, mask=mask, calibration=BATCHES, steps=8)
+    pruned = run(params, mask=mask, search=among(calibration=BATCHES), steps=8)
     assert pruned.report.steps[0].loss_before == pytest.approx(
         np.mean([float(loss_fn(masked, batch)) for batch in BATCHES]), rel=1e-5
     )
@@ -504,7 +552,8 @@ def test_a_mask_that_is_given_is_applied_at_once(params):
     assert not pruned.mask["a"]["bias"][3]
     assert pruned.report.steps[-1].num_pruned == 144
     assert pruned.report.steps[0].num_pruned > 96
-    even = run(params, 0.7, mask=mask, budget="uniform", settings=SETTINGS[2:], steps=4)
+    search, scope = among(*SETTINGS[2:]), Scope(budget="uniform")
+    even = run(params, 0.7, mask=mask, scope=scope, search=search, steps=4)
     assert [layer.num_pruned for layer in even.report.layers] == [134, 34]
 
 
@@ -516,7 +565,7 @@ def test_a_loss_after_fine_tuning_that_is_not_finite(params):
 def test_given_gradients_that_are_not_finite(params):
     g = rows.as_rows(jax.tree.map(lambda w: jnp.full((32, *w.shape), jnp.nan), params))
     with pytest.raises(FloatingPointError, match=r"squared gradients of params\['a'\]\['bias'\]"):
-        run(params, gradients=g)
+        run(params, gradients=few(given=g))
 
 
 @pytest.mark.wrong_types
@@ -527,13 +576,11 @@ def test_wrong_types(params):
         pruning.prune(params, lambda p, b: (loss_fn(p, b), 1.0), BATCHES, 0.5)
     with pytest.raises(TypeError, match="fine_tune must be a function, got int"):
         run(params, fine_tune=3)
-    with pytest.raises(TypeError, match="calibration must be an iterable"):
-        run(params, calibration=X)
-    with pytest.raises(TypeError, match=r"give \[setting\]"):
-        run(params, settings=SETTINGS[0])
-    with pytest.raises(TypeError, match="descents must be Descent, got tuple"):
-        run(params, descents=[(0.1, 0.1)])
-    with pytest.raises(TypeError, match="settings must be Setting, got str"):
-        run(params, settings=["mfac"])
+    with pytest.raises(TypeError, match="gradients must be a Gradients, got DenseRows"):
+        run(params, gradients=rows.Dense().empty(params, 32))
+    with pytest.raises(TypeError, match="search must be a Search, got Setting"):
+        run(params, search=SETTINGS[0])
+    with pytest.raises(TypeError, match="scope must be a Scope, got NofM"):
+        run(params, scope=pruning.NofM(2, 4))
     with pytest.raises(TypeError, match=r"\[batch\]"):
         pruning.prune(params, loss_fn, X, 0.5)

@@ -37,12 +37,14 @@ class Problem:
         self.kept = self.alive.copy()
         self.kept[order[6 : 6 + prune]] = False
 
-    def rows(self, storage="flat", dtype=None):
+    def rows(self, packing="flat", dtype=None):
         stacked = [as_tree(g, dtype) for g in self.g]
-        return rows.as_rows(jax.tree.map(lambda *x: jnp.stack(x), *stacked), storage=storage)
+        return rows.as_rows(
+            jax.tree.map(lambda *x: jnp.stack(x), *stacked), storage=rows.Dense(packing=packing)
+        )
 
-    def args(self, storage="flat", dtype=None):
-        return as_tree(self.w, dtype), self.rows(storage, dtype)
+    def args(self, packing="flat", dtype=None):
+        return as_tree(self.w, dtype), self.rows(packing, dtype)
 
     @property
     def masks(self):
@@ -81,26 +83,26 @@ def block_sizes(blocks):
 
 UPDATES = {"joint": pruning.joint_update, "reference": pruning.reference_update}
 
-# n below and above the block and the whole, in each storage.
+# n below and above the block and the whole, in each packing.
 CASES = [
     (6, None, "flat"),
-    (6, None, "per_leaf"),
-    (6, 4, "per_leaf"),
+    (6, None, "leaf"),
+    (6, 4, "leaf"),
     (6, 10, "flat"),
     (6, "leaf", "flat"),
-    (6, (20, 9), "per_leaf"),
+    (6, (20, 9), "leaf"),
     (1, 10, "flat"),
     (40, None, "flat"),
     (40, 10, "flat"),
-    (8, "leaf", "per_leaf"),
+    (8, "leaf", "leaf"),
 ]
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize(("n", "blocks", "storage"), CASES)
-def test_all_agree_with_dense_algebra(n, blocks, storage):
+@pytest.mark.parametrize(("n", "blocks", "packing"), CASES)
+def test_all_agree_with_dense_algebra(n, blocks, packing):
     p, damping = Problem(n), 0.3
-    (w, g), (alive, kept) = p.args(storage), p.masks
+    (w, g), (alive, kept) = p.args(packing), p.masks
     fisher = p.fisher(damping, blocks)
 
     scores = pruning.saliency(w, g, damping, mask=alive, blocks=blocks)

@@ -1,18 +1,29 @@
-"""Every way of storing rows, and every view of them, answers as a plain matrix would."""
+"""One contract for all rows: they answer as the matrix that they stand for, in float64."""
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
+import outside
 import pytest
 
-from mfac_jax import rows
-from mfac_jax.rows import GradientRows, PermutedRows, SelectedRows, TransposedRows
+from mfac_jax import fisher_inverse, rows, window
+from mfac_jax.rows import (
+    BlockRun,
+    ColumnRows,
+    Dense,
+    DenseRows,
+    GradientRows,
+    Partition,
+    StackedRows,
+    Storage,
+    WritableRows,
+)
 
 M = 4
 PARAMS = {
@@ -23,76 +34,79 @@ PARAMS = {
     "z": jnp.zeros((0, 3)),
 }
 D = 19
-STORAGES = ["flat", "per_leaf"]
-
-
-def leaves_of(vector, shapes):
-    """A vector (..., d) in pieces of these shapes, by plain NumPy."""
-    lead = np.shape(vector)[:-1]
-    cuts = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
-    parts = np.split(np.asarray(vector), cuts, axis=-1)
-    return tuple(p.reshape((*lead, *shape)) for p, shape in zip(parts, shapes, strict=True))
+SHAPES = ((2, 3), (), (2, 2, 3), (0, 3))
 
 
 def tree_of(vector):
-    """A vector as a tree like the parameters."""
-    a, s, t, z = leaves_of(vector, ((2, 3), (), (2, 2, 3), (0, 3)))
+    """A vector (..., d) as a tree like the parameters, by plain NumPy."""
+    lead = np.shape(vector)[:-1]
+    cuts = np.cumsum([int(np.prod(shape)) for shape in SHAPES])[:-1]
+    parts = np.split(np.asarray(vector), cuts, axis=-1)
+    a, s, t, z = (p.reshape((*lead, *shape)) for p, shape in zip(parts, SHAPES, strict=True))
     return {"a": a, "none": None, "s": s, "t": t, "z": z}
 
 
-def everything(held):
-    return SelectedRows.of(held, (True,) * 4)
+def vector(seed=1, size=D):
+    return np.random.default_rng(seed).normal(size=size).astype(np.float32)
 
 
-class View(NamedTuple):
-    """A view of stored rows: how it is made, the columns it shows, and its trees."""
-
-    of: Callable[[GradientRows], GradientRows]
-    columns: Any = np.arange(D)
-    tree: Callable[[Any], Any] = tree_of
+def matrix_of(dtype, count=M, seed=0):
+    """Gradients that ``dtype`` can hold."""
+    return np.asarray(np.random.default_rng(seed).normal(size=(count, D)), jnp.dtype(dtype))
 
 
-PERMUTATION = np.random.default_rng(5).permutation(D)
-# `a` turned, and of `t` the last axis first.
-TURNED = np.concatenate(
-    [
-        np.arange(6).reshape(2, 3).T.ravel(),
-        [6],
-        7 + np.arange(12).reshape(2, 2, 3).transpose(2, 0, 1).ravel(),
-    ]
-)
-TURNS = ((1, 0), (), (2, 0, 1), (1, 0))
+def held_by(storage, matrix):
+    return rows.as_rows(jax.tree.map(jnp.asarray, tree_of(matrix)), PARAMS, storage=storage)
 
-VIEWS = {
-    "stored": View(lambda held: held),
-    "selected": View(
-        lambda held: SelectedRows.of(held, (True, False, True, True)),
-        np.delete(np.arange(D), 6),
-        lambda v: leaves_of(v, ((2, 3), (2, 2, 3), (0, 3))),
-    ),
-    "transposed": View(
-        lambda held: TransposedRows.of(everything(held), TURNS),
-        TURNED,
-        lambda v: leaves_of(v, ((3, 2), (), (3, 2, 2), (3, 0))),
-    ),
-    "permuted": View(
-        lambda held: PermutedRows.of(held, jnp.asarray(PERMUTATION)), PERMUTATION, np.asarray
-    ),
-    "permuted, transposed": View(
-        lambda held: PermutedRows.of(
-            TransposedRows.of(everything(held), TURNS), jnp.asarray(PERMUTATION)
-        ),
-        TURNED[PERMUTATION],
-        np.asarray,
-    ),
+
+class Made(NamedTuple):
+    """Rows, the matrix that they stand for, and the dtype in which they store."""
+
+    held: GradientRows
+    matrix: np.ndarray
+    dtype: str
+
+
+def dense(packing, dtype):
+    def make():
+        matrix = matrix_of(dtype)
+        return Made(held_by(Dense(packing=packing), matrix), matrix, dtype)
+
+    return make
+
+
+def stacked(*packings):
+    def make():
+        parts = [matrix_of("float32", count, count) for count in (1, 3)]
+        held = [held_by(Dense(packing=p), part) for p, part in zip(packings, parts, strict=True)]
+        matrix = np.concatenate([0.5 * parts[0], 2 * parts[1]])
+        return Made(StackedRows.of(tuple(held), jnp.array([0.5, 2.0])), matrix, "float32")
+
+    return make
+
+
+def from_outside():
+    matrix = matrix_of("float16")
+    return Made(held_by(outside.Half(), matrix.astype(np.float32)), matrix, "float16")
+
+
+MAKERS: dict[str, Callable[[], Made]] = {
+    "flat, float32": dense("flat", "float32"),
+    "flat, bfloat16": dense("flat", "bfloat16"),
+    "flat, float16": dense("flat", "float16"),
+    "leaf, float32": dense("leaf", "float32"),
+    "leaf, bfloat16": dense("leaf", "bfloat16"),
+    "leaf, float16": dense("leaf", "float16"),
+    "stacked, flat": stacked("flat", "flat"),
+    "stacked, leaf": stacked("leaf", "leaf"),
+    "stacked, mixed": stacked("flat", "leaf"),
+    "outside": from_outside,
 }
-CASES = [
-    *((view, storage, "float32") for view in VIEWS for storage in STORAGES),
-    *((view, "flat", "bfloat16") for view in VIEWS),
-    ("stored", "per_leaf", "bfloat16"),
-    ("stored", "flat", "float16"),
-    ("stored", "per_leaf", "float16"),
-]
+STORAGES: dict[str, Callable[..., Storage]] = {
+    "flat": functools.partial(Dense, packing="flat"),
+    "leaf": functools.partial(Dense, packing="leaf"),
+    "outside": outside.Half,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,91 +115,81 @@ class Case:
 
     held: GradientRows
     matrix: np.ndarray
-    dtype: Any
-    tree: Callable[[Any], Any]
-
-    @property
-    def d(self):
-        return self.matrix.shape[1]
-
-    @property
-    def mixing(self):
-        return np.tril(np.random.default_rng(2).normal(size=(2, M))).astype(np.float32)
+    dtype: str
 
     @functools.cached_property
     def answers(self):
-        v = vector(size=self.d)
-        arguments = vector(size=M), self.mixing, AT, np.int32(5), np.int32(2)
-        gradient = self.tree(vector(3, self.d))
-        return answers(self.held, self.tree(v), self.tree(v > 0), gradient, *arguments)
+        v = vector()
+        arguments = vector(size=M), MIXING, AT, np.int32(5), np.int32(2)
+        return answers(self.held, tree_of(v), tree_of(v > 0), tree_of(vector(3)), *arguments)
 
 
 @functools.cache
-def made(view, storage, dtype):
+def made(name):
     """One for all tests, which may not change it."""
-    stored = np.asarray(np.random.default_rng(0).normal(size=(M, D)), jnp.dtype(dtype))
-    held = rows.as_rows(jax.tree.map(jnp.asarray, tree_of(stored)), PARAMS, storage=storage)
-    matrix = np.asarray(stored, np.float64)[:, VIEWS[view].columns]
+    held, matrix, dtype = MAKERS[name]()
+    matrix = matrix.astype(np.float64)
     matrix.flags.writeable = False
-    return Case(VIEWS[view].of(held), matrix, jnp.dtype(dtype), VIEWS[view].tree)
+    return Case(held, matrix, dtype)
 
 
-@pytest.fixture(params=CASES, ids="-".join)
+@pytest.fixture(params=MAKERS)
 def case(request):
-    return made(*request.param)
+    return made(request.param)
 
 
-@pytest.fixture(params=[names for names in CASES if names[2] == "float32"], ids="-".join)
-def single(request):
-    return made(*request.param)
+@pytest.fixture(params=[name for name in MAKERS if not name.startswith("stacked")])
+def writable(request):
+    return made(request.param)
 
 
-@pytest.fixture(params=STORAGES)
-def storage(request):
+@pytest.fixture(params=["flat", "leaf"])
+def packing(request):
     return request.param
 
 
-def vector(seed=1, size=D):
-    return np.random.default_rng(seed).normal(size=size).astype(np.float32)
-
-
+MIXING = np.tril(np.random.default_rng(2).normal(size=(2, M))).astype(np.float32)
 AT = np.array([17, 0, 6, 6, 7, 5])
 PIECES = [(0, 1), (5, 3), (6, 1), (4, 10), (17, 1)]
+KEPT = vector() > 0
 
 
 def all_columns(held):
     return held.columns(0, held.layout.size)
 
 
-def with_columns(held):
-    return held, all_columns(held)
-
-
 @jax.jit
 def answers(held, v, mask, gradient, c, mixing, at, start, row):
     """Every method in one program."""
-    put, dots, accepted = held.put(row, gradient)
-    written, also_accepted = held.write(row, gradient)
-    return {
+    found = {
         "columns": all_columns(held),
         "pieces": [held.columns(first, size) for first, size in PIECES],
         "traced piece": held.columns(start, 8),
         "take": held.take(at),
         "dots": held.dots(v),
         "combine": held.combine(c),
-        "difference": held.combine(c, vector=v, scale=jnp.float32(0.5)),
+        "difference": held.combine(c, vector=v),
+        "scaled": held.combine(c, scale=jnp.float32(-2)),
+        "scaled difference": held.combine(c, vector=v, scale=jnp.float32(0.5)),
         "gram": held.gram(),
         "masked gram": held.gram(mask),
-        "restrict": all_columns(held.restrict(mask)),
-        "transform": with_columns(held.transform(mixing)),
-        "transform, lower": with_columns(held.transform(mixing, lower=True)),
+        "transform": held.transform(mixing),
+        "transform, lower": held.transform(mixing, lower=True),
         "square sums": held.column_square_sums(),
         "mixed square sums": held.column_square_sums(mixing),
         "mixed square sums, lower": held.column_square_sums(mixing, lower=True),
-        "put": (all_columns(put), dots, accepted),
-        "write": (all_columns(written), also_accepted),
-        "clear": all_columns(held.clear(row)),
     }
+    if isinstance(held, WritableRows):
+        put, dots, accepted = held.put(row, gradient)
+        written, also_accepted = held.write(row, gradient)
+        found |= {
+            "restrict": all_columns(held.restrict(mask)),
+            "put": (all_columns(put), dots, accepted),
+            "write": (all_columns(written), also_accepted),
+            "clear": all_columns(held.clear(row)),
+            "clear nothing": all_columns(held.clear(row + M)),
+        }
+    return found
 
 
 def assert_columns(got, matrix):
@@ -194,22 +198,18 @@ def assert_columns(got, matrix):
     np.testing.assert_array_equal(np.asarray(got, np.float64), matrix)
 
 
-def kept(case):
-    return vector(size=case.d) > 0
-
-
-def stored(case, seed):
+def as_stored(case, seed):
     """A gradient as the rows keep it."""
-    return np.asarray(vector(seed, case.d).astype(case.dtype), np.float64)
+    return np.asarray(vector(seed).astype(jnp.dtype(case.dtype)), np.float64)
 
 
 def test_they_are_gradient_rows(case):
-    assert isinstance(case.held, GradientRows)
+    assert isinstance(case.held, ColumnRows)
     assert case.held.num_rows == M
     assert case.held.dtype == jnp.float32
-    assert case.held.layout.size == case.d
-    leaves = jax.tree.leaves(case.tree(vector(size=case.d)))
-    assert case.held.layout.shapes == tuple(leaf.shape for leaf in leaves)
+    assert case.held.layout == rows.Layout(PARAMS)
+    assert rows.check_rows(case.held) is case.held
+    assert rows.check_columns(case.held, "this test") is case.held
 
 
 def test_columns(case):
@@ -226,140 +226,311 @@ def test_take(case):
 
 
 def test_dots(case):
-    oracles.assert_close(case.answers["dots"], case.matrix @ vector(size=case.d), length=D)
+    oracles.assert_close(case.answers["dots"], case.matrix @ vector(), length=D)
 
 
 def test_combine(case):
-    got, v, c = case.answers, vector(size=case.d), vector(size=M)
+    v, combined = vector(), vector(size=M) @ case.matrix
     for name, want in (
-        ("combine", c @ case.matrix),
-        ("difference", (v - c @ case.matrix) / 2),
+        ("combine", combined),
+        ("difference", v - combined),
+        ("scaled", -2 * combined),
+        ("scaled difference", (v - combined) / 2),
     ):
-        out = got[name]
-        assert jax.tree.structure(out) == jax.tree.structure(case.tree(v))
+        out = case.answers[name]
+        assert jax.tree.structure(out) == jax.tree.structure(PARAMS)
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(out))
         oracles.assert_close(oracles.flat(out), want, length=M)
 
 
 def test_gram(case):
-    masked = case.matrix * kept(case)
-    oracles.assert_close(case.answers["gram"], case.matrix @ case.matrix.T, length=D)
-    oracles.assert_close(case.answers["masked gram"], masked @ masked.T, length=D)
-
-
-def test_restrict(case):
-    assert_columns(case.answers["restrict"], case.matrix * kept(case))
+    masked = case.matrix * KEPT
+    for name, want in (("gram", case.matrix), ("masked gram", masked)):
+        got = case.answers[name]
+        oracles.assert_close(got, want @ want.T, length=D)
+        np.testing.assert_array_equal(got, got.T)
 
 
 def test_transform(case):
-    want = case.mixing @ case.matrix
     for name in ("transform", "transform, lower"):
-        got, columns = case.answers[name]
-        assert isinstance(got, GradientRows)
+        got = case.answers[name]
+        assert isinstance(got, DenseRows)
         assert got.num_rows == 2
         assert got.dtype == jnp.float32
-        oracles.assert_close(columns, want, length=M)
+        oracles.assert_close(all_columns(got), MIXING @ case.matrix, length=M)
 
 
 def test_column_square_sums(case):
-    got, mixing = case.answers, case.mixing
     want = np.sum(case.matrix**2, axis=0)
-    oracles.assert_close(oracles.flat(got["square sums"]), want, length=M)
-    want = np.sum((mixing @ case.matrix) ** 2, axis=0)
+    oracles.assert_close(oracles.flat(case.answers["square sums"]), want, length=M)
+    want = np.sum((MIXING @ case.matrix) ** 2, axis=0)
     for name in ("mixed square sums", "mixed square sums, lower"):
-        oracles.assert_close(oracles.flat(got[name]), want, length=M)
+        oracles.assert_close(oracles.flat(case.answers[name]), want, length=M)
 
 
-def test_put_and_write(case):
-    new, dots, accepted = case.answers["put"]
-    written, also_accepted = case.answers["write"]
+def test_rows_are_pytrees(case):
+    same = jax.jit(lambda held: held)(case.held)
+    assert jax.tree.structure(same) == jax.tree.structure(case.held)
+    assert_columns(all_columns(same), case.matrix)
+
+
+def test_restrict(writable):
+    assert_columns(writable.answers["restrict"], writable.matrix * KEPT)
+
+
+def test_put_and_write(writable):
+    assert rows.check_writable(writable.held, "this test") is writable.held
+    new, dots, accepted = writable.answers["put"]
+    written, also_accepted = writable.answers["write"]
     assert accepted
     assert also_accepted
-    matrix = case.matrix.copy()
-    matrix[2] = stored(case, 3)
+    matrix = writable.matrix.copy()
+    matrix[2] = as_stored(writable, 3)
     assert_columns(new, matrix)
     assert_columns(written, matrix)
     oracles.assert_close(dots, matrix @ matrix[2], length=D)
 
 
 @jax.jit
-def put(held, row, gradient):
+def put_and_write(held, row, gradient):
     new, _, accepted = held.put(row, gradient)
-    return all_columns(new), accepted
+    written, also_accepted = held.write(row, gradient)
+    return (all_columns(new), accepted), (all_columns(written), also_accepted)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("where", [6, -1])
-def test_put_refuses_what_cannot_be_squared(single, bad, where):
-    g = vector(3, single.d)
+def test_what_cannot_be_squared_is_rejected(writable, bad, where):
+    g = vector(3)
     g[where] = bad
-    columns, accepted = put(single.held, np.int32(1), single.tree(g))
-    assert not accepted
-    assert_columns(columns, single.matrix)
+    for columns, accepted in put_and_write(writable.held, np.int32(1), tree_of(g)):
+        assert not accepted
+        assert_columns(columns, writable.matrix)
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_put_refuses_what_overflows_the_storage(storage):
-    case = made("stored", storage, "float16")
-    columns, accepted = put(case.held, np.int32(1), case.tree(np.full(D, 1e6, np.float32)))
-    assert not accepted
-    assert_columns(columns, case.matrix)
+@pytest.mark.parametrize("name", ["flat, float16", "leaf, float16", "outside"])
+def test_what_overflows_the_storage_is_rejected(name):
+    case = made(name)
+    g = tree_of(np.full(D, 1e6, np.float32))
+    for columns, accepted in put_and_write(case.held, np.int32(1), g):
+        assert not accepted
+        assert_columns(columns, case.matrix)
 
 
-def test_clear(case):
-    matrix = case.matrix.copy()
+def test_clear(writable):
+    matrix = writable.matrix.copy()
     matrix[2] = 0
-    assert_columns(case.answers["clear"], matrix)
+    assert_columns(writable.answers["clear"], matrix)
+    assert_columns(writable.answers["clear nothing"], writable.matrix)
 
 
-def test_rows_are_pytrees(single):
-    same = jax.jit(lambda held: held)(single.held)
-    assert jax.tree.structure(same) == jax.tree.structure(single.held)
-    assert_columns(all_columns(same), single.matrix)
+@pytest.mark.parametrize("jit", [False, True])
+def test_write_rows(writable, jit):
+    """Some of the gradients, of which one is rejected."""
+    held = jax.tree.map(jnp.copy, writable.held)  # the rows are donated
+    new = np.stack([vector(seed) for seed in (3, 4, 5)])
+    new[1, 7] = np.nan
+
+    def write(held, gradients):
+        return held.write_rows(1, gradients, 2)
+
+    got, accepted = (jax.jit(write) if jit else write)(
+        held, jax.tree.map(jnp.asarray, tree_of(new))
+    )
+    np.testing.assert_array_equal(accepted[:2], [True, False])
+    matrix = writable.matrix.copy()
+    matrix[1] = as_stored(writable, 3)
+    assert_columns(all_columns(got), matrix)
 
 
-@pytest.mark.parametrize("chosen", [jnp.float32, jnp.bfloat16])
-def test_empty_rows(storage, chosen):
-    held = rows.empty_rows(PARAMS, 3, storage=storage, dtype=chosen)
+# Blocks.
+
+
+@dataclass(frozen=True)
+class Product:
+    """``G_b^T G_b v_b`` in blocks where a mask is true; sums of it; and where it is positive."""
+
+    what: str
+
+    def __call__(self, batch, part, here, factor):
+        assert batch.shape == (part.shape[0], M, part.shape[1])
+        assert here.shape == part.shape
+        assert here.dtype == bool
+        kept = jnp.where(here[:, None], batch, jnp.zeros_like(batch))
+        dots = jnp.einsum("bnj,bj->bn", kept, part, precision="highest")
+        found = factor * jnp.einsum("bnj,bn->bj", kept, dots, precision="highest")
+        sums = jnp.sum(found, axis=1)
+        results = {"coordinates": found, "blocks": sums, "all": (found, sums, here & (part > 0))}
+        return results[self.what]
+
+
+RUNS = {
+    "ones": (BlockRun(0, D, 1),),
+    "one": (BlockRun(0, 1, D),),
+    "several": (BlockRun(0, 3, 4), BlockRun(12, 1, 2), BlockRun(14, 1, 5)),
+    "gaps": (BlockRun(1, 2, 3), BlockRun(8, 1, 1), BlockRun(10, 1, 6)),
+    "none": (),
+}
+PERMUTATION = np.random.default_rng(5).permutation(D).astype(np.int32)
+ORDERS = {
+    "as they are": None,
+    "permuted": PERMUTATION,
+    "partial": PERMUTATION[:16],
+}
+FACTOR = np.float32(-1.5)
+
+
+def products_of_blocks(case, runs, order, what):
+    places = ORDERS[order]
+    partition = Partition(None if places is None else jnp.asarray(places), RUNS[runs])
+    return case.held.map_blocks(
+        partition,
+        Product(what),
+        tree_of(vector()),
+        tree_of(vector(7) > 0),
+        constants=(jnp.asarray(FACTOR),),
+    )
+
+
+PARTITIONS = [(runs, order) for runs in RUNS for order in ORDERS if order != "partial"]
+PARTITIONS += [(runs, "partial") for runs in ("gaps", "none")]
+
+
+@pytest.mark.parametrize(("runs", "order"), PARTITIONS)
+def test_map_blocks(case, runs, order):
+    places = ORDERS[order]
+    got = products_of_blocks(case, runs, order, "all")
+    keep = vector(7) > 0
+    kept, whole, sums = case.matrix * keep, np.zeros(D), []
+    positive = np.zeros(D, bool)
+    for run in RUNS[runs]:
+        for i in range(run.count):
+            here = np.arange(run.start + i * run.size, run.start + (i + 1) * run.size)
+            here = here if places is None else places[here]
+            whole[here] = FACTOR * (kept[:, here].T @ (kept[:, here] @ vector()[here]))
+            positive[here] = keep[here] & (vector()[here] > 0)
+            sums.append(whole[here].sum())
+    size = np.abs(kept.T @ kept) @ np.abs(vector())
+    coordinates, blocks, where = got
+    for out in (coordinates, where):
+        assert jax.tree.structure(out) == jax.tree.structure(PARAMS)
+    np.testing.assert_allclose(oracles.flat(coordinates), whole, rtol=0, atol=1e-5 * size.max())
+    assert blocks.shape == (len(sums),)
+    np.testing.assert_allclose(blocks, sums, rtol=0, atol=1e-5 * size.sum())
+    assert {leaf.dtype for leaf in jax.tree.leaves(where)} == {jnp.dtype(bool)}
+    np.testing.assert_array_equal(oracles.flat(where), positive)
+
+
+@pytest.mark.parametrize("name", ["flat, float32", "stacked, mixed", "outside"])
+def test_a_result_of_blocks_need_not_be_in_a_tuple(name):
+    case = made(name)
+    coordinates, blocks, _ = products_of_blocks(case, "gaps", "permuted", "all")
+    alone = products_of_blocks(case, "gaps", "permuted", "coordinates")
+    jax.tree.map(np.testing.assert_array_equal, alone, coordinates)
+    alone = products_of_blocks(case, "gaps", "permuted", "blocks")
+    np.testing.assert_array_equal(alone, blocks)
+
+
+def test_another_order_compiles_nothing():
+    held, traced = made("flat, float32").held, []
+
+    def count(batch):
+        traced.append(batch.shape)
+        return jnp.sum(batch, axis=1)
+
+    for seed in range(3):
+        order = jnp.asarray(np.random.default_rng(seed).permutation(D), jnp.int32)
+        held.map_blocks(Partition(order, RUNS["several"]), count)
+    once = len(traced)
+    held.map_blocks(Partition(jnp.arange(D, dtype=jnp.int32), RUNS["several"]), count)
+    assert len(traced) == once
+
+
+# Storages.
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_empty_rows(name):
+    held = STORAGES[name]().empty(PARAMS, 3)
+    assert isinstance(held, WritableRows)
     assert held.num_rows == 3
-    assert held.dtype == jnp.float32
-    arrays = jax.tree.leaves((held.block,) if storage == "flat" else held.blocks)
-    assert {leaf.dtype for leaf in arrays} == {jnp.dtype(chosen)}
-    np.testing.assert_array_equal(held.gram(), np.zeros((3, 3)))
+    assert held.layout == rows.Layout(PARAMS)
+    np.testing.assert_array_equal(all_columns(held), np.zeros((3, D)))
+
+
+def test_a_storage_is_one_static_value():
+    """Rows made twice by one storage are of one structure, as a loop needs it."""
+    for make in STORAGES.values():
+        storage = make()
+        hash(storage)
+        first, second = (storage.empty(PARAMS, 2) for _ in range(2))
+        assert jax.tree.structure(first) == jax.tree.structure(second)
+
+
+@pytest.mark.parametrize("chosen", [None, jnp.float32, jnp.bfloat16])
+def test_dense_rows_are_stored_in_the_dtype_asked_for(packing, chosen):
+    storage = Dense(chosen, packing)
+    want = jnp.dtype(chosen or jnp.float32)
+    filled = rows.as_rows(jnp.ones((3, D)), PARAMS, storage=storage)
+    for held in (storage.empty(PARAMS, 3), filled):
+        assert held.dtype == jnp.float32
+        assert {leaf.dtype for leaf in jax.tree.leaves(held.blocks)} == {want}
 
 
 @pytest.mark.x64
-def test_float64_rows(storage):
+def test_float64_rows(packing):
+    storage = Dense(packing=packing)
     matrix = np.random.default_rng(0).normal(size=(M, D))
-    held = rows.as_rows(jax.tree.map(jnp.asarray, tree_of(matrix)), PARAMS, storage=storage)
+    held = held_by(storage, matrix)
     assert held.dtype == jnp.float64
     np.testing.assert_allclose(held.gram(), matrix @ matrix.T, 1e-13, 1e-13)
-    assert rows.empty_rows({"w": jnp.zeros(2)}, 1, storage=storage).dtype == jnp.float64
+    assert storage.empty({"w": jnp.zeros(2)}, 1).dtype == jnp.float64
 
 
-def test_parameters_without_leaves(storage):
-    held = rows.empty_rows({"a": None}, 3, storage=storage)
+@pytest.mark.parametrize("name", STORAGES)
+def test_parameters_without_leaves(name):
+    held = STORAGES[name]().empty({"a": None}, 3)
     assert held.num_rows == 3
     held, dots, accepted = held.put(jnp.int32(0), {"a": None})
     assert accepted
     np.testing.assert_array_equal(dots, np.zeros(3))
     np.testing.assert_array_equal(held.gram(), np.zeros((3, 3)))
+    np.testing.assert_array_equal(held.gram({"a": None}), np.zeros((3, 3)))
+    assert held.column_square_sums() == {"a": None}
 
 
-def test_as_rows_takes_one_matrix_for_a_tree(storage):
-    matrix = made("stored", storage, "float32").matrix
-    held = rows.as_rows(jnp.asarray(matrix, jnp.float32), PARAMS, storage=storage)
+@pytest.mark.parametrize("name", STORAGES)
+def test_as_rows_takes_one_matrix_for_a_tree(name):
+    matrix = made("flat, float16").matrix
+    held = rows.as_rows(jnp.asarray(matrix, jnp.float32), PARAMS, storage=STORAGES[name]())
     np.testing.assert_array_equal(held.columns(0, D), matrix)
-    plain = rows.as_rows(jnp.asarray(matrix, jnp.float32), storage=storage)
+    plain = rows.as_rows(jnp.asarray(matrix, jnp.float32), storage=STORAGES[name]())
     assert plain.layout.shapes == ((D,),)
 
 
-def test_as_rows_keeps_mixed_dtypes(storage):
+def test_as_rows_keeps_mixed_dtypes(packing):
     tree = {"a": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones((3, 2), jnp.float32)}
-    held = rows.as_rows(tree, storage=storage)
+    held = rows.as_rows(tree, storage=Dense(packing=packing))
     assert held.dtype == jnp.float32
     assert [d.name for d in held.layout.dtypes] == ["bfloat16", "float32"]
     np.testing.assert_array_equal(held.gram(), np.full((3, 3), 4.0))
+
+
+def test_a_storage_that_writes_says_which_gradient_it_rejects():
+    bad = jnp.ones((3, D)).at[1, 4].set(jnp.nan)
+    with pytest.raises(FloatingPointError, match="row 1 of gradients has NaN or Inf in it"):
+        rows.as_rows(bad, PARAMS, storage=outside.Half())
+
+
+def test_a_storage_outside_counts_what_its_rows_are_asked():
+    storage = outside.Half()
+    held = rows.as_rows(jnp.ones((3, D)), PARAMS, storage=storage)
+    assert not storage.reads.of
+    inverse = fisher_inverse(held, 1.0)
+    assert storage.reads.of == {"gram": 1}
+    inverse.ihvp(PARAMS)
+    inverse.ihvp(PARAMS)
+    assert storage.reads.of == {"gram": 1, "dots": 2, "combine": 2}
 
 
 @pytest.mark.parametrize(
@@ -381,13 +552,191 @@ def test_as_rows_refuses(gradients, params, error, message):
         rows.as_rows(gradients, params)
 
 
-def test_unknown_storage_and_sizes_are_refused():
-    with pytest.raises(ValueError, match="storage must be one of 'flat', 'per_leaf'"):
-        rows.as_rows(jnp.ones((2, 3)), storage="disk")
+def test_impossible_storages_are_refused():
+    with pytest.raises(ValueError, match="packing must be one of 'flat', 'leaf'; got 'disk'"):
+        Dense(packing="disk")
     with pytest.raises(ValueError, match="num_rows must be at least 1, got 0"):
-        rows.empty_rows(PARAMS, 0)
+        Dense().empty(PARAMS, 0)
     with pytest.raises(TypeError, match="num_rows must be a Python int, got bool"):
-        rows.empty_rows(PARAMS, True)
+        Dense().empty(PARAMS, True)
     for dtype in (jnp.int32, jnp.float16):
         with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float64"):
-            rows.empty_rows(PARAMS, 2, dtype=dtype)
+            Dense(dtype)
+    with pytest.raises(ValueError, match="float64 needs jax_enable_x64"):
+        Dense(jnp.float64)
+
+
+@pytest.mark.x64
+def test_kernels_of_low_precision_do_not_take_float64():
+    with pytest.raises(ValueError, match=r"'mosaic_gpu' needs float32 or bfloat16 .* got float64"):
+        Dense(jnp.float64, implementation="mosaic_gpu")
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("storage", "message"),
+    [
+        ("flat", r"such as mfac_jax.rows.Dense\(packing=\"flat\"\), got 'flat'"),
+        ("per_leaf", r"such as mfac_jax.rows.Dense\(packing=\"leaf\"\), got 'per_leaf'"),
+        ("disk", r"such as mfac_jax.rows.Dense\(dtype, packing\), got 'disk'"),
+        (Dense, r"storage must be a storage, .* got <class .*Dense'>"),
+        (None, "storage must be a storage, .* got None"),
+    ],
+)
+def test_what_is_no_storage_is_refused(storage, message):
+    with pytest.raises(TypeError, match=message):
+        rows.as_rows(jnp.ones((2, 3)), storage=storage)
+    with pytest.raises(TypeError, match=message):
+        rows.check_storage(storage)
+
+
+# Capabilities.
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Products(GradientRows):
+    """Rows that answer products and nothing else."""
+
+    matrix: Any
+    layout: rows.Layout = field(metadata={"static": True})
+    num_rows: int = field(metadata={"static": True})
+    dtype = jnp.dtype("float32")
+
+    def dots(self, vector):
+        flat = self.layout.flatten(vector, self.dtype, "vector")
+        return jnp.matmul(self.matrix, flat, precision="highest")
+
+    def combine(self, coefficients, *, vector=None, scale=None):
+        out = jnp.matmul(coefficients, self.matrix, precision="highest")
+        if vector is not None:
+            out = self.layout.flatten(vector, self.dtype, "vector") - out
+        return self.layout.unflatten(out if scale is None else scale * out)
+
+    def gram(self, mask=None):
+        g = self.matrix
+        g = g if mask is None else jnp.where(self.layout.flat_mask(mask)[None], g, 0.0)
+        return jnp.matmul(g, g.T, precision="highest")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Written(Products, WritableRows):
+    """Rows that answer products and can be written."""
+
+    def write(self, row, gradient):
+        new = self.layout.flatten(gradient, self.dtype, "gradient")
+        accepted = rows.is_small_enough(new @ new, self.num_rows)
+        matrix = jnp.where(accepted, self.matrix.at[row].set(new), self.matrix)
+        return replace(self, matrix=matrix), accepted
+
+    def put(self, row, gradient):
+        new, accepted = self.write(row, gradient)
+        return new, new.matrix @ new.matrix[row], accepted
+
+    def clear(self, row):
+        return replace(self, matrix=self.matrix.at[row].set(0))
+
+    def restrict(self, mask):
+        return replace(self, matrix=jnp.where(self.layout.flat_mask(mask)[None], self.matrix, 0.0))
+
+
+@dataclass(frozen=True)
+class Writing(Storage):
+    def empty(self, params, num_rows):
+        layout = rows.Layout(params)
+        return Written(jnp.zeros((num_rows, layout.size)), layout, num_rows)
+
+
+LAM = 0.3
+
+
+def products():
+    matrix = matrix_of("float32")
+    return Products(jnp.asarray(matrix), rows.Layout(PARAMS), M), matrix
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_are_enough_for_the_whole_inverse(masked):
+    held, matrix = products()
+    keep = KEPT if masked else np.ones(D, bool)
+    inverse = fisher_inverse(held, LAM, mask=tree_of(KEPT) if masked else None)
+    g, v = matrix * keep, vector()
+    dense = oracles.inverse(g, LAM)
+    condition = oracles.condition(g, LAM) * oracles.cancellation(v, dense @ v, LAM)
+    close = {"length": D, "condition": condition}
+    oracles.assert_close(oracles.flat(inverse.ihvp(tree_of(v))), dense @ v, **close)
+    c = vector(size=M)
+    got = inverse.combination(jnp.asarray(c))
+    oracles.assert_close(oracles.flat(got), dense @ g.T @ c, **close)
+    oracles.assert_close(inverse.quadratic_form(tree_of(v)), v @ dense @ v, **close)
+    oracles.assert_close(inverse.log_det(), oracles.log_det(dense), **close)
+    draw = inverse.sample(jax.random.key(0))
+    same = fisher_inverse(held_by(Dense(), matrix), LAM, mask=inverse.mask)
+    want = oracles.flat(same.sample(jax.random.key(0)))
+    oracles.assert_close(oracles.flat(draw), want, **close)
+
+
+def test_products_are_enough_for_a_transform():
+    held, matrix = products()
+    oracles.assert_close(
+        all_columns(held.transform(jnp.asarray(MIXING))), MIXING @ matrix, length=M
+    )
+
+
+def test_products_and_writing_are_enough_for_a_window():
+    params, v = jax.tree.map(jnp.asarray, PARAMS), tree_of(vector())
+    found = []
+    for storage in (Writing(), Dense()):
+        held = window.init(params, M, storage=storage)
+        for seed in range(M + 2):
+            held, info = window.push(held, tree_of(vector(seed)))
+            assert info.accepted
+        held = window.restrict(window.remove(held, 1), tree_of(KEPT))
+        found.append((window.ihvp(held, v, LAM), window.ihvp_newest(held, LAM)))
+    for got, want in zip(*found, strict=True):
+        oracles.assert_close(oracles.flat(got), oracles.flat(want), length=D)
+
+
+@pytest.mark.wrong_types
+def test_parts_of_a_stack_that_do_not_fit_are_refused():
+    held, other = made("flat, float32").held, rows.as_rows(jnp.ones((2, 3)))
+    for parts, scales in (((held, held), jnp.ones(3)), ((), jnp.ones(0))):
+        with pytest.raises(ValueError, match="one scale for each of one part or more, got"):
+            StackedRows.of(parts, scales)
+    with pytest.raises(ValueError, match=r"expected .*'a'.* in float32, got .*\[3\].* in float32"):
+        StackedRows.of((held, other), jnp.ones(2))
+
+
+def test_the_implementation_of_a_stack_is_that_of_its_parts():
+    plain, best = (held_by(Dense(implementation=i), matrix_of("float32")) for i in ("xla", None))
+    for parts, want in (((plain, plain), "xla"), ((best, best), None), ((plain, best), None)):
+        assert StackedRows.of(parts, jnp.ones(2)).implementation == want
+
+
+NO_COLUMNS = r"needs rows whose columns can be read \(mfac_jax.rows.ColumnRows\), got Products"
+NO_WRITING = r"needs rows that can be written \(mfac_jax.rows.WritableRows\), got Products"
+
+
+@pytest.mark.wrong_types
+def test_what_needs_more_than_products_says_so():
+    held, _ = products()
+    inverse = fisher_inverse(held, LAM)
+    for what, ask in {
+        "diagonal": inverse.diagonal,
+        "entries": lambda: inverse.entries(0, 0),
+        "whiten": inverse.whiten,
+    }.items():
+        with pytest.raises(TypeError, match=f"{what} {NO_COLUMNS}, which cannot"):
+            ask()
+    for blocks in (4, "leaf"):
+        with pytest.raises(TypeError, match=rf"blocks={blocks!r}, n=4, d=19 {NO_COLUMNS}"):
+            fisher_inverse(held, LAM, blocks=blocks)
+    stack = StackedRows.of((held, held), jnp.ones(2))
+    with pytest.raises(TypeError, match=f"the columns of stacked rows {NO_COLUMNS}"):
+        stack.take(jnp.arange(3))
+    with pytest.raises(TypeError, match=f"a window {NO_WRITING}"):
+        window.from_rows(held)
+    for check in (rows.check_columns, rows.check_writable):
+        with pytest.raises(TypeError, match=r"rows must be gradient rows .* got ndarray"):
+            check(np.ones((2, 3)), "this test")

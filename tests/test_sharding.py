@@ -1,4 +1,4 @@
-"""Per-leaf rows follow the sharding of their parameters."""
+"""Rows in leaf packing follow the sharding of their parameters."""
 
 import chex
 import jax
@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mfac_jax import mfac_precondition
+from mfac_jax import fisher_inverse, mfac_precondition
+from mfac_jax.rows import Dense, as_rows
 
 SPECS = {"kernel": PartitionSpec("x", "y"), "bias": PartitionSpec("y"), "scale": PartitionSpec()}
 
@@ -28,7 +29,7 @@ def gradient(seed):
 
 
 def test_steps_on_shards_equal_steps_on_one_device(shardings):
-    tx = mfac_precondition(4, damping=0.1, storage="per_leaf")
+    tx = mfac_precondition(4, damping=0.1, storage=Dense(packing="leaf"))
     step = jax.jit(tx.update, donate_argnums=1)
     plain = tx.init(gradient(0))
     spread = tx.init(jax.device_put(gradient(0), shardings))
@@ -43,7 +44,7 @@ def test_steps_on_shards_equal_steps_on_one_device(shardings):
 
 
 def test_no_parameter_and_no_row_is_gathered(shardings):
-    tx = mfac_precondition(4, damping=0.1, storage="per_leaf")
+    tx = mfac_precondition(4, damping=0.1, storage=Dense(packing="leaf"))
     grads = jax.device_put(gradient(0), shardings)
     compiled = jax.jit(tx.update).lower(grads, tx.init(grads)).compile().as_text()
     assert "all-reduce" in compiled
@@ -56,5 +57,35 @@ def test_abstract_parameters_carry_their_sharding(shardings):
         name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=shardings[name])
         for name, leaf in gradient(0).items()
     }
-    state = mfac_precondition(4, damping=0.1, storage="per_leaf").init(abstract)
+    state = mfac_precondition(4, damping=0.1, storage=Dense(packing="leaf")).init(abstract)
     assert state.window.rows.blocks["kernel"].sharding.spec == PartitionSpec(None, "x", "y")
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_the_whole_inverse_multiplies_shards(shardings, mask):
+    """Products exchange n numbers; only the Gram matrix, computed before, gathers."""
+    stacked = {name: jnp.stack([gradient(seed)[name] for seed in range(4)]) for name in shardings}
+    keep = jax.tree.map(lambda x: x > 0, gradient(9)) if mask else None
+    spread = {
+        name: jax.device_put(leaf, NamedSharding(shardings[name].mesh, rows_spec(name)))
+        for name, leaf in stacked.items()
+    }
+    params = gradient(0)
+    vector = jax.device_put(gradient(7), shardings)
+    held = as_rows(spread, params, storage=Dense(packing="leaf"))
+    for name in shardings:
+        assert held.blocks[name].sharding.spec == rows_spec(name)
+    inverse = fisher_inverse(held, 0.1, mask=keep)
+    got = inverse.ihvp(vector)
+    plain = fisher_inverse(as_rows(stacked, params), 0.1, mask=keep)
+    chex.assert_trees_all_close(got, plain.ihvp(gradient(7)), rtol=1e-4, atol=1e-5)
+    leaves, treedef = jax.tree.flatten(inverse)  # lowering puts no arrays in place of leaves
+    ihvp = jax.jit(lambda leaves, v: jax.tree.unflatten(treedef, leaves).ihvp(v))
+    compiled = ihvp.lower(leaves, vector).compile().as_text()
+    assert "all-reduce" in compiled
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        assert collective not in compiled
+
+
+def rows_spec(name):
+    return PartitionSpec(None, *SPECS[name])

@@ -1,5 +1,6 @@
 """The sliding window against a plain list of gradients and float64 algebra."""
 
+import dataclasses
 import functools
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
+import outside
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,15 @@ from mfac_jax import reference, rows, window
 D = 12
 PARAMS = {"w": jnp.zeros((2, 3)), "none": None, "b": jnp.zeros(6)}
 LAM = 0.1
+
+STORAGES = {"flat": rows.Dense(), "leaf": rows.Dense(packing="leaf")}
+every_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+
+LOW_PRECISION = {
+    "flat": (rows.Dense(jnp.bfloat16), jnp.bfloat16),
+    "leaf": (rows.Dense(jnp.bfloat16, packing="leaf"), jnp.bfloat16),
+    "outside": (outside.Half(), jnp.float16),
+}
 
 push = jax.jit(window.push)
 replace = jax.jit(lambda w, slot, g: window.replace(w, slot, g))
@@ -39,7 +50,7 @@ def some(count, seed=0, d=D):
     return np.random.default_rng(seed).normal(size=(count, d)).astype(np.float32)
 
 
-def filled(gradients, m, storage="flat"):
+def filled(gradients, m, storage=STORAGES["flat"]):
     w = window.init(PARAMS, m, storage=storage)
     for g in gradients:
         w, _ = push(w, tree(g))
@@ -68,12 +79,10 @@ def assert_is(w, held, newest=None):
     oracles.assert_close(direction, want, length=d, condition=condition)
 
 
-@pytest.mark.parametrize(
-    ("m", "storage"), [(1, "flat"), (4, "flat"), (17, "flat"), (4, "per_leaf")]
-)
+@pytest.mark.parametrize(("m", "storage"), [(1, "flat"), (4, "flat"), (17, "flat"), (4, "leaf")])
 def test_right_while_filling_and_at_every_position_of_the_ring(m, storage):
     g = some(2 * m + 1)
-    w = window.init(PARAMS, m, storage=storage)
+    w = window.init(PARAMS, m, storage=STORAGES[storage])
     assert_is(w, [])
     for i in range(len(g)):
         w, info = push(w, tree(g[i]))
@@ -198,7 +207,7 @@ def test_m_pushes_are_a_rebuild_in_any_order(seed, order):
         oracles.assert_close(got, want, length=D, condition=condition)
 
 
-@pytest.mark.parametrize("storage", ["flat", "per_leaf"])
+@every_storage
 def test_trees_and_flat_vectors_keep_their_form_and_dtype(storage):
     w = filled(some(4), 4, storage)
     v = some(1, 1)[0]
@@ -351,7 +360,7 @@ def test_denominator():
         oracles.assert_close(got, inverse @ v, length=D, condition=condition * lost)
 
 
-@pytest.mark.parametrize("storage", ["flat", "per_leaf"])
+@every_storage
 def test_restrict(storage):
     g = some(3)
     keep = np.arange(D) % 3 > 0
@@ -367,7 +376,7 @@ def test_fisher_trace():
     assert float(window.fisher_trace(window.init(PARAMS, 2))) == 0
 
 
-@pytest.mark.parametrize("storage", ["flat", "per_leaf"])
+@every_storage
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e25])
 def test_a_bad_gradient_leaves_the_window_as_it_was(bad, storage):
     w = filled(some(3), 3, storage)
@@ -440,11 +449,12 @@ def test_vmap_over_vectors():
     oracles.assert_close(got, want, length=D, condition=lost * oracles.condition(g, LAM))
 
 
-@pytest.mark.parametrize("storage", ["flat", "per_leaf"])
+@every_storage
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_donated_window_is_not_copied(storage, dtype):
     params = {"a": jnp.zeros((64, 512)), "b": jnp.zeros(16 * 2048)}
-    shapes = jax.eval_shape(lambda: window.init(params, 128, storage=storage, dtype=dtype))
+    storage = dataclasses.replace(storage, dtype=dtype)
+    shapes = jax.eval_shape(lambda: window.init(params, 128, storage=storage))
     lowered = jax.jit(window.push, donate_argnums=0).lower(shapes, params)
     memory = lowered.compile().memory_analysis()
     held = 128 * 65536 * jnp.dtype(dtype).itemsize
@@ -452,15 +462,30 @@ def test_a_donated_window_is_not_copied(storage, dtype):
     assert memory.temp_size_in_bytes < held / 4
 
 
-@pytest.mark.parametrize("storage", ["flat", "per_leaf"])
-def test_low_precision_windows_describe_the_gradients_as_stored(storage):
+@pytest.mark.parametrize(("storage", "dtype"), LOW_PRECISION.values(), ids=LOW_PRECISION)
+def test_low_precision_windows_describe_the_gradients_as_stored(storage, dtype):
     g = some(4)
-    w = window.init(PARAMS, 3, storage=storage, dtype=jnp.bfloat16)
+    w = window.init(PARAMS, 3, storage=storage)
     for row in g:
         w, _ = push(w, tree(row))
-    stored = np.asarray(jnp.asarray(g, jnp.bfloat16), np.float64)[1:]
+    stored = np.asarray(jnp.asarray(g, dtype), np.float64)[1:]
     assert w.gram.dtype == jnp.float32
     assert_is(w, stored, newest=stored[-1])
+
+
+@pytest.mark.parametrize("m", [3, D + 1])
+def test_a_window_asks_for_products_only(m):
+    storage = outside.Half()
+    w = window.init(PARAMS, m, storage=storage)
+    for g in some(3):
+        w, _ = push(w, tree(g))
+    v = tree(some(1, 7)[0])
+    w, _ = window.replace(w, 1, v)
+    w = window.remove(w, 2)
+    window.ihvp(w, v, LAM)
+    window.ihvp_newest(w, LAM, refinements=1)
+    window.restrict(w, jax.tree.map(lambda x: x > 0, v))
+    assert set(storage.reads.of) == {"put", "dots", "combine", "gram"}
 
 
 @pytest.mark.x64
@@ -487,8 +512,6 @@ def test_static_mistakes_are_refused():
         window.init(PARAMS, 0)
     with pytest.raises(TypeError, match="window_size must be a Python int, got bool"):
         window.init(PARAMS, True)
-    with pytest.raises(ValueError, match="storage must be one of"):
-        window.init(PARAMS, 2, storage="disk")
     with pytest.raises(ValueError, match=r"slot must lie in 0..2, got 3"):
         window.remove(w, 3)
     with pytest.raises(ValueError, match=r"slot must lie in 0..2, got -1"):
@@ -510,3 +533,14 @@ def test_static_mistakes_are_refused():
         window.push(w, PARAMS | {"w": jnp.zeros((3, 2))})
     with pytest.raises(TypeError, match=r"gradient\['b'\] must be a real floating-point array"):
         window.push(w, PARAMS | {"b": jnp.zeros(6, jnp.int32)})
+
+
+@pytest.mark.wrong_types
+def test_what_is_no_storage_and_what_are_no_writable_rows_is_refused():
+    with pytest.raises(TypeError, match=r"storage must be a storage, .* got 'disk'"):
+        window.init(PARAMS, 2, storage="disk")
+    with pytest.raises(TypeError, match=r"rows must be gradient rows .* got dict"):
+        window.from_rows(PARAMS)
+    read_only = rows.StackedRows.of((rows.as_rows(jnp.eye(3)),), jnp.ones(1))
+    with pytest.raises(TypeError, match=r"a window needs rows that can be written .* StackedRows"):
+        window.from_rows(read_only)

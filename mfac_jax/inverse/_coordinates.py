@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -12,7 +13,9 @@ from jaxtyping import Array, Bool, Int
 from mfac_jax import _checks
 
 
-class Pairs(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pairs:
     """Pairs of coordinates, flattened.
 
     Attributes:
@@ -25,7 +28,7 @@ class Pairs(NamedTuple):
     rows: Int[Array, " k"]
     columns: Int[Array, " k"]
     valid: Bool[Array, " k"]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = field(metadata={"static": True})
 
 
 def as_pairs(rows: ArrayLike, columns: ArrayLike, d: int) -> Pairs:

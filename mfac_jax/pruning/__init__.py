@@ -7,7 +7,9 @@ prune and S those to keep, a change ``delta`` with ``delta_Q = -w_Q`` costs
 
     1/2 delta^T F delta            (the gradient being small where one prunes).
 
-- :func:`prune` does it all: give a loss, batches and a percentage;
+- :func:`prune` does it all: give a loss, batches and a percentage. :class:`Scope` says what may
+  be pruned, :class:`Gradients` which gradients each step takes, :class:`Search` what it is
+  chosen from;
 - :func:`prune_step` is one step of it, for those who write their own loop, with
   :func:`sparsity_schedule` for several and :func:`sparse` and :func:`set_mask` to train in
   between;
@@ -20,29 +22,28 @@ prune and S those to keep, a change ``delta`` with ``delta_Q = -w_Q`` costs
 - :func:`joint_update`, :func:`reference_update` and :func:`removal` give ``delta``;
 - :func:`save`, :func:`load` and :func:`to_bcoo` hand the result on.
 
-To add to it: a score is an entry of ``SCORES`` in ``_scores.py``, an update one of
-``UPDATES`` in ``_updates.py``, a pattern a class in ``_patterns.py`` with its groups and the order
-of axes that makes them neighbours, a budget a branch of ``layer_counts`` in ``_budgets.py``.
-
-Scores, masks and updates take the trees they are given whole. To work on some
-of the parameters, give them those alone; rows narrow with
-:class:`mfac_jax.rows.SelectedRows`.
+Scores and updates of your own are functions of a :class:`Problem`; a pattern of your own derives
+from :class:`Pattern`; a budget of your own is a function of the layers' shapes. All trees are
+like the caller's parameters. Scores, masks and updates take the trees they are given whole.
 
 References: Hassibi, Stork, "Second order derivatives for network pruning: Optimal
 Brain Surgeon", NeurIPS 1992. Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free
 Approximations of Second-Order Information", NeurIPS 2021, section 4.1.
 """
 
-from mfac_jax.pruning._calibration import Descent, Setting, Trial, default_settings
+from mfac_jax.pruning._blocks import WithinOutputs
 from mfac_jax.pruning._export import load, save, to_bcoo
 from mfac_jax.pruning._filters import prunable
+from mfac_jax.pruning._gradients import Gradients
 from mfac_jax.pruning._masks import initial_mask, mask_to_count, mask_to_sparsity
-from mfac_jax.pruning._outputs import WithinOutputs
-from mfac_jax.pruning._patterns import BlocksOf, NofM, Slices, Unstructured
+from mfac_jax.pruning._patterns import BlocksOf, Groups, NofM, Pattern, Slices, Unstructured
+from mfac_jax.pruning._problem import Problem
 from mfac_jax.pruning._prune import Pruned, prune
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport
-from mfac_jax.pruning._saliency import magnitude, obd_saliency, saliency
 from mfac_jax.pruning._schedules import sparsity_schedule
+from mfac_jax.pruning._scope import Scope
+from mfac_jax.pruning._scores import magnitude, obd_saliency, saliency
+from mfac_jax.pruning._search import Descent, Search, Setting, Trial, default_settings
 from mfac_jax.pruning._sparse import SparseState, set_mask, sparse
 from mfac_jax.pruning._step import PruneInfo, prune_step
 from mfac_jax.pruning._updates import (
@@ -55,11 +56,17 @@ from mfac_jax.pruning._updates import (
 __all__ = [
     "BlocksOf",
     "Descent",
+    "Gradients",
+    "Groups",
     "LayerReport",
     "NofM",
+    "Pattern",
+    "Problem",
     "PruneInfo",
     "PruneReport",
     "Pruned",
+    "Scope",
+    "Search",
     "Setting",
     "Slices",
     "SparseState",

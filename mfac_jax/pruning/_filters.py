@@ -18,7 +18,7 @@ from mfac_jax._layout import Layout, PyTree
 
 PathFilter = str | Callable[[str, Any], bool] | None
 
-# NNX and its kin keep an array in a box, whose key ends the path and says nothing.
+# In NNX an array is the value of a variable. The path then ends in a key that says nothing.
 _BOXES = {"value", "raw_value"}
 _BIAS_WORDS = {"bias", "biases"}
 _SCALES = {"b", "scale", "gamma", "beta", "mean", "var"}
@@ -30,11 +30,11 @@ def prunable(params: PyTree, path_filter: PathFilter = None) -> PyTree:
 
     Args:
         params: the parameters, or anything with their shapes and dtypes.
-        path_filter: a regular expression that is looked for in the path, or a function
+        path_filter: a regular expression to search for in the path, or a function
             ``(path, leaf) -> bool``. By default a leaf may be pruned if it has two
             axes or more and its path does not name a bias, or the scale or module of
-            a normalisation. (The name counts, too, because stacked layers and
-            convolutions can have biases with several axes.)
+            a normalisation. The name matters because stacked layers and convolutions can
+            have biases of several axes.
 
     Returns:
         A tree of Python booleans with the structure of ``params``.

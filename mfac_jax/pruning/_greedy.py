@@ -7,10 +7,10 @@ it exactly, and the inverse loses its row and column:
     w      <-  w - F^-1 e_q w_q / [F^-1]_qq
     F^-1   <-  F^-1 - F^-1 e_q e_q^T F^-1 / [F^-1]_qq
 
-until the block is empty. What each removal cost is the weight's score: all the blocks'
-records are cut at one level by whoever makes the mask. O(d B^2).
+until the block is empty. The score of a weight is what its removal cost. The mask then cuts the
+records of all blocks at one level. O(d B^2).
 
-A score knows what went before it, which the saliency of single weights does not. In a block
+Unlike the saliency of single weights, such a score takes into account what went before. In a block
 scores never fall from one removal to the next, so a cut keeps the order.
 """
 
@@ -23,22 +23,23 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from mfac_jax.pruning._groups import diagonal_blocks, group_saliency
+from mfac_jax.inverse import GroupBlocks
 
-# Numbers that the inverses of the blocks under work have together: 4 MiB, so that they stay
-# in a CPU's cache while their weights go one by one.
+# The inverses of the blocks that are worked on at once hold this many numbers: 4 MiB, which stay
+# in the cache of a CPU while weights go one by one.
 _ENTRIES = 2**20
 
 
 class _Block(NamedTuple):
-    """A block under work.
+    """A block from which weights go one by one.
 
     Attributes:
-        inverse: ``F^-1`` of what is left, with rows and columns near 0 of what went.
+        inverse: ``F^-1`` of the weights that are left; near 0 in the rows and columns of those
+            that are gone.
         weights: the weights, updated.
-        left: what can still go.
-        scores: what the removals have cost; inf for what was never removed.
-        last: the cost of the last one.
+        left: which weights can still go.
+        scores: what the removals have cost; inf for weights that are not removed.
+        last: the cost of the last removal.
     """
 
     inverse: Float[Array, "B B"]
@@ -57,16 +58,16 @@ def greedy_records(
     size: int = 1,
     quota: int | None = None,
 ) -> Float[Array, "b B"]:
-    """What each removal costs, in the order in which greedy removal makes them.
+    """What each removal costs when weights go greedily.
 
     Args:
         inverse: ``F^-1`` of every block, over its alive weights.
         weights: their weights.
-        alive: which weights are there; the others score 0.
+        alive: which weights are alive; the others score 0.
         floor: ``1 / F_jj``, which no pivot is below.
         size: weights of a group.
-        quota: how many weights of a group may go, one by one; by default a group goes as
-            a whole, and all its weights score what it costs.
+        quota: how many weights of a group may go, one by one. By default a group goes as
+            a whole, and each of its weights scores what the group costs.
 
     Returns:
         The scores; inf for weights that may not go.
@@ -116,11 +117,8 @@ def _remove_all(
 
     def remove_group(_: Int[Array, ""], block: _Block) -> _Block:
         left = block.left.reshape(-1, size)
-        costs = group_saliency(
-            diagonal_blocks(block.inverse, size),
-            block.weights.reshape(-1, size),
-            floor.reshape(-1, size),
-        )
+        groups = GroupBlocks(_diagonal_blocks(block.inverse, size), floor.reshape(-1, size))
+        costs = groups.inverse_quadratic_form(block.weights.reshape(-1, size)) / 2
         there = jnp.any(left, axis=1)
         costs = jnp.where(there, costs, jnp.full_like(costs, jnp.inf))
         q = jnp.argmin(costs)
@@ -142,7 +140,7 @@ def _remove_all(
 def _eliminate(
     block: _Block, q: Int[Array, ""], floor: Float[Array, " B"], where: Bool[Array, ""]
 ) -> _Block:
-    """Weight ``q`` is removed if ``where``, and the others make up for it."""
+    """Removes weight ``q`` if ``where`` is true; the others make up for it."""
     row = block.inverse[q]
     pivot = jnp.maximum(row[q], floor[q])
     column = jnp.where(where, row / pivot, jnp.zeros_like(row))
@@ -152,6 +150,13 @@ def _eliminate(
     )
 
 
+def _diagonal_blocks(matrix: Float[Array, "B B"], size: int) -> Float[Array, "k g g"]:
+    """The ``g x g`` blocks along the diagonal."""
+    count = len(matrix) // size
+    cut = matrix.reshape(count, size, count, size)
+    return jnp.moveaxis(jnp.diagonal(cut, axis1=0, axis2=2), -1, 0)
+
+
 def _at_least(cost: Float[Array, ""], last: Float[Array, ""]) -> Float[Array, ""]:
-    """A score above the last one, if only by its last bit, so that a cut keeps the order."""
+    """The cost, or the least score above the last one, so that a cut keeps the order."""
     return jnp.maximum(cost, last * (1 + 2 * jnp.finfo(last.dtype).eps))

@@ -1,10 +1,9 @@
 """From scores to a mask in which exactly the wanted number of weights is pruned.
 
-The k lowest scores are found by their k-th value, and that bit by bit: floats map to
-integers of the same order, and each bit of the threshold takes one count over the
-weights. Equal scores are told apart by their places, bit by bit as well. Counts are sums of
-integers, so leaves are never put together (or gathered, where they are sharded) and no count
-is rounded.
+The k lowest scores are found by the k-th value. Floats map to integers of the same order, and
+each bit of the threshold takes one count over the weights. Equal scores are told apart by their
+coordinates, bit by bit as well. Counts are sums of integers. So leaves are never put together, or
+gathered where they are sharded, and no count is rounded.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
+from mfac_jax.pruning._scope import Selection, as_leaf, in_groups
 
 # A traced sparsity is taken as a multiple of 2^-24, the resolution of float32 in [0.5, 1].
 _FRACTION_BITS = 24
@@ -40,13 +40,13 @@ def mask_to_sparsity(scores: PyTree, mask: PyTree, sparsity: ArrayLike) -> PyTre
         scores: a tree of real arrays with d entries in all; low scores go first.
         mask: a tree of booleans with their structure, true where a weight is alive.
             What is pruned stays so.
-        sparsity: the fraction to be pruned after the step, in [0, 1]. The count is worked
-            out in double precision; a traced one is clipped to [0, 1] (NaN is 0) and taken to
-            24 binary places, and the count is exact for that.
+        sparsity: the fraction to be pruned after the step, in [0, 1]. The count is computed in
+            double precision. A traced sparsity is clipped to [0, 1] (NaN is 0) and rounded to
+            24 binary places, for which the count is exact.
 
     Returns:
-        The new mask. Scores that are equal go in order of coordinates, those that
-        are not finite last. If more weights are pruned already, it is ``mask``.
+        The new mask. Weights of equal scores go in the order of their coordinates. Scores that
+        are not finite go last. If more weights are pruned already, it is ``mask``.
 
     Raises:
         ValueError: ``sparsity`` is a number outside [0, 1] or one below what ``mask``
@@ -95,10 +95,10 @@ def mask_to_count(scores: PyTree, mask: PyTree, count: ArrayLike) -> PyTree:
 
 
 def pruned_count(sparsity: ArrayLike, total: int) -> Int[Array, ""]:
-    """``round(sparsity * total)``, halves to even, without a rounding on the way.
+    """``round(sparsity * total)``, halves to even, rounded once.
 
-    Float32 cannot hold a count above 2^24, so a traced sparsity is written as
-    ``q / 2^24`` and multiplied out in integers of 12 bits and more.
+    Float32 does not hold every count above 2^24. A traced sparsity is therefore written as
+    ``q / 2^24`` and multiplied with ``total`` in integers, 12 bits at a time.
     """
     _checks.unit_interval(sparsity, "sparsity")
     if total > MOST_WEIGHTS:
@@ -130,7 +130,7 @@ def num_pruned(mask: PyTree) -> Int[Array, ""]:
 
 def pruned_of_leaves(mask: Sequence[Array]) -> list[int]:
     """How many entries of each leaf of a known mask are false."""
-    # A known mask is counted at once, also while a caller is being traced.
+    # A known mask is counted at once, even while a caller is traced.
     with jax.ensure_compile_time_eval():
         return [int(count) for count in jax.device_get(_pruned_of_leaves(tuple(mask)))]
 
@@ -141,7 +141,7 @@ def _pruned_of_leaves(mask: tuple[Array, ...]) -> list[Int[Array, ""]]:
 
 
 def check_not_revived(mask: PyTree, layout: Layout, target: ArrayLike, name: str) -> None:
-    """A target that is a number must not lie below what a known mask has pruned.
+    """Checks that a known target does not lie below what a known mask has pruned.
 
     Raises:
         ValueError: it does.
@@ -168,12 +168,12 @@ def _mask_to_count(
     Args:
         scores: a tree of real arrays.
         mask: a tree of booleans like them.
-        count: what all that is pruned may count for; or the same for each leaf.
+        count: the most that all pruned entries may count for; or the same for each leaf.
         costs: what an entry of each leaf counts for; 1 by default.
 
     Returns:
-        The mask. Entries go in order of scores, and of coordinates where these are equal, up to
-        the last with which ``count`` is not exceeded.
+        The mask. Entries go in the order of their scores, and of coordinates where scores are
+        equal, as long as ``count`` is not exceeded.
     """
     layout = Layout(scores, "scores")
     if not layout.size:
@@ -194,10 +194,10 @@ def _above_count(
     count: Int[Array, "*layers"],
     costs: tuple[int, ...],
 ) -> list[Array]:
-    """Which entries stay, by keys of which none is there twice: the given ones and the places.
+    """Which entries stay: those above a threshold, by their key and then by their place.
 
-    The largest key that may go is found bit by bit: those of the given keys first, then those of
-    the place, in which entries of one given key differ. Nothing is sorted or added up in order.
+    No two entries have the same key and place. The threshold is found bit by bit, first the bits
+    of the key, then those of the place. Nothing is sorted or added up in order.
     """
     sizes = [key.size for key in keys]
     unsigned = keys[0].dtype
@@ -206,7 +206,7 @@ def _above_count(
         jnp.arange(start, start + key.size, dtype=jnp.uint32).reshape(key.shape)
         for start, key in zip(np.cumsum([0, *sizes]), keys, strict=False)
     ]
-    # Of the threshold of each leaf, if they have one each.
+    # Each leaf has its own threshold, or all have one.
     own = range(len(keys)) if count.ndim else [...] * len(keys)
 
     def below(first: Array, second: Array) -> list[Array]:
@@ -231,7 +231,7 @@ def _above_count(
             jnp.where(of_key, first | (jnp.ones((), unsigned) << shift.astype(unsigned)), first),
             jnp.where(of_key, second, second | (jnp.uint32(1) << shift.astype(jnp.uint32))),
         )
-        # Entries of the key itself are told apart by their places, and may go one by one.
+        # Entries of the threshold's own key go one by one, in the order of their places.
         gone = total(below(*higher))
         fits = jnp.where(of_key, gone < count, gone <= count)
         return jnp.where(fits, higher[0], first), jnp.where(fits, higher[1], second)
@@ -241,56 +241,88 @@ def _above_count(
     return [~gone for gone in below(*threshold)]
 
 
-def select(
-    scores: Sequence[Array],
-    alive: Sequence[Array],
+def choose(
+    scores: PyTree,
+    mask: PyTree,
     counts: Int[Array, "*layers"],
+    selection: Selection,
+    *,
+    costs: tuple[int, ...],
+    keep_layers: bool,
+) -> tuple[PyTree, Bool[Array, ""]]:
+    """The new mask: groups of lowest score go, in all layers together or in each.
+
+    Args:
+        scores: a tree like the parameters. The weights of a group that goes whole have one
+            score.
+        mask: the mask so far, like the parameters. A group is alive as long as one of its
+            weights is.
+        counts: the most that all pruned weights may count for; or the same for each prunable
+            leaf. Groups go as long as it is not exceeded.
+        selection: which leaves are prunable, and the groups in them.
+        costs: what a weight of each prunable leaf counts for.
+        keep_layers: whether the best group of every leaf stays, even if ``counts`` (of a traced
+            sparsity) would take it.
+
+    Returns:
+        The new mask, false in leaves that are not prunable; and whether the scores of all
+        weights that go are finite. Groups of equal scores go in the order of the pattern.
+    """
+    whole = selection.pattern.goes_whole
+    kept, good = _choose(
+        selection.leaves(scores),
+        selection.leaves(mask),
+        counts,
+        selection.leaf_orders if whole and selection.has_groups else (),
+        groups=selection.group_sizes if whole else (1,) * len(selection.sizes),
+        costs=costs,
+        keep_layers=keep_layers and whole,
+    )
+    return selection.mask(kept), good
+
+
+@functools.partial(jax.jit, static_argnames=("groups", "costs", "keep_layers"))
+def _choose(
+    scores: tuple[Array, ...],
+    alive: tuple[Array, ...],
+    counts: Int[Array, "*layers"],
+    orders: tuple[Array | None, ...],
     *,
     groups: tuple[int, ...],
     costs: tuple[int, ...],
     keep_layers: bool,
-) -> tuple[Array, ...]:
-    """The new mask: groups of lowest score go, in all layers together or in each.
-
-    Args:
-        scores: of the weights; the weights of a group are neighbours and score the same.
-        alive: the mask so far. A group is alive as long as one of its weights is.
-        counts: what all that is pruned counts for in the end, or the same for each leaf.
-            Groups go while it is not exceeded.
-        groups: weights of a group, for each leaf.
-        costs: what a weight of each leaf counts for.
-        keep_layers: whether the best group of every leaf stays, also where ``counts`` (of a
-            traced sparsity) would take it.
-
-    Returns:
-        The new mask.
-    """
-    # Leaves whose weights go one by one keep their shape, and with it how they are spread.
+) -> tuple[tuple[Array, ...], Bool[Array, ""]]:
+    orders = orders or (None,) * len(groups)
+    # Leaves whose weights go one by one keep their shape, and with it their sharding.
     values = [
-        leaf if g == 1 or not leaf.size else leaf.reshape(-1, g)[:, 0]
-        for leaf, g in zip(scores, groups, strict=True)
+        leaf if g == 1 or not leaf.size else in_groups(leaf, order, g)[:, 0]
+        for leaf, order, g in zip(scores, orders, groups, strict=True)
     ]
     there = [
-        leaf if g == 1 or not leaf.size else jnp.any(leaf.reshape(-1, g), axis=1)
-        for leaf, g in zip(alive, groups, strict=True)
+        leaf if g == 1 or not leaf.size else jnp.any(in_groups(leaf, order, g), axis=1)
+        for leaf, order, g in zip(alive, orders, groups, strict=True)
     ]
     weights = tuple(g * c for g, c in zip(groups, costs, strict=True))
+    ranked = values
     if keep_layers:
-        values = [_keep_best(v, t) for v, t in zip(values, there, strict=True)]
+        ranked = [_keep_best(v, t) for v, t in zip(values, there, strict=True)]
         pairs = zip(weights, there, strict=True)
         most = [w * (t.size - jnp.any(t).astype(jnp.int32)) for w, t in pairs]
         counts = jnp.minimum(counts, jnp.stack(most) if counts.ndim else sum(most))
-    if not counts.ndim and len(set(weights)) > 1:  # what is saved counts as well as its cost
-        values = [v / w for v, w in zip(values, weights, strict=True)]
-    kept = _mask_to_count(values, there, counts, costs=weights)
-    return tuple(
-        leaf & (k if k.shape == leaf.shape else jnp.repeat(k, g).reshape(leaf.shape))
-        for leaf, k, g in zip(alive, kept, groups, strict=True)
-    )
+    if not counts.ndim and len(set(weights)) > 1:  # rank by the score of a unit of cost
+        ranked = [v / w for v, w in zip(ranked, weights, strict=True)]
+    stay = _mask_to_count(ranked, there, counts, costs=weights)
+    bad = [jnp.any(t & ~s & ~jnp.isfinite(v)) for t, s, v in zip(there, stay, values, strict=True)]
+    kept = [
+        s if g == 1 or not leaf.size else as_leaf(jnp.repeat(s, g), order, leaf.shape)
+        for s, leaf, order, g in zip(stay, alive, orders, groups, strict=True)
+    ]
+    new = tuple(leaf & k for leaf, k in zip(alive, kept, strict=True))
+    return new, ~jnp.any(jnp.stack(bad))
 
 
 def _keep_best(scores: Float[Array, "*k"], alive: Bool[Array, "*k"]) -> Float[Array, "*k"]:
-    """The scores with that of the best group made infinite, so that it goes last."""
+    """The scores, that of the best group set to infinity so that it goes last."""
     if not scores.size:
         return scores
     best = jnp.argmax(jnp.where(alive, scores, jnp.full_like(scores, -jnp.inf)))

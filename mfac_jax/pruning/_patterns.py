@@ -1,42 +1,182 @@
 """Patterns: which weights can only go together.
 
-A pattern cuts every leaf into *groups* of neighbouring weights. For the groups to be rows of
-a matrix, a leaf is turned, its axes put into another order and made two: groups, and weights
-of a group. What scores, masks and updates work on is turned so.
-
-Leaves are also turned so that all weights of an output are neighbours, for the blocks of the
-Fisher: the weights that one output sums over make up for one another, those of different
-outputs hardly do.
+A pattern cuts every leaf into *groups* of weights. It answers what pruning asks of them: which
+weights a group has, how many of them may go, and what they cost.
 """
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
 from mfac_jax import _checks
-from mfac_jax._layout import Layout
+from mfac_jax.inverse import GroupBlocks
+from mfac_jax.pruning._choices import (
+    MOST_CHOICES,
+    cheapest_choice,
+    lowest_in_groups,
+    num_choices,
+)
+from mfac_jax.pruning._greedy import greedy_records
+
+
+class Groups(NamedTuple):
+    """The groups of a pattern in one leaf.
+
+    Attributes:
+        size: the number of weights of a group.
+        order: the places of all weights in the flattened leaf, group after group; (k,). None
+            if that is their order in the leaf.
+        num_outputs: how many parts of equal length ``order`` has, each of whole groups.
+            :class:`WithinOutputs` cuts no block across the end of a part. A part is an output
+            where possible, because the weights that one output sums over make up for one
+            another.
+    """
+
+    size: int
+    order: Int[np.ndarray, " k"] | None = None
+    num_outputs: int = 1
+
+
+class Pattern(abc.ABC):
+    """Which weights can only go together.
+
+    A pattern of your own is a frozen dataclass that derives from this class. It must have
+    :meth:`groups`. By default a group goes as a whole, for what all of its weights cost
+    together. Override the other members where yours differs:
+
+    - :attr:`group_size`, if groups have the same size in every leaf. Then blocks of the Fisher
+      may be smaller than a leaf.
+    - :attr:`removable`, :meth:`combine` and :meth:`cost`, if only some weights of a group may
+      go.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from mfac_jax import pruning, rows
+        >>> @dataclass(frozen=True)
+        ... class Mirrored(pruning.Pattern):
+        ...     group_size = 2
+        ...
+        ...     def groups(self, shape, output_axis, name):
+        ...         last = np.prod(shape) - 1
+        ...         return pruning.Groups(
+        ...             2, np.array([(i, last - i) for i in range((last + 1) // 2)]).reshape(-1)
+        ...         )
+        >>> w = jnp.array([[3.0, 1.0, 5.0], [4.0, 2.0, 3.0]])
+        >>> _, mask, _ = pruning.prune_step(
+        ...     w,
+        ...     pruning.initial_mask(w),
+        ...     rows.as_rows(jnp.ones((2, 2, 3))),
+        ...     0.4,
+        ...     damping=0.1,
+        ...     score="magnitude",
+        ...     scope=pruning.Scope(pattern=Mirrored()),
+        ... )
+        >>> mask
+        Array([[ True, False,  True],
+               [ True, False,  True]], dtype=bool)
+    """
+
+    @abc.abstractmethod
+    def groups(self, shape: tuple[int, ...], output_axis: int, name: str) -> Groups:
+        """The groups of a leaf.
+
+        Args:
+            shape: the shape of the leaf.
+            output_axis: the axis of the outputs as the caller gave it. It may be negative, or
+                no axis of the leaf.
+            name: the path of the leaf, such as ``"['kernel']"``, for messages.
+
+        Raises:
+            ValueError: the pattern does not fit the leaf.
+        """
+
+    @property
+    def group_size(self) -> int | None:
+        """The number of weights of a group, the same in every leaf; None if leaves differ."""
+        return None
+
+    @property
+    def removable(self) -> float:
+        """The fraction of a group that may go; 1 if groups go whole."""
+        return 1.0
+
+    @property
+    def goes_whole(self) -> bool:
+        """Whether all weights of a group go at once: whether :attr:`removable` is 1."""
+        return self.removable == 1
+
+    def combine(
+        self, scores: Float[Array, "k g"], alive: Bool[Array, "k g"]
+    ) -> Float[Array, "k g"]:
+        """Scores of groups from scores of single weights.
+
+        Args:
+            scores: the scores of the weights, a group a row.
+            alive: which weights are alive.
+
+        Returns:
+            The scores by which weights go, lowest first: the sum over the group by default,
+            for each of its weights. Inf keeps a weight from going.
+        """
+        del alive
+        return jnp.broadcast_to(jnp.sum(scores, axis=1, keepdims=True), scores.shape)
+
+    def cost(
+        self, blocks: GroupBlocks, weights: Float[Array, "*b g"], alive: Bool[Array, "*b g"]
+    ) -> Float[Array, "*b g"]:
+        """Scores of groups from ``[F^-1]_QQ``, for the weights Q of each group.
+
+        Args:
+            blocks: ``[F^-1]_QQ`` of a batch of groups.
+            weights: ``w_Q``, 0 where no weight is alive.
+            alive: which weights are alive.
+
+        Returns:
+            The scores, as in :meth:`combine`: by default the least rise of the quadratic model
+            when the group goes, ``1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q``, for each of its weights.
+        """
+        del alive
+        cost = blocks.inverse_quadratic_form(weights) / 2
+        return jnp.broadcast_to(cost[..., None], weights.shape)
 
 
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Pattern):
     """Every weight on its own: the default."""
 
+    @property
+    def group_size(self) -> int:
+        """1."""
+        return 1
+
+    def groups(self, shape: tuple[int, ...], output_axis: int, name: str) -> Groups:
+        """Single weights, one output after another."""
+        axes = _output_first(shape, output_axis, name)
+        return Groups(1, _order(shape, axes), _extent(shape, axes))
+
 
 @dataclass(frozen=True)
-class NofM:
-    """At least ``m - n`` of every ``m`` neighbours are pruned in the end, at most so many ever.
+class NofM(Pattern):
+    """Of every ``m`` neighbours, ``n`` stay or more: no step prunes more than ``m - n``.
 
     ``NofM(2, 4)`` is the 2:4 pattern of sparse matrix units.
 
     Attributes:
         n: weights that stay in each ``m``.
         m: neighbours that make a group.
-        axis: the axis they are neighbours along. By default that of the inputs, which
-            products are summed along: the last but one in Flax, where the last is that of the
-            outputs, and otherwise the one after that of the outputs.
+        axis: the axis they are neighbours along. By default the axis of the inputs, along
+            which products are summed: the one before the axis of the outputs if that is the
+            last, as in Flax, and otherwise the one after it.
     """
 
     n: int
@@ -48,22 +188,52 @@ class NofM:
         _checks.positive_int(self.m, "m")
         if self.n >= self.m:
             raise ValueError(f"n must be below m, got n={self.n}, m={self.m}.")
-        if self.axis is not None:
-            _check_axis(self.axis)
+        check_axis(self.axis)
 
     @property
-    def removable(self) -> int:
-        """Weights of a group that may go."""
-        return self.m - self.n
+    def group_size(self) -> int:
+        """``m``."""
+        return self.m
+
+    @property
+    def removable(self) -> float:
+        """``(m - n) / m``."""
+        return (self.m - self.n) / self.m
+
+    def groups(self, shape: tuple[int, ...], output_axis: int, name: str) -> Groups:
+        """Neighbours along the axis."""
+        return _neighbours(self, self.m, shape, output_axis, name)
+
+    def combine(
+        self, scores: Float[Array, "k g"], alive: Bool[Array, "k g"]
+    ) -> Float[Array, "k g"]:
+        """The ``m - n`` lowest scores of a group; inf for the other weights."""
+        return lowest_in_groups(scores, alive, self.m - self.n)
+
+    def cost(
+        self, blocks: GroupBlocks, weights: Float[Array, "*b g"], alive: Bool[Array, "*b g"]
+    ) -> Float[Array, "*b g"]:
+        """The cost of the ``m - n`` weights that cost least together; inf for the others."""
+        if num_choices(self.n, self.m) <= MOST_CHOICES:
+            return cheapest_choice(blocks, weights, alive, self.n)
+        size, shape = self.m, weights.shape
+        return greedy_records(
+            blocks.matrix.reshape(-1, size, size),
+            weights.reshape(-1, size),
+            alive.reshape(-1, size),
+            blocks.floor.reshape(-1, size),
+            size=size,
+            quota=self.m - self.n,
+        ).reshape(shape)
 
 
 @dataclass(frozen=True)
-class BlocksOf:
+class BlocksOf(Pattern):
     """``size`` neighbours go together.
 
     Attributes:
         size: neighbours that make a group.
-        axis: the axis they are neighbours along; by default that of the inputs, as in
+        axis: the axis they are neighbours along; by default the axis of the inputs, as in
             :class:`NofM`.
     """
 
@@ -72,173 +242,173 @@ class BlocksOf:
 
     def __post_init__(self) -> None:
         _checks.positive_int(self.size, "size")
-        if self.axis is not None:
-            _check_axis(self.axis)
+        check_axis(self.axis)
+
+    @property
+    def group_size(self) -> int:
+        """``size``."""
+        return self.size
+
+    def groups(self, shape: tuple[int, ...], output_axis: int, name: str) -> Groups:
+        """Neighbours along the axis."""
+        return _neighbours(self, self.size, shape, output_axis, name)
 
 
 @dataclass(frozen=True)
-class Slices:
+class Slices(Pattern):
     """All weights with one index along an axis go together.
 
     ``Slices()`` prunes output channels (or neurons), ``Slices(axis=0)`` and
     ``Slices(axis=1)`` rows and columns of matrices.
 
     Attributes:
-        axis: the axis; that of the outputs by default.
+        axis: the axis; the axis of the outputs by default.
     """
 
     axis: int | None = None
 
     def __post_init__(self) -> None:
-        if self.axis is not None:
-            _check_axis(self.axis)
+        check_axis(self.axis)
 
-
-Pattern = Unstructured | NofM | BlocksOf | Slices
+    def groups(self, shape: tuple[int, ...], output_axis: int, name: str) -> Groups:
+        """One slice after another."""
+        axes = list(range(len(shape)))
+        if self.axis is None:
+            axis = _output_axis(name, shape, output_axis)
+        else:
+            axis = _own_axis(self, self.axis, name, shape)
+        axes.insert(0, axes.pop(axis))
+        along = shape[axis]
+        size = math.prod(shape) // along if along else 0
+        return Groups(size, _order(shape, axes), _extent(shape, axes))
 
 
 def check_pattern(pattern: object) -> None:
-    """``pattern`` is one.
+    """Checks that ``pattern`` is a pattern.
 
     Raises:
         TypeError: it is not.
     """
-    if not isinstance(pattern, Unstructured | NofM | BlocksOf | Slices):
+    if not isinstance(pattern, Pattern):
         raise TypeError(
-            "pattern must be one of Unstructured(), NofM(n, m), BlocksOf(size) and Slices(), "
-            f"got {pattern!r}."
+            "pattern must be one of Unstructured(), NofM(n, m), BlocksOf(size) and Slices(), or "
+            f"a Pattern of your own; got {pattern!r}."
         )
 
 
-class Grouping(NamedTuple):
-    """A pattern on given leaves; hashable.
-
-    Attributes:
-        pattern: the pattern.
-        sizes: the number of weights a group has in each leaf.
-        orders: the axes of each leaf in the order in which the weights of a group are
-            neighbours, and those of an output where a group leaves that open.
-    """
-
-    pattern: Pattern
-    sizes: tuple[int, ...]
-    orders: tuple[tuple[int, ...], ...]
-
-    @property
-    def size(self) -> int:
-        """Weights of the largest group."""
-        return max(self.sizes, default=1)
-
-    @property
-    def goes_whole(self) -> bool:
-        """Whether the groups of several weights go as a whole."""
-        return isinstance(self.pattern, BlocksOf | Slices)
-
-    @property
-    def turned(self) -> Grouping:
-        """The same groups of leaves that have been turned already."""
-        return self._replace(orders=tuple(tuple(range(len(order))) for order in self.orders))
-
-    @property
-    def most(self) -> float:
-        """The largest fraction of the weights that may go."""
-        pattern = self.pattern
-        return pattern.removable / pattern.m if isinstance(pattern, NofM) else 1.0
-
-
-def group(
-    pattern: Pattern, layout: Layout, names: Sequence[str], output_axis: int = -1
-) -> Grouping:
-    """The groups that a pattern makes of the parameters (before they are turned).
+def groups_of(pattern: Pattern, shape: tuple[int, ...], output_axis: int, name: str) -> Groups:
+    """The groups of a leaf, once they are known to hold every weight once.
 
     Args:
         pattern: the pattern.
-        layout: the prunable parameters.
-        names: what they are called, for messages.
-        output_axis: the axis of the outputs in leaves of several axes.
-
-    Returns:
-        The groups.
+        shape: the shape of the leaf.
+        output_axis: the axis of the outputs as the caller gave it.
+        name: the path of the leaf.
 
     Raises:
-        TypeError: ``output_axis`` is not an int.
-        ValueError: the pattern does not fit a leaf, or a leaf has no such ``output_axis``;
-            the leaf is named.
+        ValueError: the pattern does not fit the leaf, or its groups do not make up the leaf.
     """
-    _check_axis(output_axis, "output_axis")
-    pairs = list(zip(names, layout.shapes, strict=True))
-    return Grouping(
-        pattern,
-        tuple(_group_size(pattern, *pair, output_axis) for pair in pairs),
-        tuple(_axis_order(pattern, *pair, output_axis) for pair in pairs),
+    groups, total = pattern.groups(shape, output_axis, name), math.prod(shape)
+    if not total:
+        return groups
+    where = f"the groups that {pattern} makes of params{name} of shape {shape}"
+    expected = pattern.group_size or groups.size
+    if groups.size != expected or groups.size < 1 or total % groups.size:
+        raise ValueError(
+            f"{where} must have one size: expected {pattern.group_size or 'a divisor'} of "
+            f"{total} weights, got {groups.size}."
+        )
+    if groups.num_outputs < 1 or total // groups.size % groups.num_outputs:
+        raise ValueError(
+            f"{where} must fall into num_outputs equal parts: expected a divisor of "
+            f"{total // groups.size} groups, got {groups.num_outputs}."
+        )
+    if groups.order is not None and not _is_permutation(np.asarray(groups.order), total):
+        raise ValueError(
+            f"{where} must hold every weight once: expected an order of the places "
+            f"0 .. {total - 1}, got {groups.order}."
+        )
+    return groups
+
+
+def _is_permutation(order: Int[np.ndarray, "..."], total: int) -> bool:
+    if order.shape != (total,) or order.min() < 0 or order.max() >= total:
+        return False
+    return bool(np.all(np.bincount(order, minlength=total) == 1))
+
+
+def _neighbours(
+    pattern: NofM | BlocksOf, size: int, shape: tuple[int, ...], output_axis: int, name: str
+) -> Groups:
+    rank = len(shape)
+    if pattern.axis is None:  # that of the inputs
+        axis = _output_axis(name, shape, output_axis)
+        axis = axis - 1 if axis == rank - 1 else axis + 1
+        if not 0 <= axis < rank:
+            raise _no_axis(pattern, "an axis of inputs", name, shape)
+    else:
+        axis = _own_axis(pattern, pattern.axis, name, shape)
+    if shape[axis] % size:
+        raise ValueError(
+            f"{pattern} needs axis {axis} to be a multiple of {size}, but params{name} has "
+            f"shape {shape}; leave the leaf out with path_filter."
+        )
+    axes = _output_first(shape, output_axis, name)
+    if len(axes) > 1:
+        axes.remove(axis)
+        axes.append(axis)
+    return Groups(size, _order(shape, axes), _extent(shape, axes))
+
+
+def _output_first(shape: tuple[int, ...], output_axis: int, name: str) -> list[int]:
+    """The axes in the order of PyTorch: outputs, inputs, then the places of a convolution."""
+    axes = list(range(len(shape)))
+    if len(axes) > 1:
+        axes.insert(0, axes.pop(_output_axis(name, shape, output_axis)))
+        if axes[0] == len(axes) - 1:
+            axes.insert(1, axes.pop())
+    return axes
+
+
+def _order(shape: tuple[int, ...], axes: Sequence[int]) -> Int[np.ndarray, " k"] | None:
+    """The places of the weights with the axes in this order; None if it is their own."""
+    if list(axes) == sorted(axes):
+        return None
+    places = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+    return np.ascontiguousarray(places.transpose(axes)).reshape(-1)
+
+
+def _extent(shape: tuple[int, ...], axes: Sequence[int]) -> int:
+    return shape[axes[0]] if len(axes) > 1 else 1
+
+
+def _own_axis(pattern: Pattern, axis: int, name: str, shape: tuple[int, ...]) -> int:
+    if not -len(shape) <= axis < len(shape):
+        raise _no_axis(pattern, f"an axis {axis}", name, shape)
+    return axis % len(shape)
+
+
+def _no_axis(pattern: Pattern, wanted: str, name: str, shape: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"{pattern} needs {wanted}, which params{name} of shape {shape} does not have; "
+        "leave the leaf out with path_filter."
     )
 
 
-def _group_size(pattern: Pattern, path: str, shape: tuple[int, ...], output_axis: int) -> int:
-    if isinstance(pattern, Unstructured):
-        return 1
-    axis = _axis(pattern, path, shape, output_axis)
-    along = shape[axis]
-    if isinstance(pattern, Slices):
-        return math.prod(shape) // along if along else 0
-    size = pattern.m if isinstance(pattern, NofM) else pattern.size
-    if along % size:
-        raise ValueError(
-            f"{pattern} needs axis {axis} to be a multiple of {size}, but params{path} has "
-            f"shape {shape}; leave the leaf out with path_filter."
-        )
-    return size
-
-
-def _axis_order(
-    pattern: Pattern, path: str, shape: tuple[int, ...], output_axis: int
-) -> tuple[int, ...]:
-    axes = list(range(len(shape)))
-    if isinstance(pattern, Slices):
-        axes.insert(0, axes.pop(_axis(pattern, path, shape, output_axis)))
-        return tuple(axes)
-    if len(shape) < 2:
-        return tuple(axes)
-    axes.insert(0, axes.pop(_output_axis(path, shape, output_axis)))
-    # Then inputs, then the places of a convolution: the order of PyTorch, out of that of Flax.
-    if axes[0] == len(shape) - 1:
-        axes.insert(1, axes.pop())
-    if not isinstance(pattern, Unstructured):
-        along = _axis(pattern, path, shape, output_axis)
-        axes.remove(along)
-        axes.append(along)
-    return tuple(axes)
-
-
-def _axis(
-    pattern: NofM | BlocksOf | Slices, path: str, shape: tuple[int, ...], output_axis: int
-) -> int:
-    """The axis of a pattern in a leaf, counted from 0."""
-    axis, rank = pattern.axis, len(shape)
-    if axis is None:
-        axis = _output_axis(path, shape, output_axis)
-        if not isinstance(pattern, Slices):  # the inputs
-            axis = axis - 1 if axis == rank - 1 else axis + 1
-    elif -rank <= axis < rank:
-        axis %= rank
-    if not 0 <= axis < rank:
-        wanted = "an axis of inputs" if pattern.axis is None else f"an axis {pattern.axis}"
-        raise ValueError(
-            f"{pattern} needs {wanted}, which params{path} of shape {shape} does not have; "
-            "leave the leaf out with path_filter."
-        )
-    return axis
-
-
-def _output_axis(path: str, shape: tuple[int, ...], output_axis: int) -> int:
+def _output_axis(name: str, shape: tuple[int, ...], output_axis: int) -> int:
     if not -len(shape) <= output_axis < len(shape):
         raise ValueError(
-            f"output_axis={output_axis} needs such an axis, which params{path} of shape {shape} "
+            f"output_axis={output_axis} needs such an axis, which params{name} of shape {shape} "
             "does not have; leave the leaf out with path_filter."
         )
     return output_axis % len(shape)
 
 
-def _check_axis(axis: object, name: str = "axis") -> None:
-    if isinstance(axis, bool) or not isinstance(axis, int):
+def check_axis(axis: object, name: str = "axis") -> None:
+    """Checks that ``axis`` is an int or None.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
         raise TypeError(f"{name} must be a Python int, got {type(axis).__name__}.")

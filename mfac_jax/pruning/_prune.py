@@ -7,17 +7,14 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array
 from tqdm.auto import tqdm
 
-from mfac_jax import _checks
-from mfac_jax._layout import Layout, PyTree
+from mfac_jax._layout import PyTree
 from mfac_jax.gradients import (
     LossFn,
     check_batches,
@@ -26,35 +23,14 @@ from mfac_jax.gradients import (
     fill_rows,
     on_device,
 )
-from mfac_jax.pruning._budgets import check_wanted, target_of
-from mfac_jax.pruning._calibration import (
-    DESCENTS,
-    Descent,
-    Setting,
-    Step,
-    best_step,
-    checked_descents,
-    checked_settings,
-    default_settings,
-    mean_loss,
-)
-from mfac_jax.pruning._filters import PathFilter, prunable
-from mfac_jax.pruning._history import History
-from mfac_jax.pruning._inputs import check_finite, check_finite_gradients
+from mfac_jax.pruning._budgets import Target, check_wanted, target_of
+from mfac_jax.pruning._finite import check_finite
+from mfac_jax.pruning._gradients import Gradients, History
 from mfac_jax.pruning._masks import initial_mask, pruned_of_leaves
-from mfac_jax.pruning._network import Network, TurnedLoss
-from mfac_jax.pruning._patterns import Pattern, Unstructured, check_pattern, group
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport, peak_memory
 from mfac_jax.pruning._schedules import schedule_of
-from mfac_jax.pruning._step import merge, narrow
-from mfac_jax.rows import (
-    FlatRows,
-    GradientRows,
-    SelectedRows,
-    TransposedRows,
-    check_rows,
-    empty_rows,
-)
+from mfac_jax.pruning._scope import Scope, Selection
+from mfac_jax.pruning._search import Search, Searcher, Step, mean_loss
 
 FineTune = Callable[[PyTree, PyTree], PyTree]
 
@@ -79,34 +55,20 @@ def prune(
     batches: Iterable[PyTree],
     sparsity: float | PyTree,
     *,
-    steps: int = 8,
-    schedule: str | Sequence[float] = "geometric",
-    num_gradients: int = 128,
-    per_example: bool = False,
-    settings: Sequence[Setting] | None = None,
-    calibration: Iterable[PyTree] | None = None,
-    num_calibration: int = 8,
-    gradients: GradientRows | None = None,
-    history: int = 1,
-    descents: Sequence[Descent] = DESCENTS,
+    steps: int | Sequence[float] = 8,
+    scope: Scope = Scope(),  # noqa: B008  (immutable)
+    gradients: Gradients = Gradients(),  # noqa: B008  (immutable)
+    search: Search = Search(),  # noqa: B008  (immutable)
     mask: PyTree | None = None,
     fine_tune: FineTune | None = None,
-    path_filter: PathFilter = None,
-    pattern: Pattern = Unstructured(),  # noqa: B008  (immutable)
-    budget: str = "global",
-    costs: PyTree | None = None,
-    allow_empty_layers: bool = False,
-    output_axis: int = -1,
-    dtype: DTypeLike | None = None,
     progress: bool = True,
 ) -> Pruned:
     """Prunes a network: a percentage is all it takes.
 
-    In each of ``steps`` steps gradients are taken at the weights as they are, beside those of
-    the step before; every one of ``settings`` is worked out, and the one with the least loss on
-    calibration batches is taken: the quadratic model behind an update oversteps where gradients
-    are few, and says nothing of it. Then ``descents`` are tried: short steps of the weights that
-    stay, down the loss.
+    Each step takes gradients at the present weights, beside those of the step before. It tries
+    every setting of ``search`` and takes the one with the least loss on calibration batches,
+    because the quadratic model behind an update oversteps where gradients are few and cannot
+    see it. Then it tries descents: short steps of the weights that stay, down the loss.
 
     Args:
         params: the parameters, a tree of real floating-point arrays.
@@ -119,36 +81,18 @@ def prune(
             not copied.
         sparsity: the fraction of prunable weights to prune in the end, or a tree of fractions
             like ``params``; see :func:`prune_step`.
-        steps: how often gradients are taken anew; 1 is one-shot pruning.
-        schedule: of the sparsity, see :func:`sparsity_schedule`; or the sparsities after each
-            step, rising to ``sparsity`` (then ``steps`` does not count).
-        num_gradients: how many each step takes.
-        per_example: one gradient an example in place of one a batch.
-        settings: what to choose from in each step; by default :func:`default_settings`, a few
-            that include the paper's own with the whole Fisher and no update at all.
-        calibration: the batches the loss is measured on; by default the first of ``batches``,
-            which gradients may be taken of as well once ``batches`` begins again. Never give test
-            data.
-        num_calibration: how many batches of it.
-        gradients: those of the first step, taken at ``params`` (all leaves), where they are at
-            hand: to prune to several sparsities out of the same, for example. Later ones are
-            stored as they are.
-        history: how many earlier steps' gradients are used as well; each takes as much memory
-            again, from the first step on.
-        descents: what to try after the best setting: steps of the weights that stay, down the
-            loss; () for none.
+        steps: how many steps there are, each of which leaves the same fraction of what is
+            alive; 1 is one-shot pruning. Or the sparsities after each step, rising to
+            ``sparsity``, for example from :func:`sparsity_schedule`.
+        scope: what may be pruned, and in which pattern.
+        gradients: how many gradients each step takes, how they are stored, and how many earlier
+            steps' are used as well.
+        search: what each step is chosen from, and by which batches.
         mask: initial mask; everything is alive by default.
         fine_tune: ``fine_tune(params, mask) -> params``, called after every step: training
             with :func:`sparse`, for example. State that training moves, such as the statistics
-            of normalisation layers, belongs into ``params``, where the loss sees it; say by
-            ``path_filter`` that it is not pruned.
-        path_filter: which leaves may be pruned; see :func:`prunable`.
-        pattern: which weights can only go together; see :func:`prune_step`.
-        budget: where ``sparsity`` holds; see there.
-        costs: of a weight of each leaf; see there.
-        allow_empty_layers: whether a leaf may lose all of its weights.
-        output_axis: the axis of the outputs in leaves of several axes; see :func:`prune_step`.
-        dtype: what gradients are stored in; not with ``gradients``.
+            of normalisation layers, belongs into ``params``, where the loss sees it; exclude
+            it from pruning by ``Scope(path_filter=...)``.
         progress: show a progress bar, if there is a terminal or notebook to show it.
 
     Returns:
@@ -164,144 +108,167 @@ def prune(
     Example:
         >>> import jax
         >>> import jax.numpy as jnp
-        >>> from mfac_jax.pruning import prune
+        >>> from mfac_jax.pruning import Gradients, prune
         >>> x = jax.random.normal(jax.random.key(0), (64, 8))
         >>> y = x[:, :2] @ jnp.array([1.0, -2.0])
         >>> def loss_fn(params, batch):
         ...     return jnp.mean((batch[0] @ params["w"][:, 0] - batch[1]) ** 2)
         >>> params = {"w": jnp.array([[1.0], [-2.0], [0.1], [0.1], [0.1], [0.1], [0.1], [0.1]])}
         >>> batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8)]
-        >>> pruned = prune(params, loss_fn, batches, 0.75, steps=2, num_gradients=32)
+        >>> pruned = prune(params, loss_fn, batches, 0.75, steps=2, gradients=Gradients(32))
         >>> pruned.mask["w"][:, 0].tolist()
         [True, True, False, False, False, False, False, False]
     """
-    check_functions(loss_fn, None, None)
-    if fine_tune is not None and not callable(fine_tune):
-        raise TypeError(f"fine_tune must be a function, got {type(fine_tune).__name__}.")
-    _checks.positive_int(num_gradients, "num_gradients")
-    layout = Layout(params)
-    mask_leaves = layout.check_mask(initial_mask(params) if mask is None else mask)
-    keep = tuple(jax.tree.leaves(prunable(params, path_filter)))
-    check_pattern(pattern)
-    shapes = zip(layout.shapes, layout.dtypes, keep, strict=True)
-    prunables = Layout(tuple(jax.ShapeDtypeStruct(*like) for *like, kept in shapes if kept))
-    names = [path for path, kept in zip(layout.paths, keep, strict=True) if kept]
-    grouping = group(pattern, prunables, names, output_axis)
-    network = Network(layout, keep, grouping)
-    alive = narrow(mask_leaves, keep)
-    settings = checked_settings(
-        default_settings(pattern) if settings is None else settings, prunables, grouping
-    )
-    descents = checked_descents(descents)
-    check_wanted(sparsity, budget, costs, layout, keep)
-    fractions = schedule_of(sparsity, schedule, steps, mask_leaves, keep, costs)
-    targets = [
-        target_of(
-            fraction,
-            budget,
-            prunables,
-            grouping,
-            layout=layout,
-            keep=keep,
-            costs=costs,
-            allow_empty_layers=allow_empty_layers,
-            mask=alive,
-            is_last=i == len(fractions) - 1,
-        )
-        for i, fraction in enumerate(fractions)
-    ]
-    left_out = [jax.device_put(np.zeros(shape, bool)) for shape in layout.shapes]
-    held = min(1 + _checks.non_negative_int(history, "history"), len(targets))
-    past = History(held, num_gradients)
-    if gradients is not None:
-        _check_given(gradients, params, num_gradients, dtype)
-    check_finite(params, layout.paths, "params")
+    _check_kinds(loss_fn, fine_tune, scope, gradients, search)
+    plan = _Plan.of(params, sparsity, steps, scope, mask)
+    settings = search.cut(plan.selection)
+    gradients.check(params)
+    params, alive = plan.start(params)
+    loss_fn = _PrunableLoss(loss_fn, plan.selection.keep)
     stream = _Stream(batches)
-    held_out = _first(stream if calibration is None else calibration, num_calibration)
-    # All the way parameters are turned, and their gradients are collected so.
-    params, turned_mask = network.turned(params, mask_leaves)
-    alive = narrow(turned_mask, keep)
-    turned_loss = TurnedLoss(loss_fn, network.orders, keep)
-    loss = mean_loss(turned_loss, params, held_out)
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss of params on the calibration batches is {loss}.")
+    held_out = _first(stream if search.calibration is None else search.calibration, search)
+    loss_of = functools.partial(mean_loss, loss_fn, batches=held_out)
+    loss = _finite(loss_of(params), "the loss of params on the calibration batches")
 
-    reports = []
+    history = History(gradients, params, len(plan.targets))
+    reports: list[StepReport] = []
     hidden = None if progress else True  # on None tqdm stays silent in a file
-    with tqdm(total=len(targets), unit="step", desc="pruning", disable=hidden) as bar:
-        for target in targets:
+    with tqdm(total=len(plan.targets), unit="step", desc="pruning", disable=hidden) as bar:
+        for target in plan.targets:
             began = time.perf_counter()
-            collect = functools.partial(
-                _collect,
-                loss_fn=turned_loss,
+            fill = functools.partial(
+                fill_rows,
+                loss_fn=loss_fn,
                 params=params,
-                stream=stream,
-                count=num_gradients,
-                num_rows=past.num_rows,
-                given=None if gradients is None else TransposedRows.of(gradients, network.orders),
-                per_example=per_example,
-                dtype=dtype,
+                batches=stream,
+                per_example=gradients.per_example,
                 progress=progress,
             )
-            gradients = None
-            rows = past.take(collect, merge(left_out, alive, keep))
+            history.take(fill, alive)
             gradient_seconds = time.perf_counter() - began
-            leaves = jax.tree.leaves(params)
-
-            def loss_of(weights: Sequence[Array], leaves: list[Array] = leaves) -> float:
-                return mean_loss(turned_loss, network.tree(leaves, weights), held_out)
-
-            step = best_step(
-                settings,
-                grouping.turned,
-                narrow(leaves, keep),
-                alive,
-                SelectedRows.of(rows, keep),
-                target,
-                loss_of,
-                filled=past.filled,
-                mean_of_newest=past.mean,
-                descents=descents,
-                keep_layers=not allow_empty_layers,
-            )
-            params, alive = network.tree(leaves, step.weights), step.mask
-            tuned = None
+            searcher = Searcher(params, alive, history, plan.selection, loss_of)
+            step = searcher.step(settings, search.descents, target, keep_layers=plan.keep_layers)
+            params, alive, tuned = step.params, step.mask, None
             if fine_tune is not None:
-                found, mask = network.back(params, mask_leaves, alive)
-                trained = fine_tune(found, mask)
-                layout.check(trained, "the parameters from fine_tune")
-                params, _ = network.turned(trained, jax.tree.leaves(mask))
-                tuned = mean_loss(turned_loss, params, held_out)
-                if not math.isfinite(tuned):
-                    raise FloatingPointError(f"the loss after fine_tune is {tuned}.")
-            reports.append(_report(step, prunables.size, loss, tuned, gradient_seconds, began))
+                params = plan.fine_tuned(fine_tune, params, alive)
+                tuned = _finite(loss_of(params), "the loss after fine_tune")
+            reports.append(_report(step, plan.selection, loss, tuned, gradient_seconds, began))
             loss = reports[-1].loss_after if tuned is None else tuned
             bar.update()
             bar.set_postfix(loss=f"{loss:.4g}", sparsity=f"{reports[-1].sparsity:.1%}")
-    params, mask = network.back(params, mask_leaves, alive)
-    counts = pruned_of_leaves(narrow(jax.tree.leaves(mask), keep))
-    sized = zip(names, prunables.sizes, counts, strict=True)
-    layers = tuple(LayerReport(name or "value", *sizes) for name, *sizes in sized)
-    return Pruned(params, mask, PruneReport(tuple(reports), layers))
+    return Pruned(params, plan.whole(alive), PruneReport(tuple(reports), plan.layers(alive)))
 
 
-def _check_given(
-    gradients: GradientRows, params: PyTree, num_gradients: int, dtype: DTypeLike | None
-) -> None:
-    check_rows(gradients)
-    gradients.layout.check(params, "params")
-    if dtype is not None:
-        raise ValueError("dtype is that of the gradients where they are given: leave it out.")
-    if gradients.num_rows != num_gradients:
-        raise ValueError(
-            f"gradients must be num_gradients={num_gradients} rows, got {gradients.num_rows}."
-        )
-    check_finite_gradients(gradients, gradients.layout.paths)
+def _check_kinds(loss_fn: Any, fine_tune: Any, scope: Any, gradients: Any, search: Any) -> None:
+    check_functions(loss_fn, None, None)
+    if fine_tune is not None and not callable(fine_tune):
+        raise TypeError(f"fine_tune must be a function, got {type(fine_tune).__name__}.")
+    for value, kind in ((scope, Scope), (gradients, Gradients), (search, Search)):
+        if not isinstance(value, kind):
+            name = kind.__name__
+            raise TypeError(f"{name.lower()} must be a {name}, got {type(value).__name__}.")
+
+
+def _finite(loss: float, name: str) -> float:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{name} is {loss}.")
+    return loss
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is pruned, and how much of it after each step.
+
+    Attributes:
+        selection: the prunable leaves.
+        given: the mask of all parameters as it was given; None if everything is alive.
+        targets: how much is pruned after each step.
+        keep_layers: whether no leaf may lose all of its weights.
+    """
+
+    selection: Selection
+    given: PyTree | None
+    targets: list[Target]
+    keep_layers: bool
+
+    @classmethod
+    def of(
+        cls,
+        params: PyTree,
+        sparsity: float | PyTree,
+        steps: int | Sequence[float],
+        scope: Scope,
+        mask: PyTree | None,
+    ) -> _Plan:
+        """The plan of checked arguments; see :func:`prune`."""
+        selection = scope.select(params)
+        layout = selection.layout
+        if mask is not None:
+            mask = jax.tree.unflatten(layout.treedef, layout.check_mask(mask))
+        alive = selection.leaves(initial_mask(params) if mask is None else mask)
+        check_wanted(sparsity, scope, selection)
+        fractions = schedule_of(sparsity, steps, scope, selection, alive)
+        last = len(fractions) - 1
+        targets = [
+            target_of(fraction, scope, selection, alive, is_last=i == last)
+            for i, fraction in enumerate(fractions)
+        ]
+        check_finite(params, layout.paths, "params")
+        return cls(selection, mask, targets, not scope.allow_empty_layers)
+
+    def start(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        """The parameters, 0 where masked, and the mask of the prunable leaves."""
+        if self.given is None:
+            params = jax.tree.map(jnp.asarray, params)
+            return params, self.selection.mask(self.selection.leaves(initial_mask(params)))
+        alive = self.selection.mask(self.selection.leaves(self.given))
+        return _masked(params, self.given), alive
+
+    def whole(self, alive: PyTree) -> PyTree:
+        """The mask of all parameters, with that of the prunable leaves."""
+        others = initial_mask(alive) if self.given is None else self.given
+        return self.selection.tree(self.selection.leaves(alive), others)
+
+    def fine_tuned(self, fine_tune: FineTune, params: PyTree, alive: PyTree) -> PyTree:
+        """What ``fine_tune`` makes of the parameters, 0 where pruned."""
+        mask, layout = self.whole(alive), self.selection.layout
+        leaves = layout.check(fine_tune(params, mask), "the parameters from fine_tune")
+        return _masked(jax.tree.unflatten(layout.treedef, leaves), mask)
+
+    def layers(self, alive: PyTree) -> tuple[LayerReport, ...]:
+        """The prunable leaves at the end."""
+        selection = self.selection
+        counts = pruned_of_leaves(selection.leaves(alive))
+        columns = zip(selection.names, selection.sizes, counts, strict=True)
+        return tuple(LayerReport(name or "value", size, count) for name, size, count in columns)
+
+
+@jax.jit
+def _masked(params: PyTree, mask: PyTree) -> PyTree:
+    return jax.tree.map(lambda w, k: jnp.where(k, w, jnp.zeros_like(w)), params, mask)
+
+
+@dataclass(frozen=True)
+class _PrunableLoss:
+    """A loss in which what is not prunable counts as constant.
+
+    Nobody asks for those gradients, which would take their share of the time. Equal to another
+    of the same function and leaves, so that its compiled form is found again.
+    """
+
+    loss_fn: LossFn
+    keep: tuple[bool, ...]
+
+    def __call__(self, params: PyTree, batch: PyTree) -> Any:
+        leaves, treedef = jax.tree.flatten(params)
+        pairs = zip(leaves, self.keep, strict=True)
+        leaves = [leaf if kept else jax.lax.stop_gradient(leaf) for leaf, kept in pairs]
+        return self.loss_fn(jax.tree.unflatten(treedef, leaves), batch)
 
 
 def _report(
     step: Step,
-    num_weights: int,
+    selection: Selection,
     loss_before: float,
     loss_tuned: float | None,
     gradient_seconds: float,
@@ -309,13 +276,13 @@ def _report(
 ) -> StepReport:
     return StepReport(
         num_pruned=int(step.info.num_pruned),
-        num_weights=num_weights,
+        num_weights=selection.num_weights,
         chosen=step.chosen,
         tried=step.tried,
         loss_before=loss_before,
         loss_after=step.tried[step.chosen].loss,
         loss_tuned=loss_tuned,
-        predicted_loss_increase=step.predicted_loss_increase,
+        predicted_loss_increase=float(step.info.predicted_loss_increase),
         update_norm=float(step.info.update_norm),
         removed_norm=float(step.info.removed_norm),
         damping=step.damping,
@@ -324,46 +291,6 @@ def _report(
         seconds=time.perf_counter() - began,
         peak_memory=peak_memory(),
     )
-
-
-def _collect(
-    rows: FlatRows | None,
-    first: int,
-    *,
-    loss_fn: LossFn,
-    params: PyTree,
-    stream: _Stream,
-    count: int,
-    num_rows: int,
-    given: GradientRows | None,
-    per_example: bool,
-    dtype: DTypeLike | None,
-    progress: bool,
-) -> FlatRows:
-    """Writes ``count`` gradients into rows; without rows it makes some, of those given if any."""
-    if given is not None:
-        return _given_rows(given, num_rows=num_rows)
-    if rows is None:
-        empty = empty_rows(params, num_rows, dtype=dtype)
-        assert isinstance(empty, FlatRows)
-        rows = empty
-    return fill_rows(
-        rows,
-        first,
-        count,
-        loss_fn,
-        params,
-        stream,
-        per_example=per_example,
-        progress=progress,
-    )
-
-
-@functools.partial(jax.jit, static_argnames="num_rows")
-def _given_rows(given: GradientRows, *, num_rows: int) -> FlatRows:
-    matrix = given.columns(0, given.layout.size)
-    matrix = jnp.pad(matrix, ((0, num_rows - given.num_rows), (0, 0)))
-    return FlatRows.of(matrix, given.layout, given.implementation)
 
 
 class _Stream:
@@ -377,10 +304,8 @@ class _Stream:
         return (batch for _, batch in self._endless)
 
 
-def _first(batches: Iterable[PyTree], count: int) -> list[PyTree]:
-    _checks.positive_int(count, "num_calibration")
-    check_batches(batches, "calibration")
-    taken = [on_device(batch) for batch in itertools.islice(iter(batches), count)]
+def _first(batches: Iterable[PyTree], search: Search) -> list[PyTree]:
+    taken = [on_device(batch) for batch in itertools.islice(iter(batches), search.num_calibration)]
     if not taken:
         raise ValueError("calibration is empty: expected at least one batch.")
     return taken

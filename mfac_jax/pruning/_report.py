@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from mfac_jax.pruning._calibration import Trial
+from mfac_jax.pruning._search import Trial
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class StepReport:
     Attributes:
         num_pruned: weights that are pruned after it.
         num_weights: prunable weights.
-        tried: what was tried.
-        chosen: which of them was taken.
-        loss_before: on the calibration batches, before the step.
-        loss_after: after it.
-        loss_tuned: after fine-tuning, if there was any.
+        tried: all trials of the step.
+        chosen: the index of the trial that was taken.
+        loss_before: the loss on the calibration batches before the step.
+        loss_after: the loss after it.
+        loss_tuned: the loss after fine-tuning, if there was any.
         predicted_loss_increase: ``1/2 delta^T F delta`` of the update before it is scaled, with
             the Fisher whole or in blocks, as it was taken.
         damping: ``lambda`` of the update that was taken.
@@ -35,8 +35,8 @@ class StepReport:
             and may overstep. Of one in blocks it says less.
         gradient_seconds: time for the gradients.
         seconds: time for all of the step.
-        peak_memory: bytes, the most this process (on a CPU) or the device has had so far;
-            None where nobody says.
+        peak_memory: bytes, the most that this process (on a CPU) or the device has used so
+            far; None if it is unknown.
     """
 
     num_pruned: int
@@ -71,11 +71,11 @@ class LayerReport(NamedTuple):
 
 @dataclass(frozen=True)
 class PruneReport:
-    """All of it; ``print`` shows two tables, :meth:`plot` makes a picture.
+    """All steps and layers; ``print`` shows two tables, :meth:`plot` draws a figure.
 
     Attributes:
-        steps: one after another.
-        layers: at the end.
+        steps: the steps in their order.
+        layers: the prunable leaves at the end.
     """
 
     steps: tuple[StepReport, ...]

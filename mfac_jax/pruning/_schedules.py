@@ -12,6 +12,7 @@ from jaxtyping import Array
 from mfac_jax import _checks
 from mfac_jax._layout import PyTree
 from mfac_jax.pruning._masks import pruned_of_leaves
+from mfac_jax.pruning._scope import Scope, Selection
 
 SCHEDULES = ("geometric", "cubic", "linear")
 
@@ -73,60 +74,62 @@ def sparsity_schedule(
 
 def schedule_of(
     sparsity: float | PyTree,
-    schedule: str | Sequence[float],
-    steps: int,
+    steps: Any,
+    scope: Scope,
+    selection: Selection,
     mask: Sequence[Array],
-    keep: Sequence[bool],
-    costs: PyTree | None,
 ) -> list[Any]:
     """The sparsity after each step of :func:`mfac_jax.pruning.prune`: numbers, or trees of them.
 
     Args:
         sparsity: in the end; well-formed.
-        schedule: a kind, or the sparsities after each step.
-        steps: how many, if it is a kind.
-        mask: the leaves of the mask so far.
-        keep: which leaves are prunable.
-        costs: of a weight of each leaf.
+        steps: how many, of a geometric schedule; or the sparsities after each step.
+        scope: what a weight of each leaf costs.
+        selection: the prunable leaves.
+        mask: which weights of these are alive so far.
 
     Raises:
-        ValueError: as :func:`sparsity_schedule`, or a schedule that is given does not rise to
+        TypeError: ``steps`` is neither.
+        ValueError: as :func:`sparsity_schedule`, or sparsities that are given do not rise to
             ``sparsity``.
     """
     is_number = jax.tree_util.all_leaves([sparsity])
-    if not isinstance(schedule, str | Sequence | np.ndarray | jax.Array):
+    is_count = isinstance(steps, int | np.integer) and not isinstance(steps, bool)
+    is_list = isinstance(steps, Sequence) and not isinstance(steps, str)
+    is_array = isinstance(steps, np.ndarray | jax.Array) and steps.ndim == 1
+    if not (is_count or is_list or is_array):
         raise TypeError(
-            "schedule must be the name of one, or the sparsities after each step, "
-            f"got {type(schedule).__name__}."
+            "steps must be a number of steps, or the sparsities after each step, such as "
+            f"sparsity_schedule(0.9, 8, kind='cubic'); got {steps!r}."
         )
-    if not isinstance(schedule, str):
-        given = [float(s) for s in schedule]
-        if not given or given != sorted(given) or given[-1] <= 0:
-            raise ValueError(f"schedule must be sparsities that rise, got {schedule!r}.")
-        if is_number and not np.isclose(given[-1], float(sparsity), rtol=1e-6, atol=0):
-            raise ValueError(
-                f"schedule must end at sparsity={sparsity}, got {given[-1]} as its last entry."
-            )
-        if is_number:
-            return [*given[:-1], float(sparsity)]
-        return [jax.tree.map(lambda leaf, part=s / given[-1]: leaf * part, sparsity) for s in given]
-    counts = iter(pruned_of_leaves([leaf for leaf, kept in zip(mask, keep, strict=True) if kept]))
-    pruned = [next(counts) if kept else 0 for kept in keep]
+    if not is_count:
+        return _given_schedule(sparsity, steps, is_number=is_number)
+    pruned = pruned_of_leaves(mask)
     if is_number:
-        weights = jax.tree.leaves(costs) if costs is not None else [1] * len(mask)
-        counted = [
-            (cost * gone, cost * leaf.size)
-            for cost, gone, leaf, kept in zip(weights, pruned, mask, keep, strict=True)
-            if kept and leaf.size
-        ]
-        start = sum(gone for gone, _ in counted) / max(sum(size for _, size in counted), 1)
-        start = min(start, float(sparsity))
-        return list(sparsity_schedule(float(sparsity), steps, kind=schedule, initial=start))
-    leaves, treedef = jax.tree.flatten(sparsity)
-    columns = [
-        sparsity_schedule(
-            float(leaf), steps, kind=schedule, initial=min(gone / max(m.size, 1), float(leaf))
-        )
-        for leaf, gone, m in zip(leaves, pruned, mask, strict=True)
-    ]
+        costs = [1] * len(pruned) if scope.costs is None else selection.leaf_values(scope.costs)
+        gone = sum(cost * count for cost, count in zip(costs, pruned, strict=True))
+        total = sum(cost * size for cost, size in zip(costs, selection.sizes, strict=True))
+        start = min(gone / max(total, 1), float(sparsity))
+        return list(sparsity_schedule(float(sparsity), steps, initial=start))
+    starts = dict(zip(selection.names, pruned, strict=True))
+    columns = []
+    for path, size, leaf in zip(
+        selection.layout.paths, selection.layout.sizes, jax.tree.leaves(sparsity), strict=True
+    ):
+        start = min(starts.get(path, 0) / max(size, 1), float(leaf))
+        columns.append(sparsity_schedule(float(leaf), steps, initial=start))
+    treedef = jax.tree.structure(sparsity)
     return [jax.tree.unflatten(treedef, row) for row in zip(*columns, strict=True)]
+
+
+def _given_schedule(sparsity: float | PyTree, schedule: Any, *, is_number: bool) -> list[Any]:
+    given = [float(s) for s in schedule]
+    if not given or given != sorted(given) or given[-1] <= 0:
+        raise ValueError(f"steps must be sparsities that rise, got {schedule!r}.")
+    if is_number and not np.isclose(given[-1], float(sparsity), rtol=1e-6, atol=0):
+        raise ValueError(
+            f"steps must end at sparsity={sparsity}, got {given[-1]} as its last entry."
+        )
+    if is_number:
+        return [*given[:-1], float(sparsity)]
+    return [jax.tree.map(lambda leaf, part=s / given[-1]: leaf * part, sparsity) for s in given]

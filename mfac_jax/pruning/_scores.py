@@ -1,283 +1,306 @@
-"""Scores by name, for every pattern.
+"""Scores: what the loss is expected to rise by when a weight or a group of weights goes.
 
-A score is a function of what is :class:`Given`, in ``SCORES``. The weights in it are turned
-so that those of a group are neighbours (see :mod:`mfac_jax.pruning._patterns`). All weights
-of a group that goes as a whole have the same score; in an N:M pattern the weights that are
-never to go score inf.
+Optimal Brain Surgeon scores a weight by ``w_q^2 / (2 [F^-1]_qq)``, the least rise of
+the quadratic model over all updates of the other weights. Optimal Brain Damage, by
+``w_q^2 F_qq / 2``, leaves the others where they are. Magnitude is the baseline.
+
+A score is a function ``score(problem) -> scores`` of a :class:`mfac_jax.pruning.Problem`. It
+returns a tree like the parameters; the lowest scores go first. The pattern combines the scores of
+single weights to those of groups. A function that does so itself says so: its attribute
+``of_groups`` is true. Those with a name are in :data:`SCORES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from mfac_jax import algebra
+from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.inverse import BlockRun, Blocks, block_runs, invert_blocks, map_blocks
+from mfac_jax.inverse import GroupBlocks, fisher_inverse
+from mfac_jax.pruning._blocks import Cut
 from mfac_jax.pruning._greedy import greedy_records
-from mfac_jax.pruning._groups import (
-    MOST_CHOICES,
-    cheapest_choice,
-    choices_of,
-    group_saliency,
-    lowest_in_groups,
-)
-from mfac_jax.pruning._patterns import Grouping, NofM, Slices, Unstructured
-from mfac_jax.pruning._saliency import magnitude, obd_saliency, saliency_by
-from mfac_jax.rows import GradientRows
+from mfac_jax.pruning._patterns import Pattern
+from mfac_jax.pruning._problem import Problem
+from mfac_jax.pruning._scope import Selection
+from mfac_jax.rows import Blocks, GradientRows, check_columns
 
-# Blocks whose inverse is worked on as a matrix of B x B; larger ones are not.
+ScoreFn = Callable[[Problem], PyTree]
+
+# Greedy removal works on the inverse of a block as a B x B matrix, for B up to this.
 LARGEST_GREEDY = 2048
 
 
-class Given(NamedTuple):
-    """What a score is worked out from.
+def saliency(
+    params: PyTree,
+    rows: GradientRows,
+    damping: ArrayLike,
+    *,
+    mask: PyTree | None = None,
+    blocks: Blocks = None,
+) -> PyTree:
+    """``w_q^2 / (2 [F^-1]_qq)`` of every weight. O(d n min(n, B)).
+
+    Args:
+        params: ``w``; a tree of real floating-point arrays.
+        rows: ``G``; their gradients.
+        damping: ``lambda > 0``; a number or a scalar array.
+        mask: a tree of booleans like ``params``; the Fisher is restricted to the
+            alive weights, where it is true. All by default.
+        blocks: which blocks the Fisher has; see :func:`mfac_jax.fisher_inverse`.
+
+    Returns:
+        The scores, a tree like ``params`` in the accumulation dtype of the rows; 0
+        where ``mask`` is false.
+
+    Raises:
+        TypeError: a leaf is not real floating point, the mask is not boolean, or an
+            argument has the wrong type.
+        ValueError: ``params`` or ``mask`` do not fit the rows, ``damping`` is not
+            positive, or the blocks do not cover d.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import pruning, rows
+        >>> gradients = rows.as_rows(jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]))
+        >>> pruning.saliency(jnp.array([1.0, 1.0, 2.0]), gradients, damping=0.5)
+        Array([0.5 , 1.25, 1.  ], dtype=float32)
+
+    Reference: Frantar, Kurtic, Alistarh, NeurIPS 2021, section 4.1 (its rho_p).
+    """
+    inverse = fisher_inverse(rows, damping, mask=mask, blocks=blocks)
+    rows.layout.check(params, "params")
+    return _saliency(params, inverse.mask, inverse.diagonal())
+
+
+def obd_saliency(
+    params: PyTree, rows: GradientRows, damping: ArrayLike, *, mask: PyTree | None = None
+) -> PyTree:
+    """``w_q^2 F_qq / 2`` of every weight: what its removal costs if no other moves. O(d n).
+
+    It takes the arguments of :func:`saliency` except the blocks, which do not change the
+    diagonal of ``F``. Results and errors have the same form.
+
+    Reference: LeCun, Denker, Solla, "Optimal brain damage", NeurIPS 1989.
+    """
+    rows = check_columns(rows, "obd_saliency")
+    rows.layout.check(params, "params")
+    _checks.positive_scalar(damping, "damping")
+    if mask is not None:
+        rows.layout.check_mask(mask)
+    lam = jnp.asarray(damping).astype(rows.dtype)
+    return _obd(params, mask, rows.column_square_sums(), lam, num_rows=rows.num_rows)
+
+
+def magnitude(params: PyTree, *, mask: PyTree | None = None) -> PyTree:
+    """``|w|`` of every weight, 0 where ``mask`` is false: the baseline.
+
+    Raises:
+        TypeError: a leaf is not real floating point, or the mask is not boolean.
+        ValueError: ``mask`` does not fit ``params``.
+    """
+    layout = Layout(params)
+    if mask is not None:
+        mask = jax.tree.unflatten(layout.treedef, layout.check_mask(mask))
+    return _magnitude(params, mask)
+
+
+def _restricted(scores: PyTree, mask: PyTree | None) -> PyTree:
+    if mask is None:
+        return scores
+    pairs = zip(jax.tree.leaves(scores), jax.tree.leaves(mask), strict=True)
+    kept = [jnp.where(alive, leaf, jnp.zeros_like(leaf)) for leaf, alive in pairs]
+    return jax.tree.unflatten(jax.tree.structure(scores), kept)
+
+
+@jax.jit
+def _saliency(params: PyTree, mask: PyTree | None, diagonal: PyTree) -> PyTree:
+    scores = jax.tree.map(
+        lambda d, w: jnp.asarray(w).astype(d.dtype) ** 2 / (2 * d), diagonal, params
+    )
+    return _restricted(scores, mask)
+
+
+@functools.partial(jax.jit, static_argnames="num_rows")
+def _obd(
+    params: PyTree,
+    mask: PyTree | None,
+    squares: PyTree,
+    damping: Float[Array, ""],
+    *,
+    num_rows: int,
+) -> PyTree:
+    def score(square: Array, weight: Array) -> Array:
+        return jnp.asarray(weight).astype(square.dtype) ** 2 * (damping + square / num_rows) / 2
+
+    return _restricted(jax.tree.map(score, squares, params), mask)
+
+
+@jax.jit
+def _magnitude(params: PyTree, mask: PyTree | None) -> PyTree:
+    return _restricted(jax.tree.map(jnp.abs, params), mask)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A built-in score.
 
     Attributes:
-        weights: a tree.
-        rows: their gradients.
-        damping: ``lambda``.
-        alive: which weights are there, a tree of booleans.
-        blocks: which blocks the Fisher has.
-        grouping: which weights can only go together.
-        diagonal: of the inverse over the alive weights, where the score needs it.
+        function: ``function(problem) -> scores``.
+        check: ``check(selection, cut)``, which raises a ValueError if blocks and pattern do not
+            fit the score.
+        of_groups: whether the scores are those of groups.
     """
 
-    weights: PyTree
-    rows: GradientRows
-    damping: Float[Array, ""]
-    alive: PyTree
-    blocks: Blocks
-    grouping: Grouping
-    diagonal: PyTree | None = None
+    function: ScoreFn
+    check: Callable[[Selection, Cut], None] | None = None
+    of_groups: bool = True
+
+    def __call__(self, problem: Problem) -> PyTree:
+        return self.function(problem)
 
 
-_GroupScore = Callable[..., Float[Array, "b B"]]
+def _magnitude_score(problem: Problem) -> PyTree:
+    single = _magnitude(problem.weights, None)
+    if not (problem.selection.has_groups and problem.selection.pattern.goes_whole):
+        return problem.combine(single)
+    return _roots(problem.combine(_squares(single)))
 
 
-def _magnitude_score(given: Given) -> PyTree:
-    wide = jax.tree.map(lambda w: w.astype(given.rows.dtype), given.weights)
-    single = magnitude(wide, mask=given.alive)
-    if not given.grouping.goes_whole:
-        return _of_weights(single, given)
-    squares = jax.tree.map(lambda leaf: leaf * leaf, single)
-    return jax.tree.map(jnp.sqrt, _of_weights(squares, given))
+@jax.jit
+def _squares(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.square, tree)
 
 
-def _obd_score(given: Given) -> PyTree:
-    single = obd_saliency(given.weights, given.rows, given.damping, mask=given.alive)
-    return _of_weights(single, given)
+@jax.jit
+def _roots(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.sqrt, tree)
 
 
-def needs_diagonal(score: str, grouping: Grouping) -> bool:
-    """Whether a score wants the diagonal of the inverse over the alive weights."""
-    return score == "mfac" and isinstance(grouping.pattern, Unstructured)
+def _obd_score(problem: Problem) -> PyTree:
+    rows = check_columns(problem.rows, "score='obd'")
+    squares, n = rows.column_square_sums(), rows.num_rows
+    return problem.combine(_obd(problem.weights, None, squares, problem.damping, num_rows=n))
 
 
-def _mfac_score(given: Given) -> PyTree:
-    if needs_diagonal("mfac", given.grouping):
-        return saliency_by(given.diagonal, given.weights, given.alive)
-    return _of_groups(given)
+def _mfac_score(problem: Problem) -> PyTree:
+    if not problem.selection.has_groups:
+        return _saliency(problem.weights, None, problem.diagonal)
+    return problem.map_groups(_Cost(problem.selection.pattern))
 
 
-def _greedy_score(given: Given) -> PyTree:
-    size, pattern = given.grouping.size, given.grouping.pattern
-    quota = pattern.removable if isinstance(pattern, NofM) else None
+@dataclass(frozen=True)
+class _Cost:
+    """:meth:`Pattern.cost` as a value: equal patterns give equal functions, compiled once."""
 
-    def records(
-        batch: Float[Array, "b n B"], w: Float[Array, "b B"], here: Bool[Array, "b B"]
-    ) -> Float[Array, "b B"]:
-        batch, floor = _alive_only(batch, here, given.damping)
-        inverse = invert_blocks(batch, given.damping).diagonal_blocks(w.shape[1])[:, 0]
-        return greedy_records(inverse, w, here, floor, size=size, quota=quota)
+    pattern: Pattern
 
-    layout = given.rows.layout
-    runs = block_runs(layout, given.blocks)
-    return layout.unflatten(map_blocks(given.rows, runs, records, *_flat(given)))
+    def __call__(
+        self, blocks: GroupBlocks, weights: Float[Array, "*b g"], alive: Bool[Array, "*b g"]
+    ) -> Float[Array, "*b g"]:
+        return self.pattern.cost(blocks, weights, alive)
 
 
-SCORES = {
-    "mfac": _mfac_score,
-    "greedy": _greedy_score,
-    "obd": _obd_score,
-    "magnitude": _magnitude_score,
+def _greedy_score(problem: Problem) -> PyTree:
+    pattern = problem.selection.pattern
+    size = pattern.group_size or 1
+    quota = None if pattern.goes_whole else round(pattern.removable * size)
+    records = _Records(size, quota)
+    return problem.inverse.group_blocks(None, records, problem.weights, problem.mask)
+
+
+@dataclass(frozen=True)
+class _Records:
+    """The records of greedy removal in a batch of blocks; see :func:`greedy_records`."""
+
+    size: int
+    quota: int | None
+
+    def __call__(
+        self, blocks: GroupBlocks, weights: Float[Array, "*b B"], alive: Bool[Array, "*b B"]
+    ) -> Float[Array, "*b B"]:
+        side = weights.shape[-1]
+        flat = (part.reshape(-1, side) for part in (weights, alive, blocks.floor))
+        inverse = blocks.matrix.reshape(-1, side, side)
+        found = greedy_records(inverse, *flat, size=self.size, quota=self.quota)
+        return found.reshape(weights.shape)
+
+
+def _check_groups_in_blocks(selection: Selection, cut: Cut) -> None:
+    pattern, size = selection.pattern, selection.pattern.group_size
+    if size is None and not (cut.blocks is None or cut.blocks == "leaf"):
+        raise ValueError(
+            f"the groups of {pattern} lie in no smaller block than a leaf: "
+            f"expected blocks=None or blocks='leaf', got blocks={cut.blocks!r}."
+        )
+    if size is not None and any(run.size % size for run in cut.runs):
+        raise ValueError(
+            f"blocks must hold whole groups of {pattern}: expected sizes that are multiples "
+            f"of {size}, got blocks={cut.blocks!r}."
+        )
+
+
+def _check_greedy(selection: Selection, cut: Cut) -> None:
+    _check_groups_in_blocks(selection, cut)
+    largest = max((run.size for run in cut.runs), default=0)
+    if selection.pattern.group_size is None or largest > LARGEST_GREEDY:
+        raise ValueError(
+            "score='greedy' removes weight by weight inside blocks of at most "
+            f"{LARGEST_GREEDY} weights, got blocks={cut.blocks!r} with {selection.pattern}; "
+            "blocks=128 is a good choice."
+        )
+
+
+SCORES: dict[str, Score] = {
+    "mfac": Score(_mfac_score, _check_groups_in_blocks),
+    "greedy": Score(_greedy_score, _check_greedy),
+    "obd": Score(_obd_score),
+    "magnitude": Score(_magnitude_score),
 }
 
 
-def check_score(score: str, layout: Layout, blocks: Blocks, grouping: Grouping) -> None:
-    """Score, blocks and pattern go together.
+def as_score(score: str | ScoreFn) -> ScoreFn:
+    """A score by its name, or the caller's own.
+
+    Raises:
+        TypeError: it is neither a name nor a function.
+        ValueError: there is none of that name.
+    """
+    return _checks.named(score, "score", SCORES)
+
+
+def check_score(score: ScoreFn, selection: Selection, cut: Cut) -> None:
+    """Checks that score, blocks and pattern go together.
 
     Raises:
         ValueError: they do not.
     """
-    pattern, size = grouping.pattern, grouping.size
-    runs = block_runs(layout, blocks)
-    if score not in ("mfac", "greedy"):
-        return
-    if isinstance(pattern, Slices) and not (blocks is None or blocks == "leaf"):
-        raise ValueError(
-            f"the groups of {pattern} lie in no smaller block than a leaf: "
-            f"expected blocks=None or blocks='leaf', got blocks={blocks!r}."
-        )
-    if not isinstance(pattern, Slices) and any(run.size % size for run in runs):
-        raise ValueError(
-            f"blocks must hold whole groups of {pattern}: expected sizes that are multiples "
-            f"of {size}, got blocks={blocks!r}."
-        )
-    largest = max((run.size for run in runs), default=0)
-    if score == "greedy" and (isinstance(pattern, Slices) or largest > LARGEST_GREEDY):
-        raise ValueError(
-            "score='greedy' removes weight by weight inside blocks of up to "
-            f"{LARGEST_GREEDY} weights, got blocks={blocks!r} with {pattern}; blocks=128 is a "
-            "good choice."
-        )
+    check = getattr(score, "check", None)
+    if check is not None:
+        check(selection, cut)
 
 
-def _of_weights(single: PyTree, given: Given) -> PyTree:
-    """Scores of a pattern from scores of single weights: sums, or the lowest of a group."""
-    grouping, pattern = given.grouping, given.grouping.pattern
-    if isinstance(pattern, Unstructured):
-        return single
-    whole = isinstance(pattern, Slices)
+def scores_of(score: ScoreFn, problem: Problem) -> PyTree:
+    """The scores of groups, a tree like the parameters.
 
-    def of_leaf(scores: Array, here: Array) -> Array:
-        shape = scores.shape
-        if not scores.size:
-            return scores
-        if isinstance(pattern, NofM):
-            groups = scores.reshape(-1, pattern.m)
-            lowest = lowest_in_groups(groups, here.reshape(groups.shape), pattern.removable)
-            return lowest.reshape(shape)
-        groups = scores.reshape(shape[0], -1) if whole else scores.reshape(-1, grouping.size)
-        return jnp.broadcast_to(jnp.sum(groups, 1, keepdims=True), groups.shape).reshape(shape)
-
-    return jax.tree.map(of_leaf, single, given.alive)
-
-
-def _of_groups(given: Given) -> PyTree:
-    """The exact saliency of every group."""
-    rows, grouping, damping = given.rows, given.grouping, given.damping
-    layout, flat = rows.layout, _flat(given)
-    runs = block_runs(layout, given.blocks)
-    is_whole = len(runs) == 1 and runs[0].count == 1 and runs[0].size > rows.num_rows
-    if not is_whole and not isinstance(grouping.pattern, Slices):
-        return layout.unflatten(map_blocks(rows, runs, _in_blocks(damping, grouping), *flat))
-    parts = []
-    starts = _starts(layout.sizes)
-    of_leaf = [
-        BlockRun(start, total // size, size) if size else BlockRun(start, 0, 1)
-        for start, total, size in zip(starts, layout.sizes, grouping.sizes, strict=True)
-    ]
-    every = range(len(of_leaf))
-    for scope in [[i] for i in every] if given.blocks == "leaf" else [list(every)]:
-        if given.blocks == "leaf" and 0 < layout.sizes[scope[0]] <= rows.num_rows:
-            # The side of the block is the smaller one, and free of cancellation.
-            leaf = BlockRun(starts[scope[0]], 1, layout.sizes[scope[0]])
-            own = grouping._replace(sizes=(grouping.sizes[scope[0]],))
-            parts.append(map_blocks(rows, (leaf,), _in_blocks(damping, own), *flat))
-            continue
-        leaves, treedef = jax.tree.flatten(given.alive)
-        within = [leaf & (i in scope) for i, leaf in enumerate(leaves)]
-        gram = rows.gram(jax.tree.unflatten(treedef, within))
-        function = _by_whole_inverse(gram, damping, grouping)
-        here = tuple(of_leaf[i] for i in scope if of_leaf[i].count)
-        parts.append(map_blocks(rows, here, function, *flat))
-    return layout.unflatten(jnp.concatenate(parts))
-
-
-def _in_blocks(damping: Float[Array, ""], grouping: Grouping) -> _GroupScore:
-    """Scores of the groups in blocks whose own inverse is taken."""
-    size = grouping.size
-
-    def scores(
-        batch: Float[Array, "b n B"], w: Float[Array, "b B"], here: Bool[Array, "b B"]
-    ) -> Float[Array, "b B"]:
-        batch, floor = _alive_only(batch, here, damping)
-        inverse = invert_blocks(batch, damping).diagonal_blocks(size)
-        cut = (w.shape[0], -1, size)
-        out = _score_groups(
-            inverse, w.reshape(cut), here.reshape(cut), floor.reshape(cut), grouping
-        )
-        return out.reshape(w.shape)
-
-    return scores
-
-
-def _by_whole_inverse(
-    gram: Float[Array, "n n"], damping: Float[Array, ""], grouping: Grouping
-) -> _GroupScore:
-    """Scores of groups, a block each, under the inverse that ``A = n lambda I + gram`` gives.
-
-    A group of up to n weights, or one that does not go whole, by
-    ``[F^-1]_QQ = (I - W_Q^T W_Q) / lambda``, a larger one by
-
-        lambda / 2 (|w_Q|^2 + u^T (A - G_Q G_Q^T)^-1 u),   u = G_Q w_Q.
+    Raises:
+        ValueError: a score of the caller's own returns another structure or shape.
+        TypeError: it returns something else than real numbers.
     """
-    n = gram.shape[0]
-    shift = n * damping
-    inverse_lower = algebra.inverse_lower(algebra.factor(gram, shift))
-
-    def scores(
-        batch: Float[Array, "b n g"], w: Float[Array, "b g"], here: Bool[Array, "b g"]
-    ) -> Float[Array, "b g"]:
-        batch, floor = _alive_only(batch, here, damping)
-        if w.shape[1] > n and grouping.goes_whole:
-            own = jnp.einsum("bng,bmg->bnm", batch, batch, precision="highest")
-            dots = jnp.einsum("bng,bg->bn", batch, w, precision="highest")
-            root = algebra.inverse_root(jnp.broadcast_to(gram, own.shape) - own, shift)
-            half = jnp.einsum("bnm,bm->bn", root, dots, precision="highest")
-            cost = damping / 2 * (jnp.sum(w * w, axis=1) + jnp.sum(half * half, axis=1))
-            return jnp.broadcast_to(cost[:, None], w.shape)
-        whitened = jnp.einsum("nm,bmg->bng", inverse_lower, batch, precision="highest")
-        inner = jnp.einsum("bng,bnh->bgh", whitened, whitened, precision="highest")
-        eye = jnp.broadcast_to(jnp.eye(w.shape[1], dtype=w.dtype), inner.shape)
-        inverse = (eye - inner) / damping
-        return _score_groups(inverse, w, here, floor, grouping)
-
-    return scores
+    found = score(problem)
+    layout = problem.rows.layout
+    name = getattr(score, "__name__", type(score).__name__)
+    found = jax.tree.unflatten(layout.treedef, layout.check(found, f"what {name} returns: scores"))
+    return found if getattr(score, "of_groups", False) else problem.combine(found)
 
 
-def _score_groups(
-    inverse: Float[Array, "*b g g"],
-    w: Float[Array, "*b g"],
-    here: Bool[Array, "*b g"],
-    floor: Float[Array, "*b g"],
-    grouping: Grouping,
-) -> Float[Array, "*b g"]:
-    pattern = grouping.pattern
-    if not isinstance(pattern, NofM):
-        cost = group_saliency(inverse, w, floor)
-        return jnp.broadcast_to(cost[..., None], w.shape)
-    if choices_of(pattern.n, pattern.m) <= MOST_CHOICES:
-        return cheapest_choice(inverse, w, here, floor, pattern.n)
-    size, shape = pattern.m, w.shape
-    return greedy_records(
-        inverse.reshape(-1, size, size),
-        w.reshape(-1, size),
-        here.reshape(-1, size),
-        floor.reshape(-1, size),
-        size=size,
-        quota=pattern.removable,
-    ).reshape(shape)
-
-
-def _alive_only(
-    batch: Float[Array, "b n B"], here: Bool[Array, "b B"], damping: Float[Array, ""]
-) -> tuple[Float[Array, "b n B"], Float[Array, "b B"]]:
-    """The gradients of the alive weights, and ``1 / F_jj``, which no pivot is below."""
-    batch = jnp.where(here[:, None], batch, jnp.zeros_like(batch))
-    return batch, 1 / (damping + jnp.sum(batch * batch, axis=1) / batch.shape[1])
-
-
-def _flat(given: Given) -> tuple[Float[Array, " d"], Bool[Array, " d"]]:
-    flat = given.rows.layout.flatten(given.weights, given.rows.dtype, "weights")
-    here = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(given.alive)])
-    return jnp.where(here, flat, jnp.zeros_like(flat)), here
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    return [sum(sizes[:i]) for i in range(len(sizes))]
+def name_of(value: Any) -> str:
+    """What a score, an update or a budget goes by in reports."""
+    return value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)

@@ -1,52 +1,42 @@
 """Updates: how the weights that stay make up for those that go.
 
-Q is the set of weights to prune, S the set to keep; both are alive before the step,
-and ``F = lambda I + G^T G / n`` is the Fisher over the alive weights. Every update has
-``delta_Q = -w_Q`` and nothing elsewhere but on S:
+Q is the set of weights to prune and S the set to keep. Both are alive before the step, and
+``F = lambda I + G^T G / n`` is the Fisher over the alive weights. Every update has
+``delta_Q = -w_Q``. Updates differ in ``delta_S``; elsewhere ``delta`` is 0.
 
-- *removal*: ``delta_S = 0``;
-- *reference*: the single-weight updates of Optimal Brain Surgeon added up as if they
-  did not interact, ``delta_S = -(F^-1 v)_S`` with ``v_q = w_q / [F^-1]_qq`` (on Q), as
-  the paper's code does;
+- *none*: ``delta_S = 0``.
+- *reference*: the single-weight updates of Optimal Brain Surgeon, added up as if they did not
+  interact: ``delta_S = -(F^-1 v)_S`` with ``v_q = w_q / [F^-1]_qq`` on Q, as in the paper's code.
 - *joint*: the exact minimiser of ``1/2 delta^T F delta``,
 
       delta_S = F_SS^-1 F_SQ w_Q = G_S^T (n lambda I + G_S G_S^T)^-1 G_Q w_Q.
 
-The reference's update is of the same form, ``G^T A^-1 G x`` on S, with all alive weights
-in ``A`` and ``x = v / lambda``. By the push-through identity
+The reference's update has the same form, ``G^T A^-1 G x`` on S, with all alive weights in ``A``
+and ``x = v / lambda``. Neither subtracts anything.
 
-    G^T (n lambda I + G G^T)^-1 u = (lambda I + G^T G / n)^-1 G^T u / n
-
-a block of B <= n weights is solved as B x B, a larger one (and the whole network, by
-scans) as n x n. Neither side subtracts anything.
-
-So an entry of ``UPDATES`` returns ``x`` and the weights that ``G`` has here, elementwise.
+An update is a function ``update(problem, kept) -> changes`` of a
+:class:`mfac_jax.pruning.Problem` and a mask of the weights that stay. It returns a tree like the
+parameters: what is added to the weights that stay. The rest of the tree is not used. Those with
+a name are in :data:`UPDATES`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from mfac_jax import algebra
+from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.inverse import (
-    BlockRun,
-    Blocks,
-    block_ihvp,
-    block_runs,
-    inverse_diagonal,
-    map_blocks,
-)
-from mfac_jax.pruning._inputs import as_damping
-from mfac_jax.pruning._outputs import as_static
-from mfac_jax.rows import GradientRows, Implementation, check_rows
+from mfac_jax.inverse import fisher_inverse, is_scanned
+from mfac_jax.pruning._problem import Problem
+from mfac_jax.rows import Blocks, GradientRows, Partition, check_columns, check_rows, partition
+
+UpdateFn = Callable[[Problem, PyTree], PyTree]
 
 
 def joint_update(
@@ -90,7 +80,10 @@ def joint_update(
         >>> pruning.joint_update(w, gradients, 0.25, alive, kept)
         Array([ 0.8, -1. ], dtype=float32)
     """
-    return _checked("joint", params, rows, damping, mask, new_mask, blocks)
+    alive, kept = _masks(params, rows, mask, new_mask)
+    gone = _gone(params, alive, kept, dtype=rows.dtype)
+    inverse = fisher_inverse(rows, damping, mask=kept, blocks=blocks)
+    return as_delta(inverse.compensate(gone), gone, kept)
 
 
 def reference_update(
@@ -104,14 +97,18 @@ def reference_update(
 ) -> PyTree:
     """The update of the paper's code: single-weight updates added up.
 
-    It equals :func:`joint_update` if one weight is pruned (in each block), and takes
-    the same arguments, with the same result and errors.
+    It takes the arguments of :func:`joint_update`, with the same form of result and the same
+    errors. If one weight is pruned (in each block), the two are equal.
 
     Reference: Frantar, Kurtic, Alistarh, NeurIPS 2021, section 4.1, and the pruner of
-    the published code, which cuts its blocks out of the alive weights, as
-    :func:`prune_step` does; here blocks hold what lies in them, alive or not.
+    the published code. That one cuts its blocks out of the alive weights, as
+    :func:`prune_step` does. Here blocks hold alive and pruned weights as they lie.
     """
-    return _checked("reference", params, rows, damping, mask, new_mask, blocks)
+    alive, kept = _masks(params, rows, mask, new_mask)
+    gone = _gone(params, alive, kept, dtype=rows.dtype)
+    inverse = fisher_inverse(rows, damping, mask=alive, blocks=blocks)
+    excess = _excess(gone, inverse.diagonal(), inverse.damping)
+    return as_delta(inverse.compensate(excess), gone, kept)
 
 
 def removal(params: PyTree, mask: PyTree, new_mask: PyTree) -> PyTree:
@@ -135,7 +132,7 @@ def removal(params: PyTree, mask: PyTree, new_mask: PyTree) -> PyTree:
 def predicted_loss_increase(
     update: PyTree, rows: GradientRows, damping: ArrayLike, *, blocks: Blocks = None
 ) -> Float[Array, ""]:
-    """``1/2 delta^T F delta`` in one scan; block-diagonal ``F`` with ``blocks``.
+    """``1/2 delta^T F delta``, in one scan. With ``blocks``, ``F`` is block-diagonal.
 
     Args:
         update: ``delta``, a tree like the parameters; 0 where no weight is alive.
@@ -152,188 +149,115 @@ def predicted_loss_increase(
             the blocks do not cover d.
     """
     check_rows(rows)
-    rows.layout.check(update, "update")
-    lam = as_damping(damping, rows)
-    curvature, square = quadratic_terms(update, rows, blocks=as_static(blocks, rows.layout))
-    return (curvature + lam * square) / 2
+    leaves = rows.layout.check(update, "update")
+    _checks.positive_scalar(damping, "damping")
+    lam = jnp.asarray(damping).astype(rows.dtype)
+    tree = jax.tree.unflatten(rows.layout.treedef, list(map(jnp.asarray, leaves)))
+    curvature = curvature_along(tree, rows, partition(rows.layout, blocks))
+    return _half_sum(curvature, tree, lam)
 
 
-@functools.partial(jax.jit, static_argnames="blocks")
-def quadratic_terms(
-    update: PyTree, rows: GradientRows, *, blocks: Blocks
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """``delta^T (G^T G / n) delta`` and ``delta^T delta``."""
-    runs = block_runs(rows.layout, blocks)
-    flat = rows.layout.flatten(update, rows.dtype, "update")
-    square = jnp.sum(flat * flat)
-    if _is_scanned(rows, runs):
-        dots = rows.dots(update)
-        return jnp.sum(dots * dots) / rows.num_rows, square
-
-    def curvature(batch: Float[Array, "b n B"], here: Float[Array, "b B"]) -> Float[Array, "b 1"]:
-        dots = jnp.einsum("bnj,bj->bn", batch, here, precision="highest")
-        return jnp.sum(dots * dots, axis=1, keepdims=True)
-
-    return jnp.sum(map_blocks(rows, runs, curvature, flat)) / rows.num_rows, square
+def curvature_along(delta: PyTree, rows: GradientRows, blocks: Partition) -> Float[Array, ""]:
+    """``delta^T (G^T G / n) delta``, whole or in blocks."""
+    if is_scanned(rows, blocks):
+        return _mean_square(rows.dots(delta), num_rows=rows.num_rows)
+    squares = check_columns(rows, "blocks").map_blocks(blocks, _block_squares, delta)
+    return _mean(squares, num_rows=rows.num_rows)
 
 
-def _checked(
-    name: str,
-    params: PyTree,
-    rows: GradientRows,
-    damping: ArrayLike,
-    mask: PyTree,
-    new_mask: PyTree,
-    blocks: Blocks,
-) -> PyTree:
+def _block_squares(batch: Float[Array, "b n B"], delta: Float[Array, "b B"]) -> Float[Array, " b"]:
+    dots = jnp.einsum("bnj,bj->bn", batch, delta, precision="highest")
+    return jnp.sum(dots * dots, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="num_rows")
+def _mean_square(dots: Float[Array, " n"], *, num_rows: int) -> Float[Array, ""]:
+    return jnp.sum(dots * dots) / num_rows
+
+
+@functools.partial(jax.jit, static_argnames="num_rows")
+def _mean(squares: Float[Array, " blocks"], *, num_rows: int) -> Float[Array, ""]:
+    return jnp.sum(squares) / num_rows
+
+
+@jax.jit
+def _half_sum(
+    curvature: Float[Array, ""], delta: PyTree, damping: Float[Array, ""]
+) -> Float[Array, ""]:
+    squares = [jnp.sum(leaf.astype(damping.dtype) ** 2) for leaf in jax.tree.leaves(delta)]
+    return (curvature + damping * functools.reduce(jnp.add, squares)) / 2
+
+
+def _masks(
+    params: PyTree, rows: GradientRows, mask: PyTree, new_mask: PyTree
+) -> tuple[PyTree, PyTree]:
+    """The alive weights and those of them that stay, as full trees."""
     check_rows(rows)
-    rows.layout.check(params, "params")
-    rows.layout.check_mask(mask)
-    rows.layout.check_mask(new_mask, "new_mask")
-    lam = as_damping(damping, rows)
-    blocks = as_static(blocks, rows.layout)
-    diagonal = None
-    if UPDATES[name].needs_diagonal:
-        diagonal = inverse_diagonal(rows, lam, blocks=blocks, mask=mask)
-    return full_update(params, rows, lam, mask, new_mask, diagonal, update=name, blocks=blocks)[0]
+    layout = rows.layout
+    layout.check(params, "params")
+    alive, kept = layout.check_mask(mask), layout.check_mask(new_mask, "new_mask")
+    both = [a & k for a, k in zip(alive, kept, strict=True)]
+    return tuple(jax.tree.unflatten(layout.treedef, leaves) for leaves in (alive, both))
 
 
-class _Update(NamedTuple):
-    """One way to make up for what goes.
+@functools.partial(jax.jit, static_argnames="dtype")
+def _gone(params: PyTree, alive: PyTree, kept: PyTree, *, dtype: jnp.dtype) -> PyTree:
+    """The weights to prune, 0 elsewhere."""
 
-    Attributes:
-        system: ``(w_Q, alive, kept, diagonal, damping) -> (x, K)``, elementwise; None moves
-            nothing.
-        needs_diagonal: whether it wants the diagonal of the inverse over the alive weights.
-    """
+    def of_leaf(a: Array, k: Array, w: Array) -> Array:
+        return jnp.where(a & ~k, w.astype(dtype), jnp.zeros((), dtype))
 
-    system: Callable[..., tuple[Array, Array]] | None
-    needs_diagonal: bool = False
+    leaves = zip(*map(jax.tree.leaves, (alive, kept, params)), strict=True)
+    return jax.tree.unflatten(jax.tree.structure(alive), [of_leaf(*leaf) for leaf in leaves])
 
 
-def _joint_system(
-    gone: Array, alive: Array, kept: Array, diagonal: Array | None, damping: Float[Array, ""]
-) -> tuple[Array, Array]:
-    del alive, diagonal, damping
-    return gone, kept
+@jax.jit
+def as_delta(changes: PyTree, gone: PyTree, kept: PyTree) -> PyTree:
+    """``delta``: the changes of the weights that stay, and the removal of those that go."""
+    return jax.tree.map(lambda m, g, k: jnp.where(k, m.astype(g.dtype), -g), changes, gone, kept)
 
 
-def _reference_system(
-    gone: Array, alive: Array, kept: Array, diagonal: Array, damping: Float[Array, ""]
-) -> tuple[Array, Array]:
-    del kept
+@jax.jit
+def _excess(gone: PyTree, diagonal: PyTree, damping: Float[Array, ""]) -> PyTree:
     # -F^-1 v on S, where v is 0, is the compensation over all alive weights for v / lambda.
-    return gone / (diagonal * damping), alive
+    return jax.tree.map(lambda w, d: w / (d * damping), gone, diagonal)
 
 
-UPDATES = {
-    "joint": _Update(_joint_system),
-    "reference": _Update(_reference_system, needs_diagonal=True),
-    "none": _Update(None),
-}
+def _joint(problem: Problem, kept: PyTree) -> PyTree:
+    return problem.inverse_over(kept).compensate(problem.gone(kept))
 
 
-@functools.partial(jax.jit, static_argnames=("update", "blocks"))
-def full_update(
-    params: PyTree,
-    rows: GradientRows,
-    damping: Float[Array, ""],
-    mask: PyTree,
-    new_mask: PyTree,
-    diagonal: PyTree | None,
-    *,
-    update: str,
-    blocks: Blocks,
-) -> tuple[PyTree, Float[Array, ""]]:
-    """``delta`` by the update of that name, and ``delta^T (G^T G / n) delta``.
+def _reference(problem: Problem, kept: PyTree) -> PyTree:
+    excess = _excess(problem.gone(kept), problem.diagonal, problem.damping)
+    return problem.inverse.compensate(excess)
 
-    Args:
-        params: ``w``.
-        rows: ``G``.
-        damping: ``lambda``.
-        mask: which weights are alive.
-        new_mask: which of them stay.
-        diagonal: of the inverse over the alive weights, where the update needs it.
-        update: the name.
-        blocks: of the Fisher.
+
+def _none(problem: Problem, kept: PyTree) -> PyTree:
+    return problem.gone(kept)  # which is 0 on the weights that stay
+
+
+UPDATES: dict[str, UpdateFn] = {"joint": _joint, "reference": _reference, "none": _none}
+
+
+def as_update(update: str | UpdateFn) -> UpdateFn:
+    """An update by its name, or the caller's own.
+
+    Raises:
+        TypeError: it is neither a name nor a function.
+        ValueError: there is none of that name.
     """
-    layout, n, system = rows.layout, rows.num_rows, UPDATES[update].system
-    wide = [jnp.asarray(leaf).astype(rows.dtype) for leaf in jax.tree.leaves(params)]
-    alive = layout.check_mask(mask)
-    kept = [a & k for a, k in zip(alive, layout.check_mask(new_mask), strict=True)]
-    gone = [
-        jnp.where(a & ~k, w, jnp.zeros_like(w)) for a, k, w in zip(alive, kept, wide, strict=True)
-    ]
-    known = [gone, kept]
-    if system is not None:
-        diagonals = [None] * len(gone) if diagonal is None else jax.tree.leaves(diagonal)
-        parts = zip(gone, alive, kept, diagonals, strict=True)
-        pairs = [system(*part, damping) for part in parts]
-        known += [[x for x, _ in pairs], [over for _, over in pairs]]
-    runs = block_runs(layout, blocks)
-
-    def tree(leaves: Sequence[Array]) -> PyTree:
-        return jax.tree_util.tree_unflatten(layout.treedef, leaves)
-
-    if _is_scanned(rows, runs):
-        moved = [jnp.zeros_like(leaf) for leaf in gone]
-        if system is not None:
-            x, over = known[2:]
-            gram = rows.gram(tree(over))
-            solved = _solve(algebra.factor(gram, n * damping), gram, rows.dots(tree(x)))
-            moved = jax.tree.leaves(rows.combine(solved))
-        delta = [jnp.where(k, m, -g) for k, m, g in zip(kept, moved, gone, strict=True)]
-        dots = rows.dots(tree(delta))
-        return tree(delta), jnp.sum(dots * dots) / n
-
-    def block(
-        batch: Float[Array, "b n B"],
-        gone: Float[Array, "b B"],
-        kept: Bool[Array, "b B"],
-        x: Float[Array, "b B"] | None = None,
-        over: Bool[Array, "b B"] | None = None,
-    ) -> tuple[Float[Array, "b B"], Float[Array, "b 1"]]:
-        moved = jnp.zeros_like(gone)
-        if x is not None and over is not None:
-            moved = _compensate(batch, x, over, damping, rows.implementation)
-        delta = jnp.where(kept, moved, -gone)
-        dots = jnp.einsum("bnj,bj->bn", batch, delta, precision="highest")
-        return delta, jnp.sum(dots * dots, axis=1, keepdims=True)
-
-    flat = [jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]) for leaves in known]
-    moves, squares = map_blocks(rows, runs, block, *flat)
-    return layout.unflatten(moves), jnp.sum(squares) / n
+    return _checks.named(update, "update", UPDATES)
 
 
-def _compensate(
-    batch: Float[Array, "b n B"],
-    x: Float[Array, "b B"],
-    over: Bool[Array, "b B"],
-    damping: Float[Array, ""],
-    implementation: Implementation,
-) -> Float[Array, "b B"]:
-    """``G_K^T (n lambda I + G_K G_K^T)^-1 G x`` for the weights K of each block, ``over``."""
-    n = batch.shape[1]
-    dots = jnp.einsum("bnj,bj->bn", batch, x, precision="highest")
-    within = jnp.where(over[:, None], batch, jnp.zeros_like(batch))
-    if within.shape[2] > n:
-        gram = jnp.einsum("bnj,bmj->bnm", within, within, precision="highest")
-        factor = jax.vmap(algebra.factor, (0, None))(gram, n * damping)
-        dots = jax.vmap(_solve)(factor, gram, dots)
-        return jnp.einsum("bn,bnj->bj", dots, within, precision="highest")
-    rhs = jnp.einsum("bn,bnj->bj", dots, within, precision="highest") / n
-    return block_ihvp(within, rhs, damping, implementation)
+def delta_of(update: UpdateFn, problem: Problem, kept: PyTree) -> PyTree:
+    """``delta`` for the weights that stay, a tree like the parameters.
 
-
-def _solve(
-    factor: algebra.Factor, gram: Float[Array, "n n"], dots: Float[Array, " n"]
-) -> Float[Array, " n"]:
-    """``A^-1 u``, to be met by ``G^T`` of the gradients of ``K``."""
-    shared = algebra.share_between_equal_rows(gram, dots)
-    solved = algebra.solve(factor, shared)
-    return algebra.share_between_equal_rows(gram, solved)
-
-
-def _is_scanned(rows: GradientRows, runs: tuple[BlockRun, ...]) -> bool:
-    """One block that is larger than n: it is worked on by scans, never copied."""
-    return len(runs) == 1 and runs[0].count == 1 and runs[0].size > rows.num_rows
+    Raises:
+        ValueError: an update of the caller's own returns another structure or shape.
+        TypeError: it returns something else than real numbers.
+    """
+    layout = problem.rows.layout
+    name = getattr(update, "__name__", type(update).__name__)
+    changes = layout.check(update(problem, kept), f"what {name} returns: changes")
+    tree = jax.tree.unflatten(layout.treedef, changes)
+    return as_delta(tree, problem.gone(kept), kept)

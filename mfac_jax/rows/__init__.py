@@ -1,29 +1,45 @@
-"""Gradient rows: the one place that knows how ``m`` gradients of ``d`` entries are kept.
+"""Gradient rows: how ``m`` gradients of ``d`` entries are stored.
 
-Everything above asks the rows for products and never for the array behind them
-(:class:`GradientRows`), so a new way of storing gradients is one new file here.
+The algorithms see rows through three capabilities. All rows answer products
+(:class:`GradientRows`). Some can be written (:class:`WritableRows`), and the columns of some can
+be read (:class:`ColumnRows`); an algorithm asks for these two only where it needs them.
+
+A :class:`Storage` makes rows. A new way to store gradients is a new storage with rows of its
+own; nothing else in the library changes.
 """
 
-from mfac_jax.rows._base import GradientRows, Implementation, check_rows
-from mfac_jax.rows._create import as_rows, check_storage, empty_rows
-from mfac_jax.rows._flat import FlatRows
-from mfac_jax.rows._per_leaf import PerLeafRows
-from mfac_jax.rows._permuted import PermutedRows
-from mfac_jax.rows._selected import SelectedRows
-from mfac_jax.rows._transposed import TransposedRows, transposed, transposed_back
+from mfac_jax._layout import Layout
+from mfac_jax.rows._base import (
+    ColumnRows,
+    GradientRows,
+    WritableRows,
+    check_columns,
+    check_rows,
+    check_writable,
+    is_small_enough,
+)
+from mfac_jax.rows._dense import DenseRows
+from mfac_jax.rows._partition import BlockRun, Blocks, Partition, partition
+from mfac_jax.rows._stacked import StackedRows
+from mfac_jax.rows._storage import Dense, Storage, as_rows, check_storage
 
 __all__ = [
-    "FlatRows",
+    "BlockRun",
+    "Blocks",
+    "ColumnRows",
+    "Dense",
+    "DenseRows",
     "GradientRows",
-    "Implementation",
-    "PerLeafRows",
-    "PermutedRows",
-    "SelectedRows",
-    "TransposedRows",
+    "Layout",
+    "Partition",
+    "StackedRows",
+    "Storage",
+    "WritableRows",
     "as_rows",
+    "check_columns",
     "check_rows",
     "check_storage",
-    "empty_rows",
-    "transposed",
-    "transposed_back",
+    "check_writable",
+    "is_small_enough",
+    "partition",
 ]

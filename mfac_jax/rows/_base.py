@@ -1,85 +1,55 @@
-"""What the algorithms ask of stored gradients."""
+"""What the algorithms ask of stored gradients, in three capabilities.
+
+Products (:class:`GradientRows`) are what every kind of rows answers. Writing
+(:class:`WritableRows`) and access to columns (:class:`ColumnRows`) are asked for only where an
+algorithm needs them, by :func:`check_writable` and :func:`check_columns`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+import abc
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax._layout import Layout, PyTree
+from mfac_jax.rows._map import map_columns
+from mfac_jax.rows._partition import Partition, pieces_of
 
-Self = TypeVar("Self", bound="GradientRows")
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class Implementation:
-    """Which implementation ``put``, ``dots`` and ``combine`` of rows use.
-
-    Static, a pytree node without leaves.
-
-    Attributes:
-        name: one of ``mfac_jax.kernels.IMPLEMENTATIONS``, or ``None`` for the best one
-            on each platform.
-    """
-
-    name: str | None = None
+Writable = TypeVar("Writable", bound="WritableRows")
 
 
-@runtime_checkable
-class GradientRows(Protocol):
+class GradientRows(abc.ABC):
     """``m`` gradients ``g_1 .. g_m`` in R^d, the rows of ``G``; an immutable pytree.
 
-    Vectors of R^d go in and out as trees with the structure of the parameters;
-    those that come out are in the accumulation dtype (float32 at least).
+    A vector of R^d is a tree with the structure of the parameters. Results are in the
+    accumulation dtype, which is float32 at least.
+
+    Attributes:
+        layout: the parameters that the gradients belong to.
+        num_rows: ``m``; rows not yet written are zero.
+        implementation: which implementation the kernels use; None, the default, for the best
+            one on each platform.
     """
 
-    @property
-    def layout(self) -> Layout:
-        """The parameters the gradients belong to."""
-        ...
+    layout: Layout
+    num_rows: int
+    implementation: str | None = None
 
     @property
-    def implementation(self) -> Implementation:
-        """Of the scans."""
-        ...
-
-    @property
-    def num_rows(self) -> int:
-        """``m``; rows not yet written are zero."""
-        ...
-
-    @property
+    @abc.abstractmethod
     def dtype(self) -> jnp.dtype:
         """The accumulation dtype, which is also that of every n x n quantity."""
-        ...
 
-    def put(
-        self: Self, row: Int[Array, ""], gradient: PyTree
-    ) -> tuple[Self, Float[Array, " m"], Bool[Array, ""]]:
-        """Writes a gradient; returns the rows, ``G g`` and whether it was accepted.
-
-        ``G g`` is taken with the gradient as stored and with the new row in place. A
-        gradient that is not finite or too large (``is_small_enough``) is not
-        written: then the rows are as before and ``G g`` means nothing.
-        """
-        ...
-
-    def write(self: Self, row: Int[Array, ""], gradient: PyTree) -> tuple[Self, Bool[Array, ""]]:
-        """:meth:`put` without ``G g``: no scan."""
-        ...
-
-    def clear(self: Self, row: Int[Array, ""]) -> Self:
-        """Sets a row to zero."""
-        ...
-
+    @abc.abstractmethod
     def dots(self, vector: PyTree) -> Float[Array, " m"]:
         """``G v``."""
-        ...
 
+    @abc.abstractmethod
     def combine(
         self,
         coefficients: Float[Array, " m"],
@@ -88,45 +58,177 @@ class GradientRows(Protocol):
         scale: Float[Array, ""] | None = None,
     ) -> PyTree:
         """``G^T c``, or ``v - G^T c``, times ``scale``; in one pass."""
-        ...
 
+    @abc.abstractmethod
     def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
         """``G G^T``, over the coordinates where ``mask`` is true if there is one."""
-        ...
-
-    def restrict(self: Self, mask: PyTree) -> Self:
-        """The rows with zeros where ``mask`` is false."""
-        ...
 
     def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> GradientRows:
-        """``M G`` as rows of its own, in the accumulation dtype.
+        """``M G``, stored as dense rows in the accumulation dtype.
 
-        ``lower`` says that ``M`` is lower triangular, which saves time.
+        Args:
+            matrix: ``M``.
+            lower: whether ``M`` is lower triangular, which can save time.
         """
-        ...
+        # Dense rows are a subclass of the classes of this module.
+        from mfac_jax.rows._dense import DenseRows
+
+        del lower
+        return DenseRows(jax.vmap(self.combine)(matrix), self.layout, len(matrix), "leaf")
+
+
+class WritableRows(GradientRows):
+    """Rows that gradients can be written into."""
+
+    @abc.abstractmethod
+    def put(
+        self: Writable, row: Int[Array, ""], gradient: PyTree
+    ) -> tuple[Writable, Float[Array, " m"], Bool[Array, ""]]:
+        """Writes a gradient and multiplies all rows with it.
+
+        A gradient that is not finite or too large (:func:`is_small_enough`) is rejected:
+        the rows do not change, and the products mean nothing.
+
+        Returns:
+            The new rows; ``G g`` of the new rows and of ``g`` as it is stored; and whether the
+            gradient was accepted.
+        """
+
+    @abc.abstractmethod
+    def write(
+        self: Writable, row: Int[Array, ""], gradient: PyTree
+    ) -> tuple[Writable, Bool[Array, ""]]:
+        """:meth:`put` without the products, which saves the scan."""
+
+    @abc.abstractmethod
+    def clear(self: Writable, row: Int[Array, ""]) -> Writable:
+        """Sets a row to zero; a row of ``m`` or above changes nothing."""
+
+    @abc.abstractmethod
+    def restrict(self: Writable, mask: PyTree) -> Writable:
+        """Sets the coordinates to zero where ``mask`` is false, in every row."""
+
+    def write_rows(
+        self: Writable, first: int | Int[Array, ""], gradients: PyTree, count: int | Int[Array, ""]
+    ) -> tuple[Writable, Bool[Array, " k"]]:
+        """Writes the first ``count`` of k stacked gradients to ``rows[first : first + count]``.
+
+        Outside ``jit`` these rows are donated, so use the returned ones.
+
+        Args:
+            first: the first row, at least 0.
+            gradients: a tree like the parameters with leaves ``(k, *shape)``.
+            count: how many; at most k.
+
+        Returns:
+            The new rows, and which gradients were accepted; (k,).
+        """
+        return _write_rows(self, first, gradients, count)
+
+
+class ColumnRows(GradientRows):
+    """Rows whose columns can be read, some at a time."""
+
+    @abc.abstractmethod
+    def take(self, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
+        """These coordinates of every row."""
+
+    def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
+        """The coordinates ``start .. start + size - 1`` of every row."""
+        return self.take(start + jnp.arange(size, dtype=jnp.int32))
+
+    def map_blocks(
+        self,
+        partition: Partition,
+        function: Callable[..., Any],
+        *vectors: PyTree,
+        constants: PyTree = (),
+    ) -> Any:
+        """Applies ``function`` to all blocks of a partition, some at a time.
+
+        The rows drive the loop, because they know how their columns are best read.
+
+        Args:
+            partition: the blocks.
+            function: ``function(batch, *parts, *constants)``. ``batch`` holds the gradients of
+                b blocks of one size, (b, n, B). Each of ``parts`` holds the part of one
+                vector, (b, B). The function returns a number a coordinate, (b, B), or a number
+                a block, (b,), or a tuple of such results. It is hashable. Functions that do the
+                same compare equal, so that they are compiled once. A block may be padded by
+                coordinates where the gradients and vectors are 0 (or false), and a batch by
+                blocks of such coordinates.
+            vectors: trees like the parameters, of numbers or booleans.
+            constants: arrays that every call gets whole.
+
+        Returns:
+            A tree like the parameters for each result with a number a coordinate, 0 (or false)
+            at coordinates that are in no block. An array for each result with a number a
+            block, in the order of the blocks.
+        """
+        leaves = tuple(tuple(jax.tree.leaves(vector)) for vector in vectors)
+        return _map_blocks(self, partition, leaves, constants, function=function)
 
     def column_square_sums(
         self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
     ) -> PyTree:
-        """``diag((M G)^T (M G))``, without storing ``M G``; ``M = I`` if not given."""
-        ...
+        """``diag((M G)^T (M G))``, without storing ``M G``.
 
-    def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
-        """The coordinates ``start .. start + size - 1`` of every row."""
-        ...
+        Args:
+            matrix: ``M``; the identity by default.
+            lower: whether ``M`` is lower triangular, which can save time.
+        """
+        del lower
+        constants = () if matrix is None else (matrix,)
+        pieces = pieces_of(self.layout.size, self.num_rows)
+        return self.map_blocks(pieces, _square_sums, constants=constants)
 
-    def take(self, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
-        """Single coordinates of every row."""
-        ...
+
+def _square_sums(
+    batch: Float[Array, "b n B"], matrix: Float[Array, "k n"] | None = None
+) -> Float[Array, "b B"]:
+    if matrix is not None:
+        batch = jnp.einsum("kn,bnj->bkj", matrix, batch, precision="highest")
+    return jnp.sum(batch * batch, axis=1)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_rows(
+    rows: Writable, first: Int[Array, ""], gradients: PyTree, count: Int[Array, ""]
+) -> tuple[Writable, Bool[Array, " k"]]:
+    length = len(jax.tree.leaves(gradients)[0]) if jax.tree.leaves(gradients) else 1
+
+    def write(
+        i: Int[Array, ""], carry: tuple[Writable, Bool[Array, " k"]]
+    ) -> tuple[Writable, Bool[Array, " k"]]:
+        rows, accepted = carry
+        rows, is_good = rows.write(first + i, jax.tree.map(lambda g: g[i], gradients))
+        return rows, accepted.at[i].set(is_good)
+
+    return jax.lax.fori_loop(0, count, write, (rows, jnp.ones(length, bool)))
+
+
+@functools.partial(jax.jit, static_argnames="function")
+def _map_blocks(
+    rows: ColumnRows,
+    partition: Partition,
+    vectors: tuple[tuple[Array, ...], ...],
+    constants: PyTree,
+    *,
+    function: Callable[..., Any],
+) -> Any:
+    return map_columns(rows, partition, function, vectors, tuple(constants))
 
 
 def is_small_enough(square: Float[Array, ""], num_rows: int) -> Bool[Array, ""]:
-    """Whether ``|g|^2`` is finite, and so small that sums over the rows stay finite too."""
+    """Whether ``|g|^2`` and sums of it over the rows are finite.
+
+    :meth:`WritableRows.put` accepts such gradients and no others.
+    """
     return square <= jnp.finfo(square.dtype).max / (4 * num_rows)
 
 
-def check_rows(rows: Any) -> None:
-    """``rows`` are gradient rows.
+def check_rows(rows: Any) -> GradientRows:
+    """Checks that ``rows`` are gradient rows, and returns them.
 
     Raises:
         TypeError: they are not.
@@ -136,3 +238,40 @@ def check_rows(rows: Any) -> None:
             "rows must be gradient rows (from mfac_jax.collect_gradients or "
             f"mfac_jax.rows.as_rows), got {type(rows).__name__}."
         )
+    return rows
+
+
+def check_columns(rows: Any, what: str) -> ColumnRows:
+    """Checks that the columns of ``rows`` can be read, and returns the rows.
+
+    Args:
+        rows: the rows.
+        what: what needs the columns, for the error.
+
+    Raises:
+        TypeError: the columns cannot be read, or ``rows`` are no rows.
+    """
+    if not isinstance(check_rows(rows), ColumnRows):
+        raise TypeError(
+            f"{what} needs rows whose columns can be read (mfac_jax.rows.ColumnRows), "
+            f"got {type(rows).__name__}, which cannot."
+        )
+    return rows
+
+
+def check_writable(rows: Any, what: str) -> WritableRows:
+    """Checks that gradients can be written into ``rows``, and returns the rows.
+
+    Args:
+        rows: the rows.
+        what: what needs to write, for the error.
+
+    Raises:
+        TypeError: gradients cannot be written, or ``rows`` are no rows.
+    """
+    if not isinstance(check_rows(rows), WritableRows):
+        raise TypeError(
+            f"{what} needs rows that can be written (mfac_jax.rows.WritableRows), "
+            f"got {type(rows).__name__}, which cannot."
+        )
+    return rows

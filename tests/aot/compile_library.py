@@ -3,6 +3,7 @@
 Run it by name, in an environment that ``compile_cuda.py`` and ``compile_tpu.py`` can use.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -12,14 +13,14 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from mfac_jax import mfac_precondition
-from mfac_jax.inverse import inverse_diagonal
-from mfac_jax.rows import empty_rows
+from mfac_jax import fisher_inverse, mfac_precondition
+from mfac_jax.rows import Dense
 
 jax.config.update("jax_platforms", "cpu")
 
 H200 = Path(__file__).parent / "h200.textproto"
 D = 272_474  # ResNet-20
+DENSE = Dense()
 
 
 @pytest.fixture(scope="module", params=["cuda", "tpu"])
@@ -39,8 +40,8 @@ def on(sharding, tree):
     )
 
 
-def compile_update(sharding, m, dtype=None, **options):
-    tx = mfac_precondition(m, dtype=dtype, **options)
+def compile_update(sharding, m, storage=DENSE):
+    tx = mfac_precondition(m, storage=storage)
     params = {"w": jax.ShapeDtypeStruct((D,), jnp.float32)}
     state = jax.eval_shape(tx.init, params)
     update = jax.jit(tx.update, donate_argnums=1)
@@ -49,7 +50,7 @@ def compile_update(sharding, m, dtype=None, **options):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_step_of_the_optimizer_runs_the_kernels_in_place(devices, dtype):
-    compiled = compile_update(SingleDeviceSharding(devices[0]), 256, dtype)
+    compiled = compile_update(SingleDeviceSharding(devices[0]), 256, Dense(dtype))
     text = compiled.as_text()
     assert "mfac_write_row" in text
     assert "mfac_combine" in text
@@ -71,7 +72,8 @@ def test_a_step_has_one_branch_and_no_loop(devices, m):
 
 
 def test_xla_asked_for_runs_no_kernel(devices):
-    compiled = compile_update(SingleDeviceSharding(devices[0]), 256, implementation="xla")
+    storage = Dense(implementation="xla")
+    compiled = compile_update(SingleDeviceSharding(devices[0]), 256, storage)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     for name in ("mfac_dots", "mfac_write_row", "mfac_combine"):
         assert name not in text
@@ -82,8 +84,12 @@ def test_xla_asked_for_runs_no_kernel(devices):
 
 def test_the_diagonal_of_blocks(devices):
     device = SingleDeviceSharding(devices[0])
-    rows = on(device, jax.eval_shape(lambda: empty_rows(jnp.zeros(128 * 16384), 64)))
-    compiled = jax.jit(lambda rows: inverse_diagonal(rows, 1e-5, blocks=128)).lower(rows).compile()
+    rows = on(device, jax.eval_shape(lambda: Dense().empty(jnp.zeros(128 * 16384), 64)))
+
+    def diagonal(rows):
+        return fisher_inverse(rows, 1e-5, blocks=128).diagonal()
+
+    compiled = jax.jit(diagonal).lower(rows).compile()
     has_kernel = "mfac_block_inverse_diagonal" in compiled.as_text()
     assert has_kernel == (devices[0].platform == "tpu")
     assert compiled.memory_analysis().temp_size_in_bytes < 64 * 128 * 16384 * 4 / 4
@@ -95,13 +101,14 @@ def test_steps_on_several_devices(devices):
         pytest.skip("the description of a GPU is of one")
     mesh = Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,))
     compile_update(NamedSharding(mesh, PartitionSpec()), 64)
-    tx = mfac_precondition(64, storage="per_leaf")
+    tx = mfac_precondition(64, storage=Dense(packing="leaf"))
     sharding = NamedSharding(mesh, PartitionSpec("x"))
     params = {"w": jax.ShapeDtypeStruct((4, 2**16), jnp.float32, sharding=sharding)}
     state = jax.eval_shape(tx.init, params)
     blocks = NamedSharding(mesh, PartitionSpec(None, "x"))
     placed = on(NamedSharding(mesh, PartitionSpec()), state)
-    rows = placed.window.rows._replace(blocks=on(blocks, state.window.rows.blocks))
+    held = state.window.rows
+    rows = dataclasses.replace(placed.window.rows, blocks=on(blocks, held.blocks))
     placed = placed._replace(window=placed.window._replace(rows=rows))
     text = jax.jit(tx.update).lower(params, placed).compile().as_text()
     assert "all-reduce" in text

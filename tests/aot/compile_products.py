@@ -112,14 +112,13 @@ def test_nor_does_it_under_vmap(scanned, scan, axes):
 
 
 def test_a_combination_with_all_that_comes_after_copies_no_block(scanned, sharding):
-    def direction(block, coefficients, vector, scale, mask):
-        extra = {"vector": vector, "scale": scale, "mask": mask, "dtype": jnp.bfloat16}
+    def direction(block, coefficients, vector, scale):
+        extra = {"vector": vector, "scale": scale, "dtype": jnp.bfloat16}
         return kernels.combine(block, coefficients, implementation="xla", **extra)
 
     vector = scanned("vector")
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding)
-    mask = jax.ShapeDtypeStruct(vector.shape, bool, sharding=sharding)
-    arguments = scanned("block"), scanned("coefficients"), vector, scale, mask
+    arguments = scanned("block"), scanned("coefficients"), vector, scale
     assert_no_copy(jax.jit(direction).lower(*arguments).compile(), vector)
 
 

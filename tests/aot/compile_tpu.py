@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import kernel_cases
 import numpy as np
 import pytest
 from jax.experimental import topologies
@@ -37,7 +38,6 @@ BLOCKS = {
     "a bias": ((1, 5, 33), jnp.float32),
 }
 every_block = pytest.mark.parametrize("name", BLOCKS)
-compensated_or_not = pytest.mark.parametrize("compensated", [False, True])
 
 
 @pytest.fixture(scope="session")
@@ -86,24 +86,22 @@ def cut(vector, shape):
 
 
 @every_block
-@compensated_or_not
-def test_dots(compile_for_tpu, name, compensated):
+def test_dots(compile_for_tpu, name):
     shape, dtype = BLOCKS[name]
 
     def dots(block, vector):
-        return _tpu.dots(block, cut(vector, shape), compensated=compensated)
+        return _tpu.dots(block, cut(vector, shape))
 
     compiled = compile_for_tpu(dots, (shape, dtype), in_one_piece(shape, jnp.float32))
     assert_streams(compiled, "mfac_dots", shape, dtype)
 
 
 @every_block
-@compensated_or_not
-def test_write_row_in_place(compile_for_tpu, name, compensated):
+def test_write_row_in_place(compile_for_tpu, name):
     shape, dtype = BLOCKS[name]
 
     def write_row(block, row, vector, where):
-        return _tpu.write_row(block, row, cut(vector, shape), where, compensated=compensated)
+        return _tpu.write_row(block, row, cut(vector, shape), where)
 
     compiled = compile_for_tpu(
         write_row,
@@ -130,13 +128,12 @@ def test_combine(compile_for_tpu, name):
 
 
 @every_block
-@pytest.mark.parametrize("out", [jnp.float32, jnp.bfloat16])
-def test_combine_and_what_follows(compile_for_tpu, name, out):
+def test_combine_with_all_that_it_can_do_at_the_end(compile_for_tpu, name):
     shape, dtype = BLOCKS[name]
 
-    def direction(block, coefficients, vector, scale, mask):
-        options = {"vector": cut(vector, shape), "scale": scale, "mask": cut(mask, shape)}
-        return _tpu.combine(block, coefficients, **options, dtype=out).reshape(-1)
+    def direction(block, coefficients, vector, scale):
+        options = {"vector": cut(vector, shape), "scale": scale}
+        return _tpu.combine(block, coefficients, **options).reshape(-1)
 
     compiled = compile_for_tpu(
         direction,
@@ -144,21 +141,27 @@ def test_combine_and_what_follows(compile_for_tpu, name, out):
         (shape[1:2], jnp.float32),
         in_one_piece(shape, jnp.float32),
         ((), jnp.float32),
-        in_one_piece(shape, jnp.bool_),
     )
-    # The mask comes after the kernel.
-    assert_streams(compiled, "mfac_combine", shape, dtype, vectors=1)
+    assert_streams(compiled, "mfac_combine", shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("n", "size"), [(64, 128), (256, 128), (100, 256), (1024, 256)])
 def test_blocks(compile_for_tpu, n, size, dtype):
+    """The gradients lie in memory as a matrix; no copy of them is made to cut it into blocks."""
     shape = (n, 272_384)
     damping, vector = ((), jnp.float32), (shape[1:], jnp.float32)
-    diagonal = functools.partial(_tpu_blocks.block_inverse_diagonal, size=size)
+
+    def diagonal(matrix, damping):
+        batch = kernel_cases.as_batch(matrix, size)
+        return _tpu_blocks.block_inverse_diagonal(batch, damping).reshape(-1)
+
+    def ihvp(matrix, vector, damping):
+        batch = kernel_cases.as_batch(matrix, size)
+        return _tpu_blocks.block_ihvp(batch, vector.reshape(-1, size), damping).reshape(-1)
+
     compiled = compile_for_tpu(diagonal, (shape, dtype), damping)
     assert_streams(compiled, "mfac_block_inverse_diagonal", shape, dtype)
-    ihvp = functools.partial(_tpu_blocks.block_ihvp, size=size)
     compiled = compile_for_tpu(ihvp, (shape, dtype), vector, damping)
     assert_streams(compiled, "mfac_block_ihvp", shape, dtype)
 

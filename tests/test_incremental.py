@@ -1,4 +1,4 @@
-"""The inverse that the optimizer carries from step to step."""
+"""The inverse that the optimizer updates from step to step."""
 
 import functools
 
@@ -9,7 +9,7 @@ import optax
 import oracles
 import pytest
 
-from mfac_jax import carried, mfac_precondition, optimizer, window
+from mfac_jax import incremental, mfac_precondition, optimizer, window
 
 M, D = 24, 150
 
@@ -23,21 +23,21 @@ def exact(gram, shift):
     return np.linalg.inv(np.asarray(gram, np.float64) + float(shift) * np.eye(len(gram)))
 
 
-# One program for all tests: what is not jitted is compiled operation by operation.
-solve = jax.jit(carried.solve)
-replace = jax.jit(carried.replace)
+# Jitted once for all tests: eager calls compile operation by operation.
+solve = jax.jit(incremental.solve)
+replace = jax.jit(incremental.replace)
 
 
-def made(gram, shift):
-    """An inverse made anew, as the first call does."""
-    start = carried.empty(len(gram), gram.dtype)
+def built(gram, shift):
+    """An inverse built by a factorization, as in the first call."""
+    start = incremental.empty(len(gram), gram.dtype)
     return solve(start, gram, jnp.float32(shift), jnp.ones(len(gram)))[1]
 
 
 @pytest.fixture
-def carry_from_one(monkeypatch):
-    monkeypatch.setattr(optimizer, "CARRY_FROM", 1)
-    monkeypatch.setattr(carried, "CARRY_ON_CPU_FROM", 1)
+def incremental_from_one(monkeypatch):
+    monkeypatch.setattr(optimizer, "INCREMENTAL_FROM", 1)
+    monkeypatch.setattr(incremental, "ON_CPU_FROM", 1)
 
 
 @pytest.mark.parametrize("kind", ["independent", "correlated"])
@@ -46,11 +46,11 @@ def test_replace_gives_the_inverse_of_the_new_matrix(kind, slot):
     g = oracles.gradients(kind, M + 1, D)
     new = g[:M].copy()
     new[slot] = g[M]
-    inverse = replace(made(gram_of(g[:M]), 1.0), gram_of(new), jnp.int32(slot))
+    inverse = replace(built(gram_of(g[:M]), 1.0), gram_of(new), jnp.int32(slot))
     condition = np.linalg.cond(exact(gram_of(new), 1.0))
     oracles.assert_close(inverse.matrix, exact(gram_of(new), 1.0), length=M, condition=condition)
-    # Every entry and its mirror image take the same few operations, fused or not as the compiler
-    # likes: they differ by roundings of the terms that they are made of.
+    # An entry and its mirror image take the same few operations, but the compiler may fuse them
+    # differently. They differ by rounding errors of their terms.
     size = np.sqrt(np.diag(exact(gram_of(g[:M]), 1.0)) + np.diag(inverse.matrix))
     asymmetry = np.abs(inverse.matrix - inverse.matrix.T) / size[:, None] / size[None, :]
     assert np.max(asymmetry) <= oracles.tolerance(np.float32, 1)
@@ -59,7 +59,7 @@ def test_replace_gives_the_inverse_of_the_new_matrix(kind, slot):
 def test_replace_fills_an_empty_slot():
     g = oracles.gradients("independent", M, D)
     g[5:] = 0
-    before = made(gram_of(g), 1.0)
+    before = built(gram_of(g), 1.0)
     g[5] = g[4][::-1]
     inverse = replace(before, gram_of(g), jnp.int32(5))
     oracles.assert_close(inverse.matrix, exact(gram_of(g), 1.0), length=M, condition=100)
@@ -70,7 +70,7 @@ def test_replace_fills_an_empty_slot():
 )
 def test_a_shift_that_moved_is_solved_for_exactly(factor, is_kept):
     gram = gram_of(oracles.gradients("correlated", M, D))
-    before, shift, rhs = made(gram, 1.0), jnp.float32(factor), jnp.arange(1.0, M + 1)
+    before, shift, rhs = built(gram, 1.0), jnp.float32(factor), jnp.arange(1.0, M + 1)
     solution, after = solve(before, gram, shift, rhs)
     condition = np.linalg.cond(exact(gram, shift))
     oracles.assert_close(
@@ -82,12 +82,12 @@ def test_a_shift_that_moved_is_solved_for_exactly(factor, is_kept):
 @pytest.mark.parametrize("m", [64, 512])
 @pytest.mark.parametrize("relative", [1e-2, 1e-4])
 def test_a_moved_shift_does_not_cost_accuracy(m, relative):
-    """After many rows have been replaced, so that rounding errors have gathered in ``P``."""
+    """Many rows are replaced first, so that ``P`` gathers rounding errors."""
     g = oracles.gradients("correlated", 2 * m, 4 * m).astype(np.float64)
     held = g[:m].copy()
     gram = held @ held.T
     shift = np.float32(relative * np.trace(gram))
-    inverse = made(jnp.asarray(gram, jnp.float32), shift)
+    inverse = built(jnp.asarray(gram, jnp.float32), shift)
     for slot in range(min(m, 100)):
         held[slot] = g[m + slot]
         gram[slot] = gram[:, slot] = held @ held[slot]
@@ -97,17 +97,17 @@ def test_a_moved_shift_does_not_cost_accuracy(m, relative):
     for factor in (0.87, 0.95, 0.99, 1.01, 1.05, 1.15):
         moved = jnp.float32(factor * shift)
         solution, after = solve(inverse, single, moved, rhs.astype(jnp.float32))
-        assert bool(jnp.all(after.matrix == inverse.matrix))  # P was not made anew
+        assert bool(jnp.all(after.matrix == inverse.matrix))  # P is not rebuilt
         oracles.assert_close(solution, exact(single, moved)[-1], length=m)
 
 
 @pytest.mark.parametrize("what", ["empty", "NaN", "of another window"])
-def test_whatever_is_carried_the_solution_is_one(what):
+def test_the_solution_is_exact_whatever_the_inverse_holds(what):
     gram = gram_of(oracles.gradients("independent", M, D))
     wrong = {
-        "empty": carried.empty(M, jnp.float32),
-        "NaN": carried.CarriedInverse(jnp.full((M, M), jnp.nan), jnp.float32(1)),
-        "of another window": made(gram_of(oracles.gradients("correlated", M, D)), 1.0),
+        "empty": incremental.empty(M, jnp.float32),
+        "NaN": incremental.IncrementalInverse(jnp.full((M, M), jnp.nan), jnp.float32(1)),
+        "of another window": built(gram_of(oracles.gradients("correlated", M, D)), 1.0),
     }[what]
     rhs = jnp.ones(M)
     solution, after = solve(wrong, gram, jnp.float32(1), rhs)
@@ -116,18 +116,18 @@ def test_whatever_is_carried_the_solution_is_one(what):
 
 
 def test_a_solution_is_checked_where_the_inverse_does_not_reach():
-    """A slot whose gradient shrank out of turn: ``P`` knows next to nothing of it."""
+    """Slot 1 shrinks as well, by 1e4 in norm, and ``P`` knows almost nothing of it."""
     before = jnp.diag(jnp.array([1.0, 1e8], jnp.float32))
     after = jnp.array([[1.0, 0.5], [0.5, 1.0]])
-    inverse = replace(made(before, 1.0), after, jnp.int32(0))
+    inverse = replace(built(before, 1.0), after, jnp.int32(0))
     rhs = jnp.array([1.0, 0.0])
     solution, _ = solve(inverse, after, jnp.float32(1), rhs)
     oracles.assert_close(solution, exact(after, 1.0)[0], length=2, condition=3)
 
 
-def test_no_nan_is_made_on_the_way(carry_from_one):
+def test_no_intermediate_result_is_nan(incremental_from_one):
     with jax.debug_nans(True):
-        assert not replace(carried.empty(2), jnp.ones((2, 2)), jnp.int32(0)).matrix.any()
+        assert not replace(incremental.empty(2), jnp.ones((2, 2)), jnp.int32(0)).matrix.any()
         tx = mfac_precondition(8)
         state, update = tx.init(jnp.zeros(20)), jax.jit(tx.update)
         for i in range(3):
@@ -136,8 +136,8 @@ def test_no_nan_is_made_on_the_way(carry_from_one):
 
 
 @pytest.mark.jax_defaults
-def test_the_contract_holds_where_the_inverse_is_carried(carry_from_one):
-    """Rejected gradients, vmap, an average over the window's size, and mapped parameters."""
+def test_the_contract_holds_with_an_incremental_inverse(incremental_from_one):
+    """Rejected gradients, vmap, ``normalize_by="window_size"``, and mapped parameters."""
     g = oracles.gradients("correlated", 12, D)
     g[5, 3] = np.nan
     for m in (1, 4):
@@ -158,15 +158,15 @@ def test_the_contract_holds_where_the_inverse_is_carried(carry_from_one):
         assert jax.tree.structure(mapped) == jax.tree.structure(state)
 
 
-def test_a_window_too_singular_carries_nothing_and_is_still_solved(carry_from_one):
+def test_a_window_too_singular_leaves_the_inverse_empty_and_is_still_solved(incremental_from_one):
     g = oracles.gradients("correlated", M, D)
     g[3] = g[9]
-    inverse = carried.empty(M, jnp.float32)
+    inverse = incremental.empty(M, jnp.float32)
 
     @jax.jit
     def step(w, inverse, row):
         w, _ = window.push(w, row)
-        return w, *window.ihvp_newest_carried(w, 1e-7, inverse)
+        return w, *window.ihvp_newest_incremental(w, 1e-7, inverse)
 
     w = window.init(jnp.zeros(D), M)
     for row in g:
@@ -178,12 +178,12 @@ def test_a_window_too_singular_carries_nothing_and_is_still_solved(carry_from_on
 
 def test_a_cpu_factors_small_matrices_and_a_gpu_does_not():
     gram = gram_of(oracles.gradients("correlated", M, D))
-    empty, arguments = carried.empty(M), (gram, jnp.int32(3), jnp.float32(1))
-    coefficients, after = jax.jit(carried.newest)(empty, *arguments)
+    empty, arguments = incremental.empty(M), (gram, jnp.int32(3), jnp.float32(1))
+    coefficients, after = jax.jit(incremental.newest)(empty, *arguments)
     oracles.assert_close(coefficients, exact(gram, 1.0)[3], length=M, condition=100)
     assert not after.matrix.any()
-    # Whether to factor is decided in the step on a GPU, and not at all on a CPU.
-    newest = jax.jit(carried.newest)
+    # On a GPU the step decides whether to factor. On a CPU it always factors.
+    newest = jax.jit(incremental.newest)
     assert "conditional(" not in newest.lower(empty, *arguments).compile().as_text()
     allowed = [jax.export.DisabledSafetyCheck.custom_call("cusolver_potrf_ffi")]
     text = {
@@ -204,23 +204,23 @@ DAMPINGS = {
 
 @functools.cache
 def ten_thousand_steps(damping):
-    """How often the inverse is made anew, and one more update; one program for all kinds."""
+    """Counts how often the inverse is rebuilt, and takes one more step; one program for all."""
     tx = mfac_precondition(M, **DAMPINGS[damping])
 
     def step(i, carry, g):
-        before, anew = carry
+        before, rebuilt = carry
         size = jnp.exp(jnp.sin(i / 500))
         _, state = tx.update(size * g[i * 37 % len(g)], before)
         slot = window.newest_slot(state.window)
-        kept = carried.replace(before.inverse, state.window.gram, slot)
-        anew += jnp.any(kept.matrix != state.inverse.matrix)
-        return state, anew
+        kept = incremental.replace(before.inverse, state.window.gram, slot)
+        rebuilt += jnp.any(kept.matrix != state.inverse.matrix)
+        return state, rebuilt
 
     @jax.jit
     def run(g):
         start = tx.init(jnp.zeros(D)), 0
-        state, anew = jax.lax.fori_loop(0, 10_000, lambda i, carry: step(i, carry, g), start)
-        return anew, tx.update(g[17], state)
+        state, rebuilt = jax.lax.fori_loop(0, 10_000, lambda i, carry: step(i, carry, g), start)
+        return rebuilt, tx.update(g[17], state)
 
     return run
 
@@ -228,11 +228,11 @@ def ten_thousand_steps(damping):
 @pytest.mark.jax_defaults
 @pytest.mark.parametrize("damping", DAMPINGS)
 @pytest.mark.parametrize("kind", ["independent", "correlated"])
-def test_ten_thousand_steps_leave_no_drift(carry_from_one, kind, damping):
-    """The direction is that of a window factored anew, and it is rarely factored."""
+def test_ten_thousand_steps_leave_no_drift(incremental_from_one, kind, damping):
+    """The direction is that of a new factorization, and the inverse is rarely rebuilt."""
     g = oracles.gradients(kind, 64, D)
-    anew, (got, after) = ten_thousand_steps(damping)(jnp.asarray(g))
-    assert int(anew) < 10_000 / 20
+    rebuilt, (got, after) = ten_thousand_steps(damping)(jnp.asarray(g))
+    assert int(rebuilt) < 10_000 / 20
     lam = {"fixed": 0.1, "scheduled": 0.9999**10_000}.get(damping)
     lam = float(0.01 * window.fisher_trace(after.window) if lam is None else lam)
     held = np.asarray(after.window.rows.columns(0, D), np.float64)
@@ -241,38 +241,48 @@ def test_ten_thousand_steps_leave_no_drift(carry_from_one, kind, damping):
 
 
 @pytest.mark.jax_defaults
-def test_the_optimizer_carries_from_a_size_on(monkeypatch):
-    m = optimizer.CARRY_FROM
+def test_the_optimizer_is_incremental_from_a_size_on(monkeypatch):
+    m = optimizer.INCREMENTAL_FROM
     assert mfac_precondition(m - 1).init(jnp.zeros(1000)).inverse is None
-    for d, size in [(1000, m), (0, 1), (m, 1)]:
+    for d in (1000, 0, m):
         state = mfac_precondition(m).init(jnp.zeros(d))
-        assert state.inverse.matrix.shape == (size, size)
-    _, state = jax.jit(mfac_precondition(m).update)(jnp.ones(m), state)
-    assert not state.inverse.matrix.any()
+        assert state.inverse.matrix.shape == (m, m)
 
-    monkeypatch.setattr(carried, "CARRY_ON_CPU_FROM", 1)
+    monkeypatch.setattr(incremental, "ON_CPU_FROM", 1)
 
-    def start(carry_from):
-        monkeypatch.setattr(optimizer, "CARRY_FROM", carry_from)
+    def start(incremental_from):
+        monkeypatch.setattr(optimizer, "INCREMENTAL_FROM", incremental_from)
         tx = mfac_precondition(8)
         return jax.jit(tx.update), tx.init(jnp.zeros(D))
 
-    (carries, state), (plain, other) = start(8), start(9)
+    (updates, state), (plain, other) = start(8), start(9)
     assert other.inverse is None
     for row in oracles.gradients("correlated", 20, D):
-        got, state = carries(jnp.asarray(row), state)
+        got, state = updates(jnp.asarray(row), state)
         want, other = plain(jnp.asarray(row), other)
         oracles.assert_close(got, want, length=D, condition=10)
-    # What is done to the window by other means is noticed.
+    # A change of the window by other means rebuilds the inverse.
     mask = jnp.arange(D) % 2 == 0
     state = state._replace(window=window.restrict(state.window, mask))
     other = other._replace(window=window.restrict(other.window, mask))
-    got, state = carries(mask / jnp.arange(1.0, D + 1), state)
+    got, state = updates(mask / jnp.arange(1.0, D + 1), state)
     want, _ = plain(mask / jnp.arange(1.0, D + 1), other)
     oracles.assert_close(got, want, length=D, condition=10)
+
+
+@pytest.mark.x64
+@pytest.mark.jax_defaults
+@pytest.mark.parametrize(("d", "dtype"), [(8, "float32"), (0, "float32"), (D, "float64")])
+def test_the_optimizer_factors_where_the_inverse_does_not_apply(incremental_from_one, d, dtype):
+    tx = mfac_precondition(8)
+    state, gradient = tx.init(jnp.zeros(d, dtype)), jnp.ones(d, dtype)
+    _, state = jax.jit(tx.update)(gradient, state)
+    assert state.inverse.matrix.shape == (8, 8)
+    assert state.inverse.matrix.dtype == dtype
+    assert not state.inverse.matrix.any()
 
 
 def test_an_inverse_of_another_size_is_refused():
     w = window.init(jnp.zeros(5), 3)
     with pytest.raises(ValueError, match=r"window of 3 gradients, float32 .*\(3, 3\).*\(4, 4\)"):
-        window.ihvp_newest_carried(w, 1.0, carried.empty(4, jnp.float32))
+        window.ihvp_newest_incremental(w, 1.0, incremental.empty(4, jnp.float32))

@@ -1,0 +1,33 @@
+"""The backend for TPUs: the scans and the block inverse, and what each can work on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from mfac_jax.kernels import _tpu, _tpu_blocks
+from mfac_jax.kernels.backends import Backend
+
+_MODULES: dict[str, Any] = dict.fromkeys(("dots", "write_row", "combine"), _tpu)
+_MODULES |= dict.fromkeys(("block_inverse_diagonal", "block_ihvp"), _tpu_blocks)
+
+
+class _MosaicTpu(Backend):
+    """Kernels for TPUs."""
+
+    needs = "a TPU"
+
+    def why_not(self, operation: str, block: jax.core.ShapedArray) -> str | None:
+        if operation not in _MODULES:
+            return f"it has no kernel for {operation}"
+        reason: str | None = _MODULES[operation].unsupported(block.shape, block.dtype)
+        return reason
+
+    def run(self, operation: str, operands: Mapping[str, Array]) -> Any:
+        return getattr(_MODULES[operation], operation)(**operands)
+
+
+BACKEND = _MosaicTpu()

@@ -1,0 +1,219 @@
+"""What is asked of blocks: functions for :meth:`mfac_jax.rows.ColumnRows.map_blocks`.
+
+Each takes the gradients of a batch of blocks of one size. They are values, so that what is
+compiled for one is found again for an equal one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
+
+from mfac_jax import algebra
+from mfac_jax.inverse._factored import Inverted, invert_blocks
+from mfac_jax.inverse._groups import GroupBlocks, WideGroups, floors, whole_blocks
+from mfac_jax.inverse._sides import block_ihvp, block_inverse_diagonal
+
+
+@dataclass(frozen=True)
+class Masked:
+    """``function`` of gradients that are 0 where a mask is false.
+
+    Attributes:
+        function: ``function(batch, *rest)``.
+        has_mask: whether there is a mask, the first of the parts.
+    """
+
+    function: Callable[..., Any]
+    has_mask: bool
+
+    def __call__(self, batch: Float[Array, "b n B"], *rest: Any) -> Any:
+        if not self.has_mask:
+            return self.function(batch, *rest)
+        return self.function(masked(batch, rest[0]), *rest[1:])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A method of inverted blocks.
+
+    Attributes:
+        method: its name; see :mod:`mfac_jax.inverse._factored`.
+    """
+
+    method: str
+
+    def __call__(self, inverted: Inverted, *parts: Shaped[Array, "b B"]) -> Any:
+        return getattr(inverted, self.method)(*parts)
+
+
+@dataclass(frozen=True)
+class OfInverted:
+    """``function(inverted, *parts)`` of blocks that are inverted for it alone."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, batch: Float[Array, "b n B"], *rest: Any) -> Any:
+        return self.function(invert_blocks(batch, rest[-1]), *rest[:-1])
+
+
+@dataclass(frozen=True)
+class Ihvp:
+    """``F_b^-1 v_b``.
+
+    Attributes:
+        implementation: which one the kernels use.
+    """
+
+    implementation: str | None
+
+    def __call__(
+        self, batch: Float[Array, "b n B"], vectors: Float[Array, "b B"], damping: Float[Array, ""]
+    ) -> Float[Array, "b B"]:
+        return block_ihvp(batch, vectors, damping, implementation=self.implementation)
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """``diag(F_b^-1)``.
+
+    Attributes:
+        implementation: which one the kernels use.
+    """
+
+    implementation: str | None
+
+    def __call__(
+        self, batch: Float[Array, "b n B"], damping: Float[Array, ""]
+    ) -> Float[Array, "b B"]:
+        return block_inverse_diagonal(batch, damping, implementation=self.implementation)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """``F_b^-1 G_b^T a``.
+
+    Attributes:
+        implementation: which one the kernels use.
+    """
+
+    implementation: str | None
+
+    def __call__(
+        self,
+        batch: Float[Array, "b n B"],
+        damping: Float[Array, ""],
+        coefficients: Float[Array, " n"],
+    ) -> Float[Array, "b B"]:
+        n = batch.shape[1]
+        a = jnp.broadcast_to(n * coefficients, batch.shape[:2])
+        return _pushed_through(batch, a, damping, self.implementation)
+
+
+@dataclass(frozen=True)
+class Compensate:
+    """``G_K^T (n lambda I + G_K G_K^T)^-1 G v`` for the weights K of each block.
+
+    Attributes:
+        has_mask: whether a mask, the first of the parts, says where K is. All of a block
+            otherwise.
+        implementation: which one the kernels use.
+    """
+
+    has_mask: bool
+    implementation: str | None
+
+    def __call__(self, batch: Float[Array, "b n B"], *rest: Any) -> Float[Array, "b B"]:
+        *masks, vectors, damping = rest
+        within = masked(batch, *masks) if self.has_mask else batch
+        dots = jnp.einsum("bnj,bj->bn", batch, vectors, precision="highest")
+        return _pushed_through(within, dots, damping, self.implementation)
+
+
+@dataclass(frozen=True)
+class GroupsInBlocks:
+    """``function`` of groups in blocks; see :meth:`FisherInverse.group_blocks`.
+
+    Attributes:
+        function: as there.
+        num_vectors: how many of the arguments are parts of vectors.
+        size: coordinates of a group; None for all of a block.
+    """
+
+    function: Callable[..., Any]
+    num_vectors: int
+    size: int | None
+
+    def __call__(self, batch: Float[Array, "b n B"], *rest: Any) -> Float[Array, "b B"]:
+        parts, (damping, *constants) = rest[: self.num_vectors], rest[self.num_vectors :]
+        count, _, width = batch.shape
+        size = width if self.size is None else self.size
+        cut = (count, width // size, size)
+        inverse = invert_blocks(batch, damping).diagonal_blocks(size)
+        groups = GroupBlocks(inverse, floors(batch, damping).reshape(cut))
+        found = self.function(groups, *(part.reshape(cut) for part in parts), *constants)
+        return found.reshape(count, width)
+
+
+@dataclass(frozen=True)
+class GroupsOfWhole:
+    """``function`` of groups under the whole inverse; see :meth:`FisherInverse.group_blocks`.
+
+    The gradients are those of the groups. The constants begin with the damping, ``G G^T`` and
+    ``L^-1``.
+
+    Attributes:
+        function: as there.
+        num_vectors: how many of the arguments are parts of vectors.
+    """
+
+    function: Callable[..., Any]
+    num_vectors: int
+
+    def __call__(self, batch: Float[Array, "b n g"], *rest: Any) -> Float[Array, "b g"]:
+        parts, others = rest[: self.num_vectors], rest[self.num_vectors :]
+        damping, gram, lower, *constants = others
+        matrix, floor = whole_blocks(batch, lower, damping), floors(batch, damping)
+        groups = GroupBlocks(matrix, floor)
+        if batch.shape[2] > batch.shape[1]:
+            groups = WideGroups(matrix, floor, batch, gram, damping)
+        return self.function(groups, *parts, *constants)
+
+
+def masked(batch: Float[Array, "b n B"], mask: Bool[Array, "b B"]) -> Float[Array, "b n B"]:
+    """The gradients, 0 where the mask is false."""
+    return jnp.where(mask[:, None], batch, jnp.zeros_like(batch))
+
+
+def _pushed_through(
+    batch: Float[Array, "b n B"],
+    dots: Float[Array, "b n"],
+    damping: Float[Array, ""],
+    implementation: str | None,
+) -> Float[Array, "b B"]:
+    """``G_b^T (n lambda I + G_b G_b^T)^-1 u_b``, without a subtraction.
+
+    By the push-through identity it is ``(lambda I + G_b^T G_b / n)^-1 G_b^T u_b / n``, so the
+    matrix on the cheaper side of n and B is factored. On the side of n, gradients that are
+    equal share their coefficient.
+    """
+    n = batch.shape[1]
+    if batch.shape[2] <= n:
+        rhs = jnp.einsum("bn,bnj->bj", dots, batch, precision="highest") / n
+        return block_ihvp(batch, rhs, damping, implementation=implementation)
+    gram = jnp.einsum("bnj,bmj->bnm", batch, batch, precision="highest")
+
+    def solve(gram: Float[Array, "n n"], dots: Float[Array, " n"]) -> Float[Array, " n"]:
+        return algebra.share_between_equal_rows(
+            gram,
+            algebra.solve(
+                algebra.factor(gram, n * damping), algebra.share_between_equal_rows(gram, dots)
+            ),
+        )
+
+    return jnp.einsum("bn,bnj->bj", jax.vmap(solve)(gram, dots), batch, precision="highest")

@@ -1,0 +1,489 @@
+"""The inverse of the damped Fisher of given gradients, whole or in blocks.
+
+Whole, with ``A = n lambda I + G G^T = L L^T``, everything follows from G and L:
+
+    F^-1 v = (v - G^T A^-1 G v) / lambda
+    F^-1 G^T a = n G^T A^-1 a
+
+Beside scans of the rows there is n x n work only. In blocks, each block is inverted on its cheaper
+side (:mod:`mfac_jax.inverse._factored`). Nothing d-sized is stored unless
+:meth:`FisherInverse.whiten` is called.
+
+The paper's recursion (its equations 3 to 6) computes the rows of ``W = L^-1 G`` one by one: its
+``h_i / sqrt(n + g_i . h_i)`` is row i of ``W`` over ``sqrt(lambda)``. One Cholesky
+factorization does that work as matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key
+
+from mfac_jax import _checks, algebra
+from mfac_jax._layout import PyTree
+from mfac_jax.inverse import _block_functions as of_blocks
+from mfac_jax.inverse import _kept, _whole
+from mfac_jax.inverse._coordinates import as_coordinates, as_pairs
+from mfac_jax.inverse._factored import Inverted
+from mfac_jax.rows import (
+    Blocks,
+    ColumnRows,
+    GradientRows,
+    Partition,
+    check_columns,
+    check_rows,
+    partition,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FisherInverse:
+    """``F^-1`` of gradients, a mask, a damping and blocks; see :func:`fisher_inverse`.
+
+    An immutable pytree. Gradients count as 0 where the mask is false, so ``F`` is ``lambda I``
+    there.
+
+    Attributes:
+        rows: ``G``; n gradients of d entries.
+        mask: which coordinates take part, a tree of booleans like the parameters; None for all.
+        damping: ``lambda``; scalar.
+        blocks: the blocks of the Fisher.
+        gram: ``G G^T`` over the mask; (n, n). None in blocks.
+        factor: ``L`` of ``A = n lambda I + G G^T``; None in blocks.
+        whitened: ``W = L^-1 G``, or in blocks their inverses, run by run. None until
+            :meth:`whiten`.
+    """
+
+    rows: GradientRows
+    mask: PyTree | None
+    damping: Float[Array, ""]
+    blocks: Partition
+    gram: Float[Array, "n n"] | None
+    factor: algebra.Factor | None
+    whitened: GradientRows | tuple[Inverted, ...] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        rows: GradientRows,
+        mask: PyTree | None,
+        damping: Float[Array, ""],
+        blocks: Partition,
+        gram: Float[Array, "n n"] | None = None,
+    ) -> FisherInverse:
+        """The inverse of arguments that are checked already.
+
+        Args:
+            rows: ``G``.
+            mask: which coordinates take part.
+            damping: ``lambda``.
+            blocks: the blocks of the Fisher. The mask must be false at coordinates in no block;
+                results there have no meaning.
+            gram: ``G G^T`` over the mask, if it is known.
+        """
+        if is_scanned(rows, blocks):
+            return cls.whole(rows, mask, damping, blocks, gram)
+        return cls(rows, mask, damping, blocks, None, None)
+
+    @classmethod
+    def whole(
+        cls,
+        rows: GradientRows,
+        mask: PyTree | None,
+        damping: Float[Array, ""],
+        blocks: Partition,
+        gram: Float[Array, "n n"] | None = None,
+    ) -> FisherInverse:
+        """:meth:`of` one block, by an n x n factor whatever the size of the block."""
+        gram = rows.gram(mask) if gram is None else gram
+        return cls(rows, mask, damping, blocks, gram, _whole.factor(gram, damping))
+
+    def ihvp(self, vector: PyTree) -> PyTree:
+        """``F^-1 v``. Whole, in two scans: O(d n).
+
+        In float32 the part of ``v`` inside the span of the gradients loses about
+        ``eps |g|^2 / lambda`` to cancellation, whole and in blocks of B > n. For a combination
+        of the gradients themselves use :meth:`combination`.
+
+        Args:
+            vector: ``v``, a tree like the parameters or one flat vector (d,).
+
+        Returns:
+            ``F^-1 v`` in the form and the dtypes of ``vector``.
+
+        Raises:
+            ValueError: ``vector`` does not fit the parameters.
+        """
+        layout = self.rows.layout
+        tree = layout.as_tree(vector, "vector")
+        if self.factor is None:
+            ihvp = of_blocks.Ihvp(self.rows.implementation)
+            return layout.like(self._in_blocks("apply", tree, alone=ihvp), vector)
+        inside = self._where_in(tree)
+        solved = self._solve(self.rows.dots(inside))
+        out = self.rows.combine(solved, vector=inside, scale=1 / self.damping)
+        if self.mask is not None:
+            out = _whole.where_or_scaled(self.mask, out, tree, self.damping)
+        return layout.like(out, vector)
+
+    def combination(self, coefficients: Float[ArrayLike, " n"]) -> PyTree:
+        """``F^-1 G^T a = n G^T A^-1 a``, without a subtraction and hence without cancellation.
+
+        Whole, in one scan: O(d n + n^2). Gradients that are equal share their coefficient
+        (:func:`mfac_jax.algebra.share_between_equal_rows`).
+
+        Args:
+            coefficients: ``a``; (n,), one a gradient.
+
+        Returns:
+            ``F^-1 G^T a``, a tree like the parameters.
+
+        Raises:
+            ValueError: ``coefficients`` are not (n,).
+        """
+        n = self.rows.num_rows
+        if jnp.shape(coefficients) != (n,):
+            raise ValueError(
+                f"coefficients must have shape ({n},), one a gradient; "
+                f"got {jnp.shape(coefficients)}."
+            )
+        a = jnp.asarray(coefficients, self.rows.dtype)
+        if self.factor is None:
+            combination = of_blocks.Combination(self.rows.implementation)
+            return self._map("combination", self.blocks, combination, constants=(a,))
+        solved = _whole.shared_solve(self.factor, self.gram, n * self.damping, a)
+        return self._where_in(self.rows.combine(n * solved))
+
+    def compensate(self, vector: PyTree) -> PyTree:
+        """``G_K^T (n lambda I + G_K G_K^T)^-1 G v`` for the coordinates K where the mask is true.
+
+        When weights ``v`` outside of K go, this change of the weights of K compensates for
+        them: it minimises ``delta^T F delta`` over ``delta_K`` for ``delta = delta_K - v``.
+        Nothing is subtracted.
+
+        Args:
+            vector: ``v``, a tree like the parameters.
+
+        Returns:
+            A tree like the parameters, 0 where the mask is false.
+
+        Raises:
+            ValueError: ``vector`` does not fit the parameters.
+        """
+        tree = self.rows.layout.as_tree(vector, "vector")
+        if self.factor is None:
+            masks = () if self.mask is None else (self.mask,)
+            compensate = of_blocks.Compensate(bool(masks), self.rows.implementation)
+            return self._columns("compensate").map_blocks(
+                self.blocks, compensate, *masks, tree, constants=(self.damping,)
+            )
+        shift = self.rows.num_rows * self.damping
+        solved = _whole.shared_solve(self.factor, self.gram, shift, self.rows.dots(tree))
+        return self._where_in(self.rows.combine(solved))
+
+    def diagonal(self) -> PyTree:
+        """``diag(F^-1)``, a tree like the parameters. O(d n min(n, B)), or O(d n) whitened.
+
+        No entry is below ``1 / F_jj``, its lower bound for any positive definite ``F``,
+        whatever rounding does. It is ``1 / lambda`` where the mask is false. For many gradients
+        the memory is a fraction of theirs.
+        """
+        if self.factor is None:
+            return self._in_blocks("diagonal", alone=of_blocks.Diagonal(self.rows.implementation))
+        rows, whitened = self._columns("diagonal"), self._whitened_rows
+        if whitened is None:
+            inner = rows.column_square_sums(_whole.inverse_lower(self.factor), lower=True)
+        else:
+            inner = whitened.column_square_sums()
+        squares = rows.column_square_sums()
+        return _whole.diagonal(inner, squares, self.damping, self.mask, num_rows=rows.num_rows)
+
+    def group_blocks(
+        self,
+        groups: Partition | int | None,
+        function: Callable[..., Any],
+        *vectors: PyTree,
+        constants: PyTree = (),
+    ) -> Any:
+        """Applies a function to the blocks ``[F^-1]_QQ`` of groups of coordinates Q.
+
+        Args:
+            groups: whole: the groups, as a partition. In blocks: how many neighbours in a block
+                make a group, a divisor of the size of every block. None for a group of all
+                coordinates of a block.
+            function: ``function(group_blocks, *parts, *constants)``. ``group_blocks`` is a
+                :class:`GroupBlocks` of a batch of groups. Each of ``parts`` holds the part of
+                one vector, (``*b``, g). The function returns a number a coordinate,
+                (``*b``, g). It is hashable, and groups may be padded, as in
+                :meth:`mfac_jax.rows.ColumnRows.map_blocks`.
+            vectors: trees like the parameters.
+            constants: arrays that every call gets whole.
+
+        Returns:
+            A tree like the parameters.
+
+        Raises:
+            TypeError: ``groups`` is of the kind for the other case.
+            ValueError: a block is no whole number of groups.
+        """
+        if self.factor is None:
+            if isinstance(groups, Partition):
+                raise TypeError(
+                    "groups of an inverse in blocks must be an int or None, got a Partition."
+                )
+            if any(groups is not None and run.size % groups for run in self.blocks.runs):
+                raise ValueError(
+                    f"groups must divide the size of every block, got groups of {groups} in "
+                    f"blocks of {sorted({run.size for run in self.blocks.runs})}."
+                )
+            in_blocks = of_blocks.GroupsInBlocks(function, len(vectors), groups)
+            return self._map("group_blocks", self.blocks, in_blocks, *vectors, constants=constants)
+        groups = self.blocks if groups is None else groups
+        if not isinstance(groups, Partition):
+            raise TypeError(
+                "groups of a whole inverse must be a Partition or None, "
+                f"got {type(groups).__name__}."
+            )
+        constants = (self.gram, _whole.inverse_lower(self.factor), *constants)
+        of_whole = of_blocks.GroupsOfWhole(function, len(vectors))
+        return self._map("group_blocks", groups, of_whole, *vectors, constants=constants)
+
+    def entries(self, rows: ArrayLike, columns: ArrayLike) -> Float[Array, "..."]:
+        """Single entries ``(F^-1)_ij``.
+
+        Whole: O(n^2) each, and O(n) after :meth:`whiten`, as in the paper. In blocks: 0 between
+        two blocks, and O(min(n, B)) each; but all blocks are inverted first unless
+        :meth:`whiten` has done so.
+
+        Args:
+            rows: flat coordinates i; any shape.
+            columns: flat coordinates j; broadcast against ``rows``.
+
+        Returns:
+            The entries, in the broadcast shape; NaN for traced indices out of range.
+
+        Raises:
+            TypeError: an index is not an integer.
+            ValueError: an index that is not traced lies outside 0 .. d-1.
+        """
+        layout = self.rows.layout
+        pairs = as_pairs(rows, columns, layout.size)
+        if self.factor is None:
+            return _kept.entries(self._inverted(), self.blocks, self.damping, pairs)
+        keep = None if self.mask is None else layout.flat_mask(self.mask)
+        given, whitened = self._columns("entries"), self._whitened_rows
+        return _whole.entries(given, whitened, self.factor, self.damping, keep, pairs)
+
+    def submatrix(self, coordinates: ArrayLike) -> Float[Array, "k k"]:
+        """``(F^-1)_QQ`` for the flat coordinates Q.
+
+        Args:
+            coordinates: Q; (k,).
+
+        Returns:
+            The entries; (k, k).
+
+        Raises:
+            TypeError: an index is not an integer.
+            ValueError: Q is not a list, or an index that is not traced lies outside
+                0 .. d-1.
+        """
+        q = as_coordinates(coordinates, self.rows.layout.size)
+        return self.entries(q[:, None], q[None, :])
+
+    def quadratic_form(self, vector: PyTree) -> Float[Array, ""]:
+        """``v^T F^-1 v = |v - G^T c|^2 / lambda + n |c|^2`` with ``c = A^-1 G v``, in two scans.
+
+        A sum of squares is never negative and loses nothing to cancellation. ``v . F^-1 v``
+        does, for ``v`` in the span of the gradients.
+
+        Args:
+            vector: ``v``, a tree like the parameters or one flat vector (d,).
+
+        Returns:
+            The value; a scalar.
+
+        Raises:
+            ValueError: ``vector`` does not fit the parameters.
+        """
+        tree = self.rows.layout.as_tree(vector, "vector")
+        if self.factor is None:
+            return jnp.sum(self._in_blocks("quadratic_form", tree))
+        inside = self._where_in(tree)
+        solved = self._solve(self.rows.dots(inside))
+        outside = self.rows.combine(solved, vector=inside)
+        if self.mask is not None:
+            outside = _whole.where_or_scaled(self.mask, outside, tree, jnp.ones_like(self.damping))
+        return _whole.sum_of_squares(outside, solved, self.damping)
+
+    def log_det(self) -> Float[Array, ""]:
+        """``log det F^-1 = -(d log lambda + log det(A / (n lambda)))``."""
+        n, layout = self.rows.num_rows, self.rows.layout
+        if self.factor is None:
+            everywhere = layout.unflatten(jnp.ones(layout.size, bool))
+            return jnp.sum(self._in_blocks("log_det", everywhere))
+        log_lambda = jnp.log(self.damping)
+        determinant = algebra.log_det(self.factor) - n * (jnp.log(n) + log_lambda)
+        return -(layout.size * log_lambda + determinant)
+
+    def sample(self, key: Key[Array, ""]) -> PyTree:
+        """One draw from N(0, F^-1), a tree like the parameters.
+
+        ``F^-1 (sqrt(lambda) z_d + G^T z_n / sqrt(n))`` for standard normal ``z``; the
+        second part is ``sqrt(n) G^T A^-1 z_n``, free of cancellation.
+        """
+        layout, n, dtype = self.rows.layout, self.rows.num_rows, self.rows.dtype
+        key_d, key_n = jax.random.split(key)
+        z_d = layout.unflatten(jax.random.normal(key_d, (layout.size,), dtype))
+        if self.factor is None:
+            # A block of B > n coordinates needs n more numbers, and has B.
+            inner = layout.unflatten(jax.random.normal(key_n, (layout.size,), dtype))
+            return self._in_blocks("sample", z_d, inner)
+        z_n = jax.random.normal(key_n, (n,), dtype)
+        noise = jnp.sqrt(self.damping) * jnp.sqrt(n).astype(dtype) * z_n
+        solved = self._solve(noise - self.rows.dots(self._where_in(z_d)))
+        return _whole.sample(z_d, self._where_in(self.rows.combine(solved)), self.damping)
+
+    def whiten(self) -> FisherInverse:
+        """The same inverse with ``W = L^-1 G``, or the inverses of all blocks, stored.
+
+        ``W`` has d n numbers, the inverses d min(n, B). Whole, an entry is O(n) then. In
+        blocks, ``ihvp``, ``diagonal``, ``entries``, ``quadratic_form``, ``log_det`` and
+        ``sample`` invert nothing again.
+
+        Raises:
+            TypeError: the columns of the rows cannot be read.
+        """
+        if self.factor is None:
+            return replace(self, whitened=self._inverted())
+        lower = _whole.inverse_lower(self.factor)
+        return replace(self, whitened=self._columns("whiten").transform(lower, lower=True))
+
+    @property
+    def _whitened_rows(self) -> ColumnRows | None:
+        if self.factor is None or self.whitened is None:
+            return None
+        return check_columns(self.whitened, "whitened rows")
+
+    def _inverted(self) -> tuple[Inverted, ...]:
+        """All blocks inverted: the stored ones, or new ones."""
+        if isinstance(self.whitened, tuple):
+            return self.whitened
+        if self.blocks.order is not None:
+            raise ValueError(
+                "inverses are stored for blocks of consecutive coordinates only, got a "
+                "partition with an order."
+            )
+        rows = self._columns("storing the inverses of blocks")
+        return _kept.inverted_blocks(rows, self.mask, self.damping, self.blocks)
+
+    def _columns(self, what: str) -> ColumnRows:
+        return check_columns(self.rows, what)
+
+    def _map(
+        self,
+        what: str,
+        blocks: Partition,
+        function: Callable[..., Any],
+        *vectors: PyTree,
+        constants: PyTree = (),
+    ) -> Any:
+        """``function(batch, *parts, damping, *constants)`` of the masked gradients of blocks."""
+        masks = () if self.mask is None else (self.mask,)
+        return self._columns(what).map_blocks(
+            blocks,
+            of_blocks.Masked(function, bool(masks)),
+            *masks,
+            *vectors,
+            constants=(self.damping, *constants),
+        )
+
+    def _in_blocks(
+        self, method: str, *vectors: PyTree, alone: Callable[..., Any] | None = None
+    ) -> Any:
+        """A method of inverted blocks for all blocks.
+
+        Args:
+            method: the name of the method.
+            vectors: trees, whose parts it is given.
+            alone: a function of the gradients with the same result, for blocks that are not
+                stored.
+        """
+        function = of_blocks.Asked(method)
+        if isinstance(self.whitened, tuple) and self.whitened:
+            kept = self.whitened, self.blocks, self.rows
+            return _kept.map_kept(*kept, vectors, function=function)
+        return self._map(method, self.blocks, alone or of_blocks.OfInverted(function), *vectors)
+
+    def _solve(self, dots: Float[Array, " n"]) -> Float[Array, " n"]:
+        return _whole.refined_solve(self.factor, self.gram, self.rows.num_rows * self.damping, dots)
+
+    def _where_in(self, tree: PyTree) -> PyTree:
+        return tree if self.mask is None else _whole.where(self.mask, tree)
+
+
+def fisher_inverse(
+    rows: GradientRows,
+    damping: ArrayLike,
+    *,
+    mask: PyTree | None = None,
+    blocks: Blocks = None,
+) -> FisherInverse:
+    """The inverse of ``F = lambda I + G^T G / n``.
+
+    Whole by default: one Gram matrix and one factor, O(d n^2 + n^3). With ``blocks`` it is the
+    inverse of the block-diagonal Fisher; what is asked of it takes O(d n min(n, B)). All of it
+    is jitted. The inverse holds the rows without a copy, but a function under ``jax.jit`` that
+    returns the inverse copies them.
+
+    Args:
+        rows: ``G``; n gradients of d entries. Blocks, the diagonal and entries need rows whose
+            columns can be read (:class:`mfac_jax.rows.ColumnRows`).
+        damping: ``lambda > 0``; a number or a scalar array.
+        mask: a tree of booleans with the structure of the parameters; gradients count as 0
+            where it is false. All true by default.
+        blocks: None for one block of all coordinates; an int B for blocks of B
+            consecutive coordinates; ``"leaf"`` for a block a parameter; or a
+            sequence of block sizes that add up to d.
+
+    Returns:
+        The inverse; a pytree, fit for ``jit``.
+
+    Raises:
+        TypeError: ``damping`` is not a number, ``blocks`` is of another kind, or the rows lack a
+            capability.
+        ValueError: ``damping`` is not positive, the blocks do not cover d, or the mask does
+            not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import fisher_inverse, rows
+        >>> gradients = rows.as_rows(jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]))
+        >>> inverse = fisher_inverse(gradients, damping=0.5)
+        >>> inverse.diagonal()
+        Array([1. , 0.4, 2. ], dtype=float32)
+
+    Reference: Frantar, Kurtic, Alistarh, NeurIPS 2021, section 3.1.
+    """
+    layout = check_rows(rows).layout
+    _checks.positive_scalar(damping, "damping")
+    if mask is not None:
+        mask = jax.tree.unflatten(layout.treedef, layout.check_mask(mask))
+    cut = partition(layout, blocks)
+    if not is_scanned(rows, cut):
+        check_columns(
+            rows, f"an inverse with blocks={blocks!r}, n={rows.num_rows}, d={layout.size}"
+        )
+    return FisherInverse.of(rows, mask, jnp.asarray(damping).astype(rows.dtype), cut)
+
+
+def is_scanned(rows: GradientRows, blocks: Partition) -> bool:
+    """Whether all is one block of more than n coordinates, which products of the rows answer."""
+    return blocks.is_whole and blocks.runs[0].size > rows.num_rows

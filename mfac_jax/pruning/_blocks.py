@@ -1,0 +1,190 @@
+"""Blocks of the Fisher in pruning: cut output by output, and out of the weights that are alive.
+
+Blocks are cut along the order of a :class:`Selection`, in which the weights of an output are
+neighbours, and so are those of a group. Alive weights move to the front and pruned ones to the
+end, so that a block of 128 holds 128 alive weights as long as there are enough. A weight moves
+within its own row only: among all weights, or within its output. The order is data, so a new mask
+compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from mfac_jax import _checks
+from mfac_jax._layout import Layout, PyTree
+from mfac_jax.pruning._scope import Selection
+from mfac_jax.rows import BlockRun, Blocks, Partition, partition
+
+
+@dataclass(frozen=True)
+class WithinOutputs:
+    """Blocks for the Fisher that hold weights of one output each.
+
+    The weights of an output are cut evenly into as few blocks as possible. The weights of two
+    outputs hardly make up for one another, so a block that begins in one and ends in the next is
+    worse. Such blocks, of one size, are used only where no even cut is near. With groups along
+    the outputs, inputs take the place of outputs.
+
+    Attributes:
+        most: the largest number of weights in a block. A group that is larger is a block.
+    """
+
+    most: int = 144
+
+    def __post_init__(self) -> None:
+        _checks.positive_int(self.most, "most")
+
+    def __str__(self) -> str:
+        return f"within outputs, at most {self.most}"
+
+
+class Cut(NamedTuple):
+    """How the Fisher of a selection is cut into blocks.
+
+    Attributes:
+        blocks: what the caller asked for.
+        runs: the blocks, as runs of places in the order of the selection, or of coordinates.
+        segments: rows in which alive weights move to the front, as ``(rows, width)``, one
+            segment after another; empty if weights do not move.
+        is_ordered: whether ``runs`` are of places in the order of the selection.
+    """
+
+    blocks: Blocks | WithinOutputs
+    runs: tuple[BlockRun, ...]
+    segments: tuple[tuple[int, int], ...] = ()
+    is_ordered: bool = True
+
+
+def cut(blocks: Blocks | WithinOutputs, selection: Selection) -> Cut:
+    """How a step cuts the Fisher into blocks, once they are known to fit.
+
+    Weights move only if groups go whole and have one size. In N:M patterns groups keep some of
+    their weights. Slices have a size of their own in each leaf. Blocks of given sizes stay.
+
+    Raises:
+        TypeError: ``blocks`` is of another kind.
+        ValueError: a size is below 1, or sizes do not add up to the number of weights.
+    """
+    pattern, total = selection.pattern, selection.num_weights
+    moves = pattern.goes_whole and pattern.group_size is not None
+    if isinstance(blocks, WithinOutputs):
+        return _within_outputs(blocks, selection, moves)
+    leaves = [jax.ShapeDtypeStruct(shape, np.float32) for shape in selection.shapes]
+    runs = partition(Layout(leaves), blocks).runs
+    if isinstance(blocks, str) and not selection.has_groups:
+        pairs = zip(selection.starts.tolist(), selection.sizes, strict=True)
+        leaf_runs = tuple(BlockRun(start, 1, size) for start, size in pairs if size)
+        return Cut(blocks, leaf_runs, is_ordered=False)
+    is_size = isinstance(blocks, int | np.integer) and moves and total > 0
+    return Cut(blocks, runs, ((1, total),) if is_size else ())
+
+
+def _within_outputs(blocks: WithinOutputs, selection: Selection, moves: bool) -> Cut:
+    sizes: list[int] = []
+    segments = []
+    for total, groups in zip(selection.sizes, selection.groups, strict=True):
+        if total:
+            width = total // groups.num_outputs
+            most = max(blocks.most // groups.size, 1)
+            inside = _even(total, width, most, groups.size)
+            sizes += inside
+            segments.append((total // width, width) if width % inside[0] == 0 else (1, total))
+    flat = Layout(jax.ShapeDtypeStruct((selection.num_weights,), np.float32))
+    return Cut(blocks, partition(flat, sizes).runs, tuple(segments) if moves else ())
+
+
+def _even(total: int, width: int, most: int, group: int) -> Sequence[int]:
+    """The sizes of blocks of whole groups, for ``total`` weights, ``width`` of them an output.
+
+    Args:
+        total: the number of weights of a leaf.
+        width: the number of weights of an output.
+        most: the largest number of groups in a block.
+        group: the number of weights of a group.
+    """
+    units = width // group
+    fewest = -(-units // most)
+    for parts in range(fewest, 2 * fewest + 1):
+        if units % parts == 0:
+            return [group * units // parts] * (total // width * parts)
+    # No even cut is near: blocks of one size, across the ends of outputs.
+    count, rest = divmod(total, most * group)
+    return [most * group] * count + [rest] * (rest > 0)
+
+
+def blocks_of(cut: Cut, selection: Selection, mask: PyTree) -> Partition:
+    """The coordinates of the blocks under a mask.
+
+    Args:
+        cut: how the Fisher is cut.
+        selection: the prunable weights.
+        mask: which weights are alive, a tree like all parameters.
+    """
+    if cut.segments:
+        order = _alive_first(
+            tuple(jax.tree.leaves(mask)),
+            selection.device_order,
+            segments=cut.segments,
+            group=max(selection.group_sizes),
+        )
+        return Partition(order, cut.runs)
+    is_as_it_lies = np.array_equal(selection.order, np.arange(selection.layout.size))
+    if is_as_it_lies or not cut.is_ordered:
+        return Partition(None, cut.runs)
+    return Partition(selection.device_order, cut.runs)
+
+
+@functools.partial(jax.jit, static_argnames=("segments", "group"))
+def _alive_first(
+    mask: tuple[Array, ...],
+    order: Int[Array, " k"],
+    *,
+    segments: tuple[tuple[int, int], ...],
+    group: int,
+) -> Int[Array, " k"]:
+    flat = jnp.concatenate([jnp.ravel(leaf) for leaf in mask])
+    return order[alive_first(flat[order], segments, group)]
+
+
+def alive_first(
+    alive: Bool[Array, " d"], segments: tuple[tuple[int, int], ...], group: int
+) -> Int[Array, " d"]:
+    """All places, in each row those of groups with an alive weight first.
+
+    Otherwise places keep their order.
+
+    Args:
+        alive: which weights are alive, at each place.
+        segments: the rows, as ``(rows, width)``; see :class:`Cut`.
+        group: the number of weights of a group.
+    """
+    here = jnp.any(alive.reshape(-1, group), axis=1).astype(jnp.int32)
+    until = jnp.cumsum(here, dtype=jnp.int32)
+    before = until - here
+    # Of every group, the first group of its row and their number.
+    firsts: list[Array] = []
+    widths: list[Array] = []
+    start = 0
+    for count, width in segments:
+        size = width // group
+        own = jnp.arange(count * size, dtype=jnp.int32)
+        firsts.append(start + own // size * size)
+        widths.append(jnp.full_like(own, size))
+        start += count * size
+    first, in_row = jnp.concatenate(firsts), jnp.concatenate(widths)
+    there = before - before[first]
+    own = jnp.arange(here.size, dtype=jnp.int32)
+    gone = own - first - there
+    alive_in_row = until[first + in_row - 1] - before[first]
+    place = first + jnp.where(here > 0, there, alive_in_row + gone)
+    groups = jnp.zeros_like(own).at[place].set(own, unique_indices=True)
+    return (groups[:, None] * group + jnp.arange(group, dtype=jnp.int32)[None]).reshape(-1)

@@ -1,0 +1,54 @@
+"""Errors that name the leaf with NaN or Inf in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from mfac_jax._layout import PyTree
+from mfac_jax.rows import GradientRows
+
+
+def check_finite(tree: PyTree, paths: Sequence[str], name: str) -> None:
+    """Checks that all leaves are finite.
+
+    Args:
+        tree: the leaves.
+        paths: the path of each leaf.
+        name: what the error calls the tree.
+
+    Raises:
+        FloatingPointError: a leaf has NaN or Inf in it; the error names the first one.
+    """
+    for path, finite in zip(paths, jax.device_get(_are_finite(tree)), strict=True):
+        if not finite:
+            raise FloatingPointError(f"{name}{path} has NaN or Inf in it.")
+
+
+def check_finite_gradients(rows: GradientRows) -> None:
+    """Checks that gradients are finite and can be squared.
+
+    Leaves that are not prunable count as well: products with the gradients read all of them.
+
+    Raises:
+        FloatingPointError: one is not; the error names the first such leaf.
+    """
+    # NaN and Inf survive a sum with coefficients of one sign. Because the coefficients differ,
+    # large gradients do not cancel.
+    coefficients = np.arange(1, rows.num_rows + 1) / rows.num_rows
+    sums = rows.combine(jnp.asarray(coefficients.astype(rows.dtype)))
+    check_finite(_squared(sums), rows.layout.paths, "the squared gradients of params")
+
+
+@jax.jit
+def _squared(tree: PyTree) -> list[Array]:
+    return [jnp.square(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+@jax.jit
+def _are_finite(tree: PyTree) -> list[Bool[Array, ""]]:
+    return [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]

@@ -1,0 +1,181 @@
+"""The problem of a pruning step, of which scores and updates are functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mfac_jax._layout import PyTree
+from mfac_jax.inverse import FisherInverse, is_scanned
+from mfac_jax.pruning._blocks import Cut, blocks_of
+from mfac_jax.pruning._patterns import Pattern
+from mfac_jax.pruning._scope import Selection
+from mfac_jax.rows import BlockRun, GradientRows, Partition
+
+
+class Grams:
+    """``G G^T`` over masks, each computed once."""
+
+    def __init__(self, rows: GradientRows) -> None:
+        self.rows = rows
+        self._found: list[tuple[PyTree, Float[Array, "n n"]]] = []
+
+    def of(self, mask: PyTree) -> Float[Array, "n n"]:
+        """The matrix over a mask. Masks are the same if their leaves are the same objects."""
+        leaves = jax.tree.leaves(mask)
+        for known, gram in self._found:
+            if all(a is b for a, b in zip(jax.tree.leaves(known), leaves, strict=True)):
+                return gram
+        gram = self.rows.gram(mask)
+        self._found.append((mask, gram))
+        return gram
+
+    def add(self, mask: PyTree, gram: Float[Array, "n n"]) -> None:
+        """Keeps a matrix that is known already."""
+        self._found.append((mask, gram))
+
+
+class Problem:
+    """Weights, gradients, a damping and blocks: what scores and updates are functions of.
+
+    All trees are like the caller's parameters, with the weights in the caller's own places. What
+    a score or an update asks for is computed once.
+
+    Attributes:
+        params: the parameters.
+        mask: which weights are alive before the step; false in leaves that are not prunable.
+        rows: the gradients.
+        damping: ``lambda`` of the Fisher; scalar.
+        selection: which leaves are prunable, and the groups in them; for the library's own scores
+            and no part of the interface.
+        cut: how the Fisher is cut into blocks; likewise.
+
+    Example:
+        The score ``"mfac"`` of single weights, as a function of one's own:
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import pruning, rows
+        >>> def score(problem):
+        ...     return jax.tree.map(lambda w, d: w**2 / (2 * d), problem.weights, problem.diagonal)
+        >>> w, alive = jnp.array([[1.0, 0.1], [2.0, 0.5]]), jnp.ones((2, 2), bool)
+        >>> g = rows.as_rows(jnp.ones((3, 2, 2)))
+        >>> _, mask, _ = pruning.prune_step(w, alive, g, 0.25, damping=0.01, score=score)
+        >>> mask.tolist()
+        [[True, False], [True, True]]
+    """
+
+    def __init__(
+        self,
+        params: PyTree,
+        mask: PyTree,
+        rows: GradientRows,
+        damping: Float[Array, ""],
+        selection: Selection,
+        cut: Cut,
+        grams: Grams,
+    ) -> None:
+        self.params, self.mask, self.rows, self.damping = params, mask, rows, damping
+        self.selection, self.cut = selection, cut
+        self._grams = grams
+
+    @property
+    def pattern(self) -> Pattern:
+        """Which weights can only go together."""
+        return self.selection.pattern
+
+    @functools.cached_property
+    def weights(self) -> PyTree:
+        """The alive weights in the accumulation dtype, 0 elsewhere."""
+        return self.gone(self.selection.nothing)
+
+    @functools.cached_property
+    def blocks(self) -> Partition:
+        """The blocks of the Fisher."""
+        return blocks_of(self.cut, self.selection, self.mask)
+
+    @functools.cached_property
+    def inverse(self) -> FisherInverse:
+        """The inverse of the Fisher over the alive weights."""
+        return self.inverse_over(self.mask)
+
+    def inverse_over(self, mask: PyTree) -> FisherInverse:
+        """The inverse of the Fisher over other weights, in the same blocks."""
+        gram = self._grams.of(mask) if is_scanned(self.rows, self.blocks) else None
+        return FisherInverse.of(self.rows, mask, self.damping, self.blocks, gram)
+
+    @functools.cached_property
+    def diagonal(self) -> PyTree:
+        """The diagonal of :attr:`inverse`."""
+        return self.inverse.diagonal()
+
+    def gone(self, kept: PyTree) -> PyTree:
+        """The alive weights that are not kept, 0 elsewhere."""
+        return _left_out(self.params, self.mask, kept, dtype=self.rows.dtype)
+
+    def combine(self, scores: PyTree) -> PyTree:
+        """Scores of groups from scores of single weights, as the pattern combines them."""
+        return self.selection.combine(scores, self.mask)
+
+    def map_groups(self, function: Callable[..., Array]) -> PyTree:
+        """``function(blocks, weights, alive)`` of all groups, with their ``[F^-1]_QQ``.
+
+        Args:
+            function: such as :meth:`Pattern.cost`, in a hashable object that compares equal to
+                others that do the same; see
+                :meth:`mfac_jax.inverse.FisherInverse.group_blocks`.
+
+        Returns:
+            A tree like the parameters.
+        """
+        selection, size = self.selection, self.pattern.group_size
+        if self.cut.blocks == "leaf" and size is None:
+            return self._map_leaves(function)
+        if self.inverse.factor is not None or self._is_whole_of_many_sizes:
+            inverse = self.inverse
+            if inverse.factor is None:
+                inverse = FisherInverse.whole(
+                    self.rows, self.mask, self.damping, self.blocks, self._grams.of(self.mask)
+                )
+            groups = selection.partition_into_groups()
+            return inverse.group_blocks(groups, function, self.weights, self.mask)
+        return self.inverse.group_blocks(size, function, self.weights, self.mask)
+
+    @property
+    def _is_whole_of_many_sizes(self) -> bool:
+        return self.cut.blocks is None and self.pattern.group_size is None
+
+    def _map_leaves(self, function: Callable[..., Array]) -> PyTree:
+        """:meth:`map_groups` with a block a leaf, whose groups have a size of their own."""
+        total = jax.tree.map(jnp.zeros_like, self.weights)
+        for i, size in enumerate(self.selection.group_sizes):
+            if not self.selection.sizes[i]:
+                continue
+            groups = self.selection.partition_into_groups(i)
+            whole = Partition(groups.order, (BlockRun(0, 1, self.selection.sizes[i]),))
+            own = self.selection.mask_of_leaf(self.mask, i)
+            gram = self._grams.of(own) if is_scanned(self.rows, whole) else None
+            inverse = FisherInverse.of(self.rows, own, self.damping, whole, gram)
+            asked = groups if inverse.factor is not None else size
+            found = inverse.group_blocks(asked, function, self.weights, own)
+            total = _add(total, found)
+        return total
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _left_out(params: PyTree, mask: PyTree, kept: PyTree, *, dtype: jnp.dtype) -> PyTree:
+    """The weights that are in ``mask`` but not in ``kept``, 0 elsewhere."""
+
+    def of_leaf(weight: Array, alive: Array, stays: Array) -> Array:
+        return jnp.where(alive & ~stays, weight.astype(dtype), jnp.zeros((), dtype))
+
+    return jax.tree.map(of_leaf, params, mask, kept)
+
+
+@jax.jit
+def _add(x: PyTree, y: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, x, y)

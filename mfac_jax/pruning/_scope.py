@@ -1,0 +1,246 @@
+"""What may be pruned, and how: as a value, and for given parameters.
+
+Scores, masks and updates are trees in the caller's own coordinates. Only blocks of the Fisher and
+groups of a pattern need another order, which a :class:`Selection` keeps as an index.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from mfac_jax._layout import Layout, PyTree
+from mfac_jax.pruning._filters import PathFilter, prunable
+from mfac_jax.pruning._patterns import (
+    Groups,
+    Pattern,
+    Unstructured,
+    check_axis,
+    check_pattern,
+    groups_of,
+)
+from mfac_jax.rows import BlockRun, Partition
+
+Budget = str | Callable[..., Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What may be pruned and in which pattern; shared by :func:`prune` and :func:`prune_step`.
+
+    Attributes:
+        path_filter: which leaves may be pruned; see :func:`prunable`.
+        pattern: which weights can only go together: :class:`Unstructured`,
+            :class:`NofM`, :class:`BlocksOf`, :class:`Slices` or a :class:`Pattern` of your own.
+        budget: where ``sparsity`` holds, if it is one number: ``"global"``, in all leaves
+            together; ``"uniform"``, in each; ``"erk"``, in each by the Erdos-Renyi kernel; or a
+            function ``(sparsity, shapes) -> sparsities`` with one number a prunable leaf, whose
+            mean over all weights is ``sparsity``.
+        costs: a tree of positive ints like the parameters: what a weight of each leaf costs,
+            for example in multiplications. Sparsity is then the fraction of the cost, and
+            weights are ranked by score over cost. With the global budget only.
+        allow_empty_layers: whether a leaf may lose all of its weights.
+        output_axis: the axis of the outputs in leaves of several axes: -1 in Flax, 0 where
+            kernels are as in PyTorch or Equinox.
+    """
+
+    path_filter: PathFilter = None
+    pattern: Pattern = Unstructured()  # noqa: RUF009  (immutable)
+    budget: Budget = "global"
+    costs: PyTree | None = None
+    allow_empty_layers: bool = False
+    output_axis: int = -1
+
+    def select(self, params: PyTree) -> Selection:
+        """The scope on given parameters.
+
+        Raises:
+            TypeError: the pattern, the filter or the axis is of another kind.
+            ValueError: the filter selects nothing, or the pattern does not fit a leaf.
+        """
+        layout = Layout(params)
+        check_pattern(self.pattern)
+        check_axis(self.output_axis, "output_axis")
+        keep = tuple(bool(flag) for flag in jax.tree.leaves(prunable(params, self.path_filter)))
+        groups = tuple(
+            groups_of(self.pattern, shape, self.output_axis, name)
+            for shape, name, kept in zip(layout.shapes, layout.paths, keep, strict=True)
+            if kept
+        )
+        return Selection(layout, keep, self.pattern, groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The prunable leaves of given parameters, and the groups in them.
+
+    Attributes:
+        layout: all parameters.
+        keep: for every leaf, whether it is prunable.
+        pattern: which weights can only go together.
+        groups: the groups of each prunable leaf.
+    """
+
+    layout: Layout
+    keep: tuple[bool, ...]
+    pattern: Pattern
+    groups: tuple[Groups, ...]
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """What the prunable leaves are called."""
+        return [path for path, kept in zip(self.layout.paths, self.keep, strict=True) if kept]
+
+    @functools.cached_property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Those of the prunable leaves."""
+        return [shape for shape, kept in zip(self.layout.shapes, self.keep, strict=True) if kept]
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """How many weights each prunable leaf has."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def num_weights(self) -> int:
+        """How many weights all prunable leaves have."""
+        return sum(self.sizes)
+
+    @functools.cached_property
+    def group_sizes(self) -> tuple[int, ...]:
+        """How many weights a group has in each prunable leaf."""
+        return tuple(groups.size for groups in self.groups)
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether a group of several weights is there."""
+        return any(size != 1 for size in self.group_sizes)
+
+    def leaves(self, tree: PyTree) -> tuple[Array, ...]:
+        """The prunable leaves of a tree like the parameters."""
+        pairs = zip(jax.tree.leaves(tree), self.keep, strict=True)
+        return tuple(jnp.asarray(leaf) for leaf, kept in pairs if kept)
+
+    def leaf_values(self, tree: PyTree) -> list[Any]:
+        """What a tree like the parameters holds for the prunable leaves, as it is."""
+        pairs = zip(jax.tree.leaves(tree), self.keep, strict=True)
+        return [value for value, kept in pairs if kept]
+
+    def tree(self, leaves: Sequence[Array], others: PyTree) -> PyTree:
+        """A tree like the parameters with these prunable leaves, the other ones as they are."""
+        new = iter(leaves)
+        pairs = zip(jax.tree.leaves(others), self.keep, strict=True)
+        whole = [next(new) if kept else leaf for leaf, kept in pairs]
+        return jax.tree.unflatten(self.layout.treedef, whole)
+
+    def mask(self, leaves: Sequence[Array]) -> PyTree:
+        """A mask of the prunable leaves as one of all parameters; the other ones are not in it."""
+        return self.tree(leaves, self.nothing)
+
+    @functools.cached_property
+    def nothing(self) -> PyTree:
+        """The mask of all parameters with no weight in it."""
+        leaves = [jax.device_put(np.zeros(shape, bool)) for shape in self.layout.shapes]
+        return jax.tree.unflatten(self.layout.treedef, leaves)
+
+    @functools.cached_property
+    def starts(self) -> Int[np.ndarray, " layers"]:
+        """The first coordinate of each prunable leaf."""
+        sizes = np.asarray(self.layout.sizes, int)
+        return (np.cumsum(sizes) - sizes)[np.asarray(self.keep, bool)]
+
+    @functools.cached_property
+    def order(self) -> Int[np.ndarray, " weights"]:
+        """The coordinates of all prunable weights, leaf by leaf and group after group."""
+        parts = [
+            start + (np.arange(size) if groups.order is None else groups.order)
+            for start, size, groups in zip(self.starts, self.sizes, self.groups, strict=True)
+        ]
+        return np.concatenate([*parts, np.zeros(0, int)]).astype(np.int32)
+
+    @functools.cached_property
+    def device_order(self) -> Int[Array, " weights"]:
+        """:attr:`order` on the device."""
+        return jax.device_put(self.order)
+
+    @functools.cached_property
+    def leaf_orders(self) -> tuple[Int[Array, " k"] | None, ...]:
+        """Of each prunable leaf, the places of its weights, group after group."""
+        return tuple(
+            None if groups.order is None else jax.device_put(groups.order.astype(np.int32))
+            for groups in self.groups
+        )
+
+    def partition_into_groups(self, leaf: int | None = None) -> Partition:
+        """All groups as blocks of coordinates, or those of one leaf."""
+        chosen = range(len(self.sizes)) if leaf is None else [leaf]
+        firsts = np.cumsum((0, *self.sizes)).tolist()
+        order = self.order if leaf is None else self.order[firsts[leaf] : firsts[leaf + 1]]
+        shift = 0 if leaf is None else firsts[leaf]
+        runs = tuple(
+            BlockRun(firsts[i] - shift, self.sizes[i] // self.group_sizes[i], self.group_sizes[i])
+            for i in chosen
+            if self.sizes[i]
+        )
+        return Partition(jax.device_put(order), runs)
+
+    def mask_of_leaf(self, mask: PyTree, leaf: int) -> PyTree:
+        """A mask of all parameters with nothing but one prunable leaf in it."""
+        place = [i for i, kept in enumerate(self.keep) if kept][leaf]
+        leaves = jax.tree.leaves(self.nothing)
+        leaves[place] = jax.tree.leaves(mask)[place]
+        return jax.tree.unflatten(self.layout.treedef, leaves)
+
+    def combine(self, scores: PyTree, alive: PyTree) -> PyTree:
+        """Scores of groups, as trees of weights, from scores of single weights."""
+        if not self.has_groups:
+            return scores
+        combined = _combine(
+            self.leaves(scores),
+            self.leaves(alive),
+            self.leaf_orders,
+            pattern=self.pattern,
+            sizes=self.group_sizes,
+        )
+        return self.tree(combined, scores)
+
+
+def in_groups(leaf: Array, order: Int[Array, " k"] | None, size: int) -> Array:
+    """The weights of a leaf, a group a row."""
+    flat = leaf.reshape(-1)
+    return (flat if order is None else flat[order]).reshape(-1, max(size, 1))
+
+
+def as_leaf(groups: Array, order: Int[Array, " k"] | None, shape: tuple[int, ...]) -> Array:
+    """Inverse of :func:`in_groups`."""
+    flat = groups.reshape(-1)
+    if order is not None:
+        flat = jnp.zeros_like(flat).at[order].set(flat, unique_indices=True)
+    return flat.reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "sizes"))
+def _combine(
+    scores: tuple[Array, ...],
+    alive: tuple[Array, ...],
+    orders: tuple[Array | None, ...],
+    *,
+    pattern: Pattern,
+    sizes: tuple[int, ...],
+) -> list[Array]:
+    out = []
+    for leaf, here, order, size in zip(scores, alive, orders, sizes, strict=True):
+        if not leaf.size:
+            out.append(leaf)
+            continue
+        found = pattern.combine(in_groups(leaf, order, size), in_groups(here, order, size))
+        out.append(as_leaf(found, order, leaf.shape))
+    return out

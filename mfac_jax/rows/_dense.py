@@ -1,0 +1,321 @@
+"""Rows that keep every number, in one block or in a block a parameter."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from mfac_jax import kernels
+from mfac_jax._layout import PyTree
+from mfac_jax.rows._base import ColumnRows, WritableRows, is_small_enough
+
+# The width of a tile is a multiple of this, as the vector units of GPUs and TPUs want it.
+_ALIGNMENT = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DenseRows(WritableRows, ColumnRows):
+    """Every number of every gradient, in the memory of the device.
+
+    Flat packing keeps flattened gradients, cut into tiles of columns that lie in memory one
+    after another. A scan is one launch and reads the block from end to end. The last tile is
+    padded with zeros.
+
+    Leaf packing keeps a block a parameter. The block can have the parameter's sharding, behind
+    an unsharded axis of rows. A step of the optimizer then never gathers sharded parameters:
+    the devices only exchange the m numbers of a product. (A Gram matrix of sharded leaves does
+    gather.)
+
+    Attributes:
+        blocks: ``G``. Flat packing: one array (t, m, k) of t tiles with ``t k >= d``. Leaf
+            packing: a tree like the parameters with leaves ``(m, *shape)``. Float32,
+            bfloat16, float64 or float16.
+        layout: the parameters that the gradients belong to (static).
+        num_rows: ``m`` (static).
+        packing: ``"flat"`` or ``"leaf"`` (static).
+        implementation: which implementation the scans use; None for the best one on each
+            platform (static).
+    """
+
+    blocks: PyTree
+    # A Layout: a node of the tree, in whose place optax.tree.map_params and orbax put others.
+    layout: Any
+    num_rows: int = field(metadata={"static": True})
+    packing: str = field(metadata={"static": True})
+    implementation: str | None = field(metadata={"static": True}, default=None)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The accumulation dtype."""
+        dtypes = [kernels.accumulation_dtype(block.dtype) for block in jax.tree.leaves(self.blocks)]
+        return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
+
+    def put(
+        self, row: Int[Array, ""], gradient: PyTree
+    ) -> tuple[DenseRows, Float[Array, " m"], Bool[Array, ""]]:
+        pieces, accepted = self._gradient(gradient)
+        pairs = [
+            kernels.write_row(block, row, piece, accepted, implementation=self.implementation)
+            for block, piece in zip(self._tiles(), pieces, strict=True)
+        ]
+        dots = self._total([dots for _, dots in pairs], (self.num_rows,))
+        return self._with([block for block, _ in pairs]), dots, accepted
+
+    def write(self, row: Int[Array, ""], gradient: PyTree) -> tuple[DenseRows, Bool[Array, ""]]:
+        pieces, accepted = self._gradient(gradient)
+        written = [
+            kernels.set_row(block, row, piece, accepted)
+            for block, piece in zip(self._tiles(), pieces, strict=True)
+        ]
+        return self._with(written), accepted
+
+    def clear(self, row: Int[Array, ""]) -> DenseRows:
+        return self._with([block.at[:, row].set(0) for block in self._tiles()])
+
+    def restrict(self, mask: PyTree) -> DenseRows:
+        kept = [
+            jnp.where(keep[:, None], block, jnp.zeros_like(block))
+            for block, keep in zip(self._tiles(), self._cut_mask(mask), strict=True)
+        ]
+        return self._with(kept)
+
+    def dots(self, vector: PyTree) -> Float[Array, " m"]:
+        return _dots(self, tuple(map(jnp.asarray, self.layout.check(vector, "vector"))))
+
+    def combine(
+        self,
+        coefficients: Float[Array, " m"],
+        *,
+        vector: PyTree | None = None,
+        scale: Float[Array, ""] | None = None,
+    ) -> PyTree:
+        leaves = None
+        if vector is not None:
+            leaves = tuple(map(jnp.asarray, self.layout.check(vector, "vector")))
+        return _combine(self, coefficients, leaves, scale)
+
+    def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
+        return _gram(self, None if mask is None else tuple(self.layout.check_mask(mask)))
+
+    def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> DenseRows:
+        return _transform(self, matrix, lower=lower)
+
+    def column_square_sums(
+        self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
+    ) -> PyTree:
+        return _column_square_sums(self, matrix, lower=lower)
+
+    def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
+        if self.packing == "flat":
+            return _columns_of_tiles(self.blocks, start, size).astype(self.dtype)
+        if not isinstance(start, int):
+            return super().columns(start, size)
+        parts, offset = [], 0
+        for block, width in zip(self._leaves(), self.layout.sizes, strict=True):
+            first, last = max(start - offset, 0), min(start + size - offset, width)
+            if first < last:
+                matrix = block.reshape(self.num_rows, width)
+                parts.append(matrix[:, first:last].astype(self.dtype))
+            offset += width
+        return jnp.concatenate(parts, axis=1)
+
+    def take(self, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
+        return _take(self, coordinates)
+
+    def _leaves(self) -> list[Array]:
+        return list(jax.tree.leaves(self.blocks))
+
+    def _tiles(self) -> list[Shaped[Array, "t m ..."]]:
+        """The blocks in the shape that the kernels take."""
+        return [self.blocks] if self.packing == "flat" else [b[None] for b in self._leaves()]
+
+    def _with(self, tiles: Sequence[Array], num_rows: int | None = None) -> DenseRows:
+        """The rows with other blocks, in the form of :meth:`_tiles`."""
+        leaves = tiles if self.packing == "flat" else [tile[0] for tile in tiles]
+        blocks = jax.tree.unflatten(jax.tree.structure(self.blocks), leaves)
+        return replace(self, blocks=blocks, num_rows=num_rows or self.num_rows)
+
+    def _cut(self, leaves: Sequence[Array], dtype: jnp.dtype) -> list[Shaped[Array, "t ..."]]:
+        """The leaves of a vector, cut like the rows."""
+        if self.packing == "leaf":
+            return [leaf[None] for leaf in leaves]
+        count, _, width = self.blocks.shape
+        flat = jnp.concatenate([*map(jnp.ravel, leaves), jnp.zeros(0, dtype)])
+        return [jnp.pad(flat, (0, count * width - flat.size)).reshape(count, width)]
+
+    def _cut_mask(self, mask: PyTree) -> list[Bool[Array, "t ..."]]:
+        return self._cut(self.layout.check_mask(mask), jnp.dtype(bool))
+
+    def _cut_vector(self, leaves: Sequence[Array] | None) -> list[Any]:
+        if leaves is None:
+            return [None] * len(self._tiles())
+        if self.packing == "flat":
+            leaves = [leaf.astype(self.dtype) for leaf in leaves]
+        return self._cut(leaves, self.dtype)
+
+    def _tree(self, pieces: Sequence[Float[Array, "t ..."]]) -> PyTree:
+        """Results for each block as a tree like the parameters."""
+        if self.packing == "flat":
+            return self.layout.unflatten(pieces[0].reshape(-1)[: self.layout.size])
+        leaves = [piece[0].astype(self.dtype) for piece in pieces]
+        return jax.tree.unflatten(self.layout.treedef, leaves)
+
+    def _gradient(self, gradient: PyTree) -> tuple[list[Array], Bool[Array, ""]]:
+        """The pieces of a gradient as stored, and whether the gradient is accepted."""
+        leaves = [jnp.asarray(leaf) for leaf in self.layout.check(gradient, "gradient")]
+        if self.packing == "flat":
+            stored = [leaf.astype(self.blocks.dtype) for leaf in leaves]
+        else:
+            pairs = zip(leaves, self._leaves(), strict=True)
+            stored = [leaf.astype(block.dtype) for leaf, block in pairs]
+        pieces = self._cut(stored, stored[0].dtype if stored else self.dtype)
+        # Of the pieces: one reduction if they are packed flat, in place of one a parameter.
+        squares = [jnp.sum(piece.astype(self.dtype) ** 2) for piece in pieces]
+        return pieces, is_small_enough(self._total(squares), self.num_rows)
+
+    def _total(self, terms: Sequence[Array], shape: tuple[int, ...] = ()) -> Array:
+        wide = [term.astype(self.dtype) for term in terms]
+        return functools.reduce(operator.add, wide) if wide else jnp.zeros(shape, self.dtype)
+
+
+# Jitted for callers that are not. Trees are checked before, where errors can show them.
+@jax.jit
+def _dots(rows: DenseRows, leaves: tuple[Array, ...]) -> Float[Array, " m"]:
+    pairs = zip(rows._tiles(), rows._cut_vector(leaves), strict=True)
+    terms = [kernels.dots(tile, piece, implementation=rows.implementation) for tile, piece in pairs]
+    return rows._total(terms, (rows.num_rows,))
+
+
+@jax.jit
+def _combine(
+    rows: DenseRows,
+    coefficients: Float[Array, " m"],
+    leaves: tuple[Array, ...] | None,
+    scale: Float[Array, ""] | None,
+) -> PyTree:
+    combined = [
+        kernels.combine(
+            tile,
+            coefficients,
+            vector=piece,
+            scale=scale,
+            dtype=rows.dtype,
+            implementation=rows.implementation,
+        )
+        for tile, piece in zip(rows._tiles(), rows._cut_vector(leaves), strict=True)
+    ]
+    return rows._tree(combined)
+
+
+@jax.jit
+def _gram(rows: DenseRows, mask: tuple[Array, ...] | None) -> Float[Array, "m m"]:
+    tiles = rows._tiles()
+    masks: list[Any] = [None] * len(tiles)
+    if mask is not None:
+        masks = rows._cut(mask, jnp.dtype(bool))
+    terms = [kernels.gram(tile, keep) for tile, keep in zip(tiles, masks, strict=True)]
+    return rows._total(terms, (rows.num_rows, rows.num_rows))
+
+
+@functools.partial(jax.jit, static_argnames="lower")
+def _transform(rows: DenseRows, matrix: Float[Array, "k m"], *, lower: bool) -> DenseRows:
+    moved = [
+        kernels.transform(tile, matrix, lower=lower).astype(rows.dtype) for tile in rows._tiles()
+    ]
+    return rows._with(moved, matrix.shape[0])
+
+
+@functools.partial(jax.jit, static_argnames="lower")
+def _column_square_sums(
+    rows: DenseRows, matrix: Float[Array, "k m"] | None, *, lower: bool
+) -> PyTree:
+    sums = [kernels.column_square_sums(tile, matrix, lower=lower) for tile in rows._tiles()]
+    return rows._tree(sums)
+
+
+@jax.jit
+def _take(rows: DenseRows, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
+    if rows.packing == "flat":
+        return lax.platform_dependent(
+            rows.blocks, coordinates, cpu=_take_row_by_row, default=_take_at_once
+        ).astype(rows.dtype)
+    out = jnp.zeros((rows.num_rows, coordinates.shape[0]), rows.dtype)
+    starts = np.cumsum((0, *rows.layout.sizes))
+    for block, start, width in zip(rows._leaves(), starts, rows.layout.sizes, strict=False):
+        if width:
+            local = coordinates - int(start)
+            values = block.reshape(rows.num_rows, width)[:, jnp.clip(local, 0, width - 1)]
+            inside = (local >= 0) & (local < width)
+            out = jnp.where(inside[None], values.astype(rows.dtype), out)
+    return out
+
+
+def _take_row_by_row(
+    block: Float[Array, "t m k"], coordinates: Int[Array, " j"]
+) -> Float[Array, "m j"]:
+    """For a CPU: a row of a tile stays in its cache. All rows at once take 2 to 3 times as long."""
+    tile, column = jnp.divmod(coordinates, block.shape[2])
+
+    def take(row: Int[Array, ""]) -> Float[Array, " j"]:
+        return block[tile, row, column]
+
+    return lax.map(take, jnp.arange(block.shape[1], dtype=tile.dtype))
+
+
+def _take_at_once(
+    block: Float[Array, "t m k"], coordinates: Int[Array, " j"]
+) -> Float[Array, "m j"]:
+    # The barrier keeps XLA from computing the indices once a row.
+    tile, column = lax.optimization_barrier(jnp.divmod(coordinates, block.shape[2]))
+    return block[tile, :, column].T
+
+
+def _columns_of_tiles(
+    block: Float[Array, "t m k"], start: int | Int[Array, ""], size: int
+) -> Float[Array, "m size"]:
+    count, rows, width = block.shape
+    first: int | Array
+    if isinstance(start, int):
+        first = start // width
+        touched = -(-(start + size) // width) - first
+    else:
+        # Columns can start anywhere in a tile, so they can touch one tile more.
+        touched = min(-(-size // width) + 1, count)
+        first = jnp.minimum(start // width, count - touched)
+    tiles = lax.dynamic_slice_in_dim(block, first, touched, axis=0)
+    tiles = lax.platform_dependent(tiles, cuda=_as_it_lies, default=lambda tiles: tiles)
+    matrix = jnp.moveaxis(tiles, 0, 1).reshape(rows, touched * width)
+    return lax.dynamic_slice_in_dim(matrix, start - first * width, size, axis=1)
+
+
+def _as_it_lies(tiles: Float[Array, "t m k"]) -> Float[Array, "t m k"]:
+    """Keeps the tiles in their order: in a loop XLA would copy the whole block to another."""
+    return with_layout_constraint(tiles, MemoryLayout((0, 1, 2)))
+
+
+def tiles_of(matrix: Float[Array, "m d"]) -> Float[Array, "t m k"]:
+    """Cuts flattened gradients into tiles."""
+    rows, size = matrix.shape
+    count, width = tiling(size)
+    padded = jnp.pad(matrix, ((0, 0), (0, count * width - size)))
+    return jnp.moveaxis(padded.reshape(rows, count, width), 1, 0)
+
+
+def tiling(size: int) -> tuple[int, int]:
+    """The number and the width of the tiles of ``size`` columns."""
+    count = max(-(-size // kernels.MAX_TILE), 1)
+    if count == 1:
+        return 1, size
+    return count, -(-size // (count * _ALIGNMENT)) * _ALIGNMENT

@@ -1,0 +1,233 @@
+"""Applying a function to all blocks of columns, some at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Shaped
+
+from mfac_jax._layout import Layout, PyTree
+from mfac_jax.rows._partition import PIECE_ENTRIES, BlockRun, Partition
+
+if TYPE_CHECKING:
+    from mfac_jax.rows._base import ColumnRows
+
+# A piece of blocks has 2**21 to 2**26 entries of the gradients, 8 to 256 MiB in float32. Between
+# these bounds, blocks with B <= n make four to six pieces: a piece and what is computed from it
+# (a batch of gradients and four or five of matrices) then take less memory than the gradients.
+# More pieces take longer.
+_MOST_ENTRIES = 2**26
+
+# At most this many pieces are unrolled; more are a loop. In a loop the start of the columns is
+# traced, and leaf packing has to copy them one by one.
+_MOST_PIECES = 8
+
+# Blocks of several sizes are padded to one size, since every size compiles by itself, for up to a
+# second. Padding may add this fraction of the work, which is at most B^3 for a block of B. It may
+# always add _FREE_WORK multiplications, which take some milliseconds.
+_MOST_PADDING = 0.1
+_FREE_WORK = 2**26
+
+
+def map_columns(
+    rows: ColumnRows,
+    partition: Partition,
+    function: Callable[..., Any],
+    vectors: tuple[tuple[Array, ...], ...],
+    constants: tuple[Any, ...],
+) -> Any:
+    """:meth:`ColumnRows.map_blocks` for rows whose columns are read inside ``jit``.
+
+    Args:
+        rows: ``G``.
+        partition: the blocks.
+        function: as there.
+        vectors: the leaves of each vector.
+        constants: as there.
+    """
+
+    def call(batch: Float[Array, "b n B"], *parts: Shaped[Array, "b B"]) -> Any:
+        return function(batch, *parts, *constants)
+
+    flat = [flat_vector(leaves, rows.dtype) for leaves in vectors]
+    if not partition.runs:
+        empty = [jax.ShapeDtypeStruct((1, 1), v.dtype) for v in flat]
+        batch = jax.ShapeDtypeStruct((1, rows.num_rows, 1), rows.dtype)
+        like = jax.eval_shape(call, batch, *empty)
+        results = [jax.tree.map(lambda x: jnp.zeros((0,) * x.ndim, x.dtype), like)]
+    elif partition.order is None:
+        results = _map_neighbours(rows, partition.runs, call, flat)
+    else:
+        results = _map_scattered(rows, partition.order, partition.runs, call, flat)
+
+    def joined(*parts: Array) -> PyTree:
+        whole = jnp.concatenate([part.reshape(-1) for part in parts])
+        if parts[0].ndim == 1:
+            return whole
+        return rows.layout.unflatten(_placed(whole, partition, rows.layout))
+
+    return jax.tree.map(joined, *results)
+
+
+def flat_vector(leaves: Sequence[Array], dtype: jnp.dtype) -> Shaped[Array, " d"]:
+    """The leaves as one vector of ``dtype``, or of booleans if they are boolean."""
+    wide = [leaf if leaf.dtype == jnp.bool_ else leaf.astype(dtype) for leaf in leaves]
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in wide]) if wide else jnp.zeros(0, dtype)
+
+
+def _placed(values: Shaped[Array, " k"], partition: Partition, layout: Layout) -> Array:
+    """A vector of all coordinates with these values at the places of the partition."""
+    order, runs, d = partition.order, partition.runs, layout.size
+    if order is not None:
+        here = order[_places(runs)] if _has_gaps(runs, order.size) else order
+        return jnp.zeros(d, values.dtype).at[here].set(values, unique_indices=True)
+    if not _has_gaps(runs, d):
+        return values
+    return jnp.zeros(d, values.dtype).at[_places(runs)].set(values, unique_indices=True)
+
+
+def _has_gaps(runs: Sequence[BlockRun], size: int) -> bool:
+    return sum(run.width for run in runs) != size
+
+
+def _places(runs: Sequence[BlockRun]) -> Int[np.ndarray, " k"]:
+    parts = [np.arange(run.start, run.start + run.width, dtype=np.int32) for run in runs]
+    return np.concatenate([*parts, np.zeros(0, np.int32)])
+
+
+def _piece_size(num_rows: int, run: BlockRun) -> int:
+    """How many blocks a piece has."""
+    fewest, most = (
+        max(entries // (num_rows * run.size), 1) for entries in (PIECE_ENTRIES, _MOST_ENTRIES)
+    )
+    pieces = 4 if 2 * run.size <= num_rows else 6
+    part = -(-run.count // pieces) if run.size <= num_rows else 0
+    return min(max(part, fewest), most, run.count)
+
+
+def _map_neighbours(
+    rows: ColumnRows,
+    runs: tuple[BlockRun, ...],
+    function: Callable[..., Any],
+    vectors: Sequence[Shaped[Array, " d"]],
+) -> list[Any]:
+    """Maps blocks whose columns are neighbours, run by run."""
+    n = rows.num_rows
+    results: list[Any] = []
+
+    def piece(start: int | Int[Array, ""], count: int, size: int) -> Any:
+        width = count * size
+        batch = jnp.moveaxis(rows.columns(start, width).reshape(n, count, size), 1, 0)
+        parts = [lax.dynamic_slice_in_dim(v, start, width).reshape(count, size) for v in vectors]
+        return function(after(batch, results[-1:]), *parts)
+
+    for run in runs:
+        count = _piece_size(n, run)
+        pieces, rest = divmod(run.count, count)
+        if pieces <= _MOST_PIECES:
+            for first in range(0, run.count, count):
+                here = min(count, run.count - first)
+                results.append(piece(run.start + first * run.size, here, run.size))
+            continue
+        # A loop, so that only one piece is in memory at a time.
+        starts = run.start + count * run.size * jnp.arange(pieces)
+        found = lax.map(functools.partial(piece, count=count, size=run.size), starts)
+        results.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found))
+        if rest:
+            results.append(piece(run.start + pieces * count * run.size, rest, run.size))
+    return results
+
+
+def _map_scattered(
+    rows: ColumnRows,
+    order: Int[Array, " k"],
+    runs: tuple[BlockRun, ...],
+    function: Callable[..., Any],
+    vectors: Sequence[Shaped[Array, " d"]],
+) -> list[Any]:
+    """Maps blocks whose columns are taken one by one: padded to few sizes, a loop a size."""
+    n, places = rows.num_rows, order.size
+    results: dict[int, Any] = {}
+
+    def piece(place: Int[Array, "2 b"], size: int, before: Any) -> Any:
+        within = jnp.arange(size, dtype=jnp.int32)[None]
+        there = within < place[1][:, None]
+        index = order[jnp.minimum(place[0][:, None] + within, places - 1)]
+        batch = rows.take(index.reshape(-1)).reshape(n, *index.shape)
+        batch = jnp.moveaxis(jnp.where(there, batch, jnp.zeros_like(batch)), 1, 0)
+        parts = [jnp.where(there, v[index], jnp.zeros((), v.dtype)) for v in vectors]
+        return function(after(batch, before), *parts)
+
+    found: Any = None
+    for members in _of_like_size(runs):
+        size = runs[members[0]].size
+        here = [runs[i] for i in members]
+        total = sum(run.count for run in here)
+        pieces = -(-total // _piece_size(n, BlockRun(0, total, size)))
+        # The first place and the size of every block. The last piece is padded by blocks of
+        # size 0.
+        starts = np.concatenate([run.start + run.size * np.arange(run.count) for run in here])
+        sizes = np.concatenate([np.full(run.count, run.size) for run in here])
+        table = np.stack([starts, sizes]).astype(np.int32)
+        table = np.pad(table, ((0, 0), (0, -total % pieces)))
+        tables = jnp.moveaxis(jnp.asarray(table).reshape(2, pieces, -1), 1, 0)
+        of_piece = functools.partial(piece, size=size, before=found)
+        if pieces > 1:
+            stacked = lax.map(of_piece, tables)
+            found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
+        else:
+            found = of_piece(tables[0])
+        first = 0
+        for i in members:
+            results[i] = _cut(found, first, runs[i])
+            first += runs[i].count
+    return [results[i] for i in range(len(runs))]
+
+
+def _cut(results: Any, first: int, run: BlockRun) -> Any:
+    """The results of a run whose first block is ``first``, without the padding."""
+
+    def cut(x: Array) -> Array:
+        blocks = x[first : first + run.count]
+        return blocks if x.ndim == 1 else blocks[:, : run.size]
+
+    return jax.tree.map(cut, results)
+
+
+def _of_like_size(runs: tuple[BlockRun, ...]) -> list[list[int]]:
+    """Groups the runs that are padded to one size, that of the first run of a group."""
+
+    def work(i: int, size: int) -> int:
+        return runs[i].count * size**3
+
+    free = max(_MOST_PADDING * sum(work(i, run.size) for i, run in enumerate(runs)), _FREE_WORK)
+    groups: list[list[int]] = []
+    for i in sorted(range(len(runs)), key=lambda i: -runs[i].size):
+        padded = work(i, runs[groups[-1][0]].size) - work(i, runs[i].size) if groups else 0
+        if groups and padded <= free:
+            free -= padded
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def after(batch: Float[Array, "b n B"], results: PyTree) -> Float[Array, "b n B"]:
+    """``batch``, but only once ``results`` exist.
+
+    XLA for the CPU runs independent factorizations of batches at the same time. In jax 0.10
+    they can then wait for one another forever.
+    """
+    for result in jax.tree.leaves(results):
+        first = result.reshape(-1)[:1]
+        first = first.astype(jnp.uint8) if first.dtype == jnp.bool_ else first
+        word = lax.bitcast_convert_type(first, jnp.uint8)
+        never = jnp.any(lax.population_count(word) > 8)
+        batch = jnp.where(never, jnp.zeros_like(batch), batch)
+    return batch

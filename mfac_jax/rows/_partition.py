@@ -1,0 +1,122 @@
+"""Cutting the coordinates into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from mfac_jax import _checks
+from mfac_jax._layout import Layout
+
+Blocks = int | str | Sequence[int] | None
+
+# A piece of columns holds at least this many entries of the gradients: 8 MiB in float32.
+PIECE_ENTRIES = 2**21
+
+
+class BlockRun(NamedTuple):
+    """``count`` neighbouring blocks of one ``size``; the first begins at place ``start``."""
+
+    start: int
+    count: int  # type: ignore[assignment]  # hides the method of tuples
+    size: int
+
+    @property
+    def width(self) -> int:
+        """How many coordinates the run has."""
+        return self.count * self.size
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Partition:
+    """Blocks of coordinates; a pytree.
+
+    Attributes:
+        order: the coordinate at each place, each at most once; (k,). None if places are
+            coordinates. The order is data, so a new order compiles nothing.
+        runs: the blocks as runs of equal size, in ascending order of places (static). Places
+            between two runs are in no block.
+    """
+
+    order: Int[Array, " k"] | None
+    runs: tuple[BlockRun, ...] = field(metadata={"static": True})
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is one block only."""
+        return len(self.runs) == 1 and self.runs[0].count == 1
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks there are."""
+        return sum(run.count for run in self.runs)
+
+    @property
+    def sizes(self) -> Int[np.ndarray, " blocks"]:
+        """The number of coordinates of each block."""
+        return np.repeat([run.size for run in self.runs], [run.count for run in self.runs])
+
+
+def runs_of(sizes: Sequence[int], start: int = 0) -> tuple[BlockRun, ...]:
+    """Runs of blocks of these sizes, one after another, without those of size 0."""
+    found = []
+    for size, group in groupby(size for size in sizes if size):
+        found.append(BlockRun(start, len(list(group)), size))
+        start += found[-1].width
+    return tuple(found)
+
+
+def pieces_of(size: int, num_rows: int) -> Partition:
+    """Cuts ``size`` coordinates into pieces of about :data:`PIECE_ENTRIES`."""
+    width = min(max(PIECE_ENTRIES // num_rows, 1), max(size, 1))
+    whole, rest = divmod(size, width)
+    return Partition(None, runs_of([width] * whole + [rest]))
+
+
+def partition(layout: Layout, blocks: Blocks) -> Partition:
+    """The partition that ``blocks`` names.
+
+    Args:
+        layout: the parameters.
+        blocks: None for one block of all coordinates; an int B for blocks of B
+            coordinates, the last one smaller if need be; ``"leaf"`` for a block a
+            parameter; or the block sizes, in order, that add up to d.
+
+    Returns:
+        The partition, in the order of the coordinates, without blocks of size 0.
+
+    Raises:
+        TypeError: ``blocks`` is none of these.
+        ValueError: a size is below 1 or the sizes do not add up to d.
+    """
+    d = layout.size
+    if isinstance(blocks, int | np.integer) and not isinstance(blocks, bool):
+        size = _checks.positive_int(blocks, "blocks")
+        count, rest = divmod(d, size)
+        runs = (BlockRun(0, count, size), BlockRun(count * size, 1, rest))
+        return Partition(None, tuple(run for run in runs if run.width))
+    if blocks is None:
+        sizes: Sequence[int] = [d]
+    elif isinstance(blocks, str):
+        _checks.one_of(blocks, "blocks", ("leaf",))
+        sizes = layout.sizes
+    elif isinstance(blocks, Sequence):
+        sizes = [_checks.positive_int(size, "blocks") for size in blocks]
+        if sum(sizes) != d:
+            raise ValueError(
+                f"blocks must cover all coordinates: expected sizes that add up to d = {d}, "
+                f"got {len(sizes)} sizes that add up to {sum(sizes)}."
+            )
+    else:
+        raise TypeError(
+            "blocks must be None, an int, 'leaf' or a sequence of sizes, "
+            f"got {type(blocks).__name__}."
+        )
+    return Partition(None, runs_of(sizes))

@@ -1,0 +1,235 @@
+"""A storage: a value that says how gradients are stored, and makes the rows."""
+
+from __future__ import annotations
+
+import abc
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from mfac_jax import _checks, kernels
+from mfac_jax._layout import Layout, PyTree
+from mfac_jax.rows._base import GradientRows, WritableRows
+from mfac_jax.rows._dense import DenseRows, tiles_of, tiling
+
+PACKINGS = ("flat", "leaf")
+DTYPES = ("float32", "bfloat16", "float64")
+
+# What names of packings mean where a storage is expected.
+_PACKINGS_BY_NAME = {"flat": "flat", "leaf": "leaf", "per_leaf": "leaf"}
+
+
+class Storage(abc.ABC):
+    """A way to store gradients: a small immutable value that makes rows.
+
+    Every entry point that stores gradients takes one as ``storage=``.
+    """
+
+    @abc.abstractmethod
+    def empty(self, params: PyTree, num_rows: int) -> WritableRows:
+        """``num_rows`` zero rows for gradients of ``params``.
+
+        Args:
+            params: arrays, or anything with a shape and dtype, of the parameters.
+            num_rows: ``m``, at least 1.
+        """
+
+    def hold(self, gradients: PyTree, params: PyTree) -> GradientRows:
+        """Stores gradients that exist already.
+
+        Args:
+            gradients: a tree like the parameters with leaves ``(n, *shape)``.
+            params: the parameters, or anything with their shapes and dtypes.
+
+        Raises:
+            FloatingPointError: the rows reject a gradient, which has NaN or Inf in it or is
+                too large to square. Not inside ``jit``.
+        """
+        count = len(jax.tree.leaves(gradients)[0])
+        rows, accepted = self.empty(params, count).write_rows(
+            jnp.int32(0), gradients, jnp.int32(count)
+        )
+        if not isinstance(accepted, jax.core.Tracer) and not accepted.all():
+            raise FloatingPointError(
+                f"row {int(np.argmin(accepted))} of gradients has NaN or Inf in it, or is too "
+                "large to square."
+            )
+        return rows
+
+
+@dataclass(frozen=True)
+class Dense(Storage):
+    """Stores every number of every gradient in the memory of the device.
+
+    Attributes:
+        dtype: the dtype of stored gradients: float32, bfloat16 or float64. By default float64
+            for float64 parameters and float32 for all others. Gradients that exist already
+            keep their dtype by default.
+        packing: ``"flat"``, one block for all parameters, is fastest. ``"leaf"``, a block a
+            parameter, has the sharding of the parameter if that is a ``NamedSharding``.
+        implementation: which implementation the kernels use, ``"xla"``, ``"mosaic_gpu"`` or
+            ``"mosaic_tpu"``; by default the best one on each platform. See
+            :mod:`mfac_jax.kernels`.
+
+    Raises:
+        TypeError: ``dtype`` is not a dtype.
+        ValueError: an attribute has another value, or two of them exclude each other.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import rows
+        >>> rows.Dense().empty({"w": jnp.zeros((2, 3))}, 4).blocks.shape
+        (1, 4, 6)
+    """
+
+    dtype: DTypeLike | None = None
+    packing: str = "flat"
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        _checks.one_of(self.packing, "packing", PACKINGS)
+        kernels.check_implementation(self.implementation)
+        if self.dtype is None:
+            return
+        try:
+            chosen = jnp.dtype(self.dtype)
+        except TypeError as error:
+            raise TypeError(
+                f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}."
+            ) from error
+        if chosen.name not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {chosen.name}.")
+        if chosen == jnp.float64 and self.implementation not in (None, "xla"):
+            raise ValueError(
+                f"implementation={self.implementation!r} needs float32 or bfloat16 gradients, "
+                "got float64."
+            )
+        if chosen == jnp.float64 and jnp.result_type(float) != chosen:
+            raise ValueError("dtype float64 needs jax_enable_x64, which is off.")
+        object.__setattr__(self, "dtype", chosen)
+
+    def empty(self, params: PyTree, num_rows: int) -> DenseRows:
+        """``num_rows`` zero rows for gradients of ``params``.
+
+        Args:
+            params: arrays, or anything with a shape and dtype, of the parameters.
+            num_rows: ``m``.
+
+        Raises:
+            TypeError: ``num_rows`` is not an int, or a leaf is not real floating point.
+            ValueError: ``num_rows`` is below 1.
+        """
+        m = _checks.positive_int(num_rows, "num_rows")
+        layout = Layout(params)
+        is_double = jnp.dtype("float64") in layout.dtypes
+        dtype = self.dtype or jnp.dtype(jnp.float64 if is_double else jnp.float32)
+        if self.packing == "flat":
+            count, width = tiling(layout.size)
+            blocks: PyTree = jnp.zeros((count, m, width), dtype)
+        else:
+            blocks = jax.tree.map(
+                lambda leaf: jnp.zeros((m, *jnp.shape(leaf)), dtype, device=_sharding(leaf)),
+                params,
+            )
+        return DenseRows(blocks, layout, m, self.packing, self.implementation)
+
+    def hold(self, gradients: PyTree, params: PyTree) -> DenseRows:
+        """Stores gradients that exist already; see :meth:`Storage.hold`.
+
+        NaN and Inf are stored as they are. Flat packing stores gradients of several dtypes in
+        the widest of them.
+        """
+        layout = Layout(params)
+        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(gradients)]
+        if self.dtype is not None:
+            leaves = [leaf.astype(self.dtype) for leaf in leaves]
+        n = len(leaves[0])
+        if self.packing == "leaf":
+            blocks: PyTree = jax.tree.unflatten(layout.treedef, leaves)
+        else:
+            dtype = functools.reduce(np.promote_types, [leaf.dtype for leaf in leaves])
+            flat = [leaf.reshape(n, -1).astype(dtype) for leaf in leaves]
+            blocks = tiles_of(jnp.concatenate(flat, axis=1))
+        return DenseRows(blocks, layout, n, self.packing, self.implementation)
+
+
+def as_rows(
+    gradients: PyTree,
+    params: PyTree | None = None,
+    *,
+    storage: Storage = Dense(),
+) -> GradientRows:
+    """Makes rows from gradients that are stacked along a leading axis.
+
+    Args:
+        gradients: a tree with leaves ``(n, *shape)``, or one array ``(n, d)``.
+        params: the parameters. They are needed when ``gradients`` is one (n, d) array for a
+            tree of parameters. By default the tree of one row of ``gradients``.
+        storage: how the rows store the gradients.
+
+    Returns:
+        The rows.
+
+    Raises:
+        TypeError: a leaf is not real floating point, or ``storage`` is no storage.
+        ValueError: leading axes differ, there is no row, or ``params`` do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import rows
+        >>> rows.as_rows({"w": jnp.ones((4, 2, 3)), "b": jnp.ones((4, 3))}).num_rows
+        4
+    """
+    check_storage(storage)
+    stacked = Layout(gradients, "gradients")
+    counts = {shape[0] if shape else None for shape in stacked.shapes}
+    if len(counts) != 1 or counts & {None, 0}:
+        raise ValueError(
+            "gradients must have one leading axis of the same length >= 1 on every leaf, "
+            f"got {stacked.describe()}."
+        )
+    n = counts.pop()
+    if params is None:
+        params = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), gradients)
+    layout = Layout(params)
+    one_matrix = len(stacked.shapes) == 1 and stacked.shapes[0] == (n, layout.size)
+    if one_matrix and stacked.treedef == jax.tree.structure(0):
+        gradients = jax.vmap(layout.unflatten)(jnp.asarray(gradients))
+    row_layout = Layout(
+        jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), gradients)
+    )
+    if row_layout.treedef != layout.treedef or row_layout.shapes != layout.shapes:
+        raise ValueError(
+            f"gradients do not fit params: expected rows of {layout.describe()}, "
+            f"got rows of {row_layout.describe()}."
+        )
+    return storage.hold(gradients, params)
+
+
+def _sharding(leaf: Any) -> NamedSharding | None:
+    """The leaf's own sharding behind an unsharded axis of rows, if it has one."""
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
+def check_storage(storage: Any) -> Storage:
+    """Checks that ``storage`` is a storage, and returns it.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(storage, Storage):
+        packing = _PACKINGS_BY_NAME.get(storage) if isinstance(storage, str) else None
+        example = f'packing="{packing}"' if packing else "dtype, packing"
+        raise TypeError(
+            f"storage must be a storage, such as mfac_jax.rows.Dense({example}), got {storage!r}."
+        )
+    return storage

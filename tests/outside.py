@@ -1,0 +1,145 @@
+"""A storage, a pattern, a score and an update from outside the package.
+
+The guide to extending the library shows them, each from its marker to the next.
+"""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mfac_jax.pruning import Groups, Pattern
+from mfac_jax.rows import ColumnRows, Layout, Storage, WritableRows, is_small_enough
+
+
+# -- A storage --
+class Reads:
+    """Counts how often rows are asked for what, over all rows of a storage."""
+
+    def __init__(self):
+        self.of = collections.Counter()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HalfRows(WritableRows, ColumnRows):
+    """Gradients in float16, as one matrix, that count how often they are read."""
+
+    matrix: jax.Array
+    layout: Layout = field(metadata={"static": True})
+    num_rows: int = field(metadata={"static": True})
+    reads: Reads = field(metadata={"static": True})
+    dtype = jnp.dtype("float32")
+
+    def read(self, what):
+        self.reads.of[what] += 1
+        return self.matrix.astype(self.dtype)
+
+    def dots(self, vector):
+        flat = self.layout.flatten(vector, self.dtype, "vector")
+        return jnp.matmul(self.read("dots"), flat, precision="highest")
+
+    def combine(self, coefficients, *, vector=None, scale=None):
+        out = jnp.matmul(coefficients, self.read("combine"), precision="highest")
+        out = out if vector is None else self.layout.flatten(vector, self.dtype, "vector") - out
+        return self.layout.unflatten(out if scale is None else scale * out)
+
+    def gram(self, mask=None):
+        g = self.read("gram")
+        g = g if mask is None else jnp.where(self.layout.flat_mask(mask)[None], g, 0.0)
+        return jnp.matmul(g, g.T, precision="highest")
+
+    def take(self, coordinates):
+        return self.read("take")[:, coordinates]
+
+    def map_blocks(self, partition, function, *vectors, constants=()):
+        self.reads.of["map_blocks"] += 1
+        return super().map_blocks(partition, function, *vectors, constants=constants)
+
+    def write(self, row, gradient):
+        new = self.layout.flatten(gradient, self.matrix.dtype, "gradient")
+        accepted = is_small_enough(jnp.sum(new.astype(self.dtype) ** 2), self.num_rows)
+        written = self.matrix.at[row].set(new)
+        return replace(self, matrix=jnp.where(accepted, written, self.matrix)), accepted
+
+    def put(self, row, gradient):
+        rows, accepted = self.write(row, gradient)
+        g = rows.read("put")
+        return rows, jnp.matmul(g, g[row], precision="highest"), accepted
+
+    def clear(self, row):
+        return replace(self, matrix=self.matrix.at[row].set(0))
+
+    def restrict(self, mask):
+        zero = jnp.zeros((), self.matrix.dtype)
+        keep = self.layout.flat_mask(mask)[None]
+        return replace(self, matrix=jnp.where(keep, self.matrix, zero))
+
+
+@dataclass(frozen=True)
+class Half(Storage):
+    """Stores gradients in float16 and counts how often they are read."""
+
+    reads: Reads = field(default_factory=Reads)
+
+    def empty(self, params, num_rows):
+        layout = Layout(params)
+        matrix = jnp.zeros((num_rows, layout.size), jnp.float16)
+        return HalfRows(matrix, layout, num_rows, self.reads)
+
+
+# -- A pattern --
+@dataclass(frozen=True)
+class Diagonals(Pattern):
+    """The weights on one diagonal of a matrix go together.
+
+    Diagonals wrap around: diagonal k of an r x c matrix has the r weights (i, (i + k) mod c).
+    """
+
+    def groups(self, shape, output_axis, name):
+        """The groups of a leaf: one diagonal after another."""
+        if len(shape) != 2:
+            raise ValueError(
+                f"{self} needs matrices, but params{name} has shape {shape}; "
+                "leave the leaf out with path_filter."
+            )
+        rows, columns = shape
+        i, k = np.arange(rows), np.arange(columns)
+        places = columns * i + (i + k[:, None]) % columns
+        return Groups(size=rows, order=places.reshape(-1))
+
+
+# -- A score --
+def taylor(problem):
+    """``|w g|`` with the mean gradient ``g``: how much the loss changes, to first order.
+
+    The pattern adds up the scores of the weights of a group.
+
+    Reference: Molchanov et al., "Importance estimation for neural network pruning", CVPR 2019.
+    """
+    n = problem.rows.num_rows
+    mean = problem.rows.combine(jnp.full(n, 1 / n, problem.rows.dtype))
+    return jax.tree.map(lambda w, g: jnp.abs(w * g), problem.weights, mean)
+
+
+# -- An update --
+def bounded_joint(problem, kept):
+    """The joint update, made shorter where it is longer than the weights that go.
+
+    With few gradients the quadratic model can ask for changes far larger than what it
+    compensates for.
+    """
+    gone = problem.gone(kept)
+    changes = problem.inverse_over(kept).compensate(gone)
+    length, longest = norm(changes), norm(gone)
+    scale = jnp.where(length > longest, longest / length, 1.0)
+    return jax.tree.map(lambda leaf: scale * leaf, changes)
+
+
+def norm(tree):
+    """The Euclidean norm of all leaves together."""
+    return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))
