@@ -94,3 +94,10 @@ def test_the_contributing_page_names_what_is_there():
     floors = [re.findall(r"\w+", layer) for layer in config["contracts"][0]["layers"]]
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page, re.MULTILINE)
     assert [re.findall(r"\w+", row) for row in rows] == floors
+
+
+def test_the_tests_of_numbers_are_there():
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    (names,) = re.findall(r"^NUMBERS := (.*)$", makefile, re.MULTILINE)
+    assert "window" in names.split()
+    assert [n for n in names.split() if not (ROOT / "tests" / f"test_{n}.py").exists()] == []
