@@ -281,6 +281,31 @@ def test_samples_have_the_covariance_of_the_inverse(name, whitened, mask, monkey
     oracles.assert_close(flat.T @ flat, want, length=count, condition=condition)
 
 
+def test_scattered_blocks_on_both_sides_of_n_have_the_right_samples():
+    """A small block that was padded to more than n would have too little noise."""
+    g = some(8)[:, :16]
+    order = jnp.asarray(np.random.default_rng(1).permutation(16).astype(np.int32))
+    blocks = Partition(order, (BlockRun(0, 1, 12), BlockRun(12, 1, 4)))
+    inverse = FisherInverse.of(
+        rows.as_rows(jnp.asarray(g, jnp.float32)), None, jnp.float32(LAM), blocks
+    )
+    draws = jax.vmap(inverse.sample)(jax.random.split(jax.random.key(0), 20_000))
+    np.testing.assert_allclose(np.var(draws, axis=0), inverse.diagonal(), rtol=0.1)
+
+
+def test_coordinates_in_no_block():
+    g = some(N)
+    blocks = Partition(None, (BlockRun(4, 2, 3),))
+    lone = FisherInverse.of(gradient_rows(g), None, jnp.float32(LAM), blocks)
+    inside = np.zeros(D, bool)
+    inside[4:10] = True
+    want = np.diag(oracles.block_inverse(g * inside, LAM, [4, 3, 3, D - 10]))
+    for inverse in (lone, lone.whiten()):
+        diagonal = oracles.flat(inverse.diagonal())
+        np.testing.assert_allclose(diagonal, want, 1e-4)
+        np.testing.assert_allclose(diagonal[~inside], 1 / LAM, 1e-6)
+
+
 @pytest.mark.parametrize("name", ["whole", "tens"])
 def test_samples_of_two_keys_differ(name):
     inverse = build(some(N), BLOCKS[name][0])

@@ -244,3 +244,23 @@ def test_schedules_end_exactly_and_rise():
 def test_schedules_that_are_none(args, options, words):
     with pytest.raises(ValueError, match=words):
         pruning.sparsity_schedule(*args, **options)
+
+
+def test_a_budget_of_your_own_spends_what_it_is_given():
+    """No more and no less, whichever way its numbers round."""
+    params = [jnp.ones((10, 1)) + i for i in range(4)]
+    gradients = rows.as_rows([jnp.ones((2, 10, 1))] * 4)
+
+    def pruned(fractions):
+        scope = Scope(path_filter="", budget=lambda sparsity, shapes: fractions)
+        mask = pruning.initial_mask(params)
+        _, mask, _ = pruning.prune_step(
+            params, mask, gradients, 0.5, damping=0.1, score="magnitude", update="none", scope=scope
+        )
+        return [int(jnp.sum(~leaf)) for leaf in mask]
+
+    assert pruned([0.54, 0.5, 0.5, 0.5]) == [5, 5, 5, 5]
+    assert pruned([0.46, 0.5, 0.5, 0.5]) == [5, 5, 5, 5]
+    assert pruned([0.9, 0.4, 0.4, 0.3]) == [9, 4, 4, 3]
+    with pytest.raises(ValueError, match=r"expected 20 pruned weights in all layers, got 21\.0"):
+        pruned([0.6, 0.5, 0.5, 0.5])

@@ -1,6 +1,7 @@
 """Groups of weights: their scores, what goes, and what a pattern does not fit."""
 
 import itertools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from mfac_jax import pruning, rows
 from mfac_jax.inverse import GroupBlocks
-from mfac_jax.pruning import Scope, _blocks, _choices, _problem, _scores
+from mfac_jax.pruning import Groups, Pattern, Scope, _blocks, _choices, _problem, _scores
 
 N = 12
 SHAPES = {"a": (4, 8, 3), "b": (8, 4)}
@@ -452,3 +453,69 @@ def test_a_known_mask_is_checked_while_a_caller_is_traced():
     assert int(jnp.sum(~jax.jit(lambda w: step(w, mask))(w))) == 8
     with pytest.raises(ValueError, match="a part is pruned already"):
         jax.jit(lambda w: step(w, torn))(w)
+
+
+@dataclass(frozen=True)
+class FirstStays(Pattern):
+    """The first of four neighbours never goes, the others go one by one."""
+
+    @property
+    def group_size(self):
+        return 4
+
+    @property
+    def removable(self):
+        return 0.75
+
+    def groups(self, shape, output_axis, name):
+        return Groups(4)
+
+    def combine(self, scores, alive):
+        return scores.at[:, 0].set(jnp.inf)
+
+    def cost(self, blocks, weights, alive):
+        return (weights**2 / 2).at[..., 0].set(jnp.inf)
+
+
+class NoRule(FirstStays):
+    """It does not say which of a group go."""
+
+    combine, cost = Pattern.combine, Pattern.cost
+
+
+@pytest.mark.parametrize("score", ["mfac", "magnitude"])
+def test_a_rule_of_a_pattern_of_your_own_holds(score):
+    w = jnp.arange(1.0, 17.0).reshape(4, 4)
+    held = rows.as_rows(jnp.ones((3, 4, 4)))
+    _, mask, _ = pruning.prune_step(
+        w,
+        pruning.initial_mask(w),
+        held,
+        0.75,
+        damping=0.1,
+        score=score,
+        scope=Scope("", FirstStays()),
+    )
+    np.testing.assert_array_equal(mask, np.eye(4, dtype=bool)[:1].repeat(4, 0))
+
+
+def test_greedy_masks_refuse_a_rule_that_they_do_not_know():
+    w = jnp.ones((4, 4))
+    held, scope = rows.as_rows(jnp.ones((3, 4, 4))), Scope("", FirstStays())
+    with pytest.raises(ValueError, match="'greedy' does not know the rule of FirstStays"):
+        pruning.prune_step(
+            w,
+            pruning.initial_mask(w),
+            held,
+            0.5,
+            damping=0.1,
+            score="greedy",
+            blocks=4,
+            scope=scope,
+        )
+    assert {setting.score for setting in pruning.default_settings(FirstStays())} == {
+        "mfac",
+        "magnitude",
+    }
+    with pytest.raises(ValueError, match="expected it to override combine and cost"):
+        Scope("", NoRule()).select(w)

@@ -214,6 +214,20 @@ def test_given_gradients_are_used_as_they_are(history):
     np.testing.assert_array_equal(given.columns(0, 10), before)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_given_gradients_may_be_of_another_dtype_than_the_parameters(params, dtype):
+    held = jax.tree.map(lambda *g: jnp.stack(g), *[jax.grad(loss_fn)(params, b) for b in BATCHES])
+    low = jax.tree.map(lambda g: g.astype(dtype), held)
+    given = rows.as_rows(low)  # whose layout says so, too
+    pruned = run(params, steps=2, gradients=few(8, 1, given=given), search=among(SETTINGS[0]))
+    wide = rows.as_rows(jax.tree.map(lambda g: g.astype(jnp.float32), low))
+    same = run(params, steps=2, gradients=few(8, 1, given=wide), search=among(SETTINGS[0]))
+    jax.tree.map(np.testing.assert_array_equal, pruned.mask, same.mask)
+    pairs = zip(jax.tree.leaves(pruned.params), jax.tree.leaves(same.params), strict=True)
+    for got, want in pairs:
+        np.testing.assert_allclose(got, want, 1e-4, 1e-5)
+
+
 @pytest.mark.parametrize("storage", [rows.Dense(), rows.Dense("bfloat16", "leaf")], ids=str)
 def test_room_for_later_gradients_changes_nothing(params, storage):
     descents = [pruning.Descent(0.02, 1e-2)]

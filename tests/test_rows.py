@@ -704,8 +704,37 @@ def test_parts_of_a_stack_that_do_not_fit_are_refused():
     for parts, scales in (((held, held), jnp.ones(3)), ((), jnp.ones(0))):
         with pytest.raises(ValueError, match="one scale for each of one part or more, got"):
             StackedRows.of(parts, scales)
-    with pytest.raises(ValueError, match=r"expected .*'a'.* in float32, got .*\[3\].* in float32"):
+    with pytest.raises(ValueError, match=r"the same parameters: expected .*'a'.*, got .*\[3\]"):
         StackedRows.of((held, other), jnp.ones(2))
+    with pytest.raises(TypeError, match="must be gradient rows"):
+        StackedRows.of((held, jnp.ones((2, 3))), jnp.ones(2))
+
+
+@pytest.mark.parametrize("packing", ["flat", "leaf"])
+def test_parts_of_a_stack_may_be_of_other_dtypes(packing):
+    g = np.random.default_rng(3).normal(size=(4, 5)).astype(np.float32)
+    low = jnp.asarray(g[:2], jnp.bfloat16)  # for parameters in bfloat16
+    parts = rows.as_rows(low, storage=Dense(packing=packing)), rows.as_rows(jnp.asarray(g[2:]))
+    matrix = np.concatenate([np.asarray(low, np.float64), 2 * np.asarray(g[2:], np.float64)])
+    held = StackedRows.of(parts, jnp.array([1.0, 2.0]))
+    v, c = vector(size=5), jnp.asarray(vector(size=4))
+    assert held.dtype == jnp.float32
+    oracles.assert_close(held.dots(v), matrix @ v, length=5)
+    oracles.assert_close(
+        held.combine(c, vector=v, scale=jnp.float32(2)), 2 * (v - np.asarray(c) @ matrix), length=4
+    )
+    oracles.assert_close(held.gram(jnp.asarray(v > 0)), (matrix * (v > 0)) @ matrix.T, length=5)
+
+
+def test_vectors_of_blocks_must_fit():
+    held = rows.as_rows(jnp.ones((2, 4)))
+    blocks = rows.partition(held.layout, 2)
+    with pytest.raises(
+        ValueError, match=r"vectors has the wrong shape: expected \(4,\), got \(8,\)"
+    ):
+        held.map_blocks(blocks, max, jnp.ones(8))
+    with pytest.raises(ValueError, match=r"vectors has the wrong shape: expected \(4,\)"):
+        held.map_blocks(blocks, max, jnp.ones(3, bool))
 
 
 def test_the_implementation_of_a_stack_is_that_of_its_parts():

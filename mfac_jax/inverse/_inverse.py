@@ -192,11 +192,13 @@ class FisherInverse:
         """``diag(F^-1)``, a tree like the parameters. O(d n min(n, B)), or O(d n) whitened.
 
         No entry is below ``1 / F_jj``, its lower bound for any positive definite ``F``,
-        whatever rounding does. It is ``1 / lambda`` where the mask is false. For many gradients
+        whatever rounding does. It is ``1 / lambda`` where the mask is false, and at coordinates
+        that are in no block. For many gradients
         the memory is a fraction of theirs.
         """
         if self.factor is None:
-            return self._in_blocks("diagonal", alone=of_blocks.Diagonal(self.rows.implementation))
+            diagonal = of_blocks.Diagonal(self.rows.implementation)
+            return _whole.filled(self._in_blocks("diagonal", alone=diagonal), self.damping)
         rows, whitened = self._columns("diagonal"), self._whitened_rows
         if whitened is None:
             inner = rows.column_square_sums(_whole.inverse_lower(self.factor), lower=True)

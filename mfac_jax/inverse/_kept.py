@@ -15,7 +15,7 @@ from mfac_jax.inverse._block_functions import masked
 from mfac_jax.inverse._coordinates import Pairs
 from mfac_jax.inverse._factored import Inverted, invert_blocks
 from mfac_jax.rows import ColumnRows, GradientRows, Partition
-from mfac_jax.rows._map import after, flat_vector
+from mfac_jax.rows._map import after, flat_vector, placed
 
 
 @jax.jit
@@ -52,7 +52,9 @@ def map_kept(
         cut = [vector[here].reshape(run.count, run.size) for vector in flat]
         results.append(function(part, *cut))
     whole = jnp.concatenate([result.reshape(-1) for result in results])
-    return whole if results[0].ndim == 1 else rows.layout.unflatten(whole)
+    if results[0].ndim == 1:
+        return whole
+    return rows.layout.unflatten(placed(whole, blocks, rows.layout))
 
 
 @jax.jit

@@ -132,3 +132,9 @@ def entries(
         off_diagonal = jnp.where(both, off_diagonal, jnp.zeros_like(inner))
     out = jnp.where(pairs.rows == pairs.columns, on_diagonal, off_diagonal)
     return jnp.where(pairs.valid, out, jnp.full_like(out, jnp.nan)).reshape(pairs.shape)
+
+
+@jax.jit
+def filled(diagonal: PyTree, damping: Float[Array, ""]) -> PyTree:
+    """A diagonal with ``1 / lambda`` at coordinates in no block, where it is 0."""
+    return jax.tree.map(lambda x: jnp.where(x == 0, (1 / damping).astype(x.dtype), x), diagonal)

@@ -200,20 +200,26 @@ def layer_counts(sparsity: Any, scope: Scope, selection: Selection) -> Int[np.nd
     for fraction, layer in zip(fractions, selection.names, strict=True):
         _checks.unit_interval(fraction, f"the sparsity that budget gives to params{layer}")
     wanted = np.asarray(fractions, float) * sizes
-    if abs(wanted.sum() - total) > 1 + 1e-6 * total:
+    if abs(wanted.sum() - total) > 0.5 + 1e-6 * total:
         raise ValueError(
             f"budget must spend the whole sparsity: expected {total} pruned weights in all "
             f"layers, got {wanted.sum():.1f}."
         )
-    return _rounded(wanted, total)
+    return _rounded(wanted, sizes, total)
 
 
-def _rounded(wanted: np.ndarray, total: int) -> Int[np.ndarray, " layers"]:
-    """Whole numbers near ``wanted`` that add up to ``total``: the largest rests round up."""
-    counts = np.floor(wanted + 1e-9).astype(np.int64)
-    missing = total - counts.sum()
-    rests = np.argsort(counts - wanted, kind="stable")
-    counts[rests[:missing]] += 1
+def _rounded(wanted: np.ndarray, sizes: np.ndarray, total: int) -> Int[np.ndarray, " layers"]:
+    """Whole numbers near ``wanted``, at most ``sizes``, that add up to ``total``.
+
+    The largest rests round up first.
+    """
+    counts = np.minimum(np.floor(wanted + 1e-9), sizes).astype(np.int64)
+    while (missing := total - counts.sum()) != 0:
+        step = 1 if missing > 0 else -1
+        movable = counts < sizes if step > 0 else counts > 0
+        places = np.flatnonzero(movable)
+        nearest = places[np.argsort(step * (counts - wanted)[places], kind="stable")]
+        counts[nearest[: abs(missing)]] += step
     return counts.astype(np.int32)
 
 

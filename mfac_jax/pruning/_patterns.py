@@ -86,6 +86,25 @@ class Pattern(abc.ABC):
                [ True, False,  True]], dtype=bool)
     """
 
+    @property
+    def has_own_rule(self) -> bool:
+        """Whether the pattern overrides :meth:`combine` and :meth:`cost`."""
+        return type(self).combine is not Pattern.combine and type(self).cost is not Pattern.cost
+
+    @property
+    def greedy_quota(self) -> int | None:
+        """How many weights of a group greedy removal takes, one by one.
+
+        None if groups go whole, or if greedy removal does not know the rule of the pattern.
+        """
+        return None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether greedy removal keeps to the pattern: by whole groups or by the quota."""
+        own = type(self).combine is not Pattern.combine or type(self).cost is not Pattern.cost
+        return self.greedy_quota is not None or (self.goes_whole and not own)
+
     @abc.abstractmethod
     def groups(self, shape: tuple[int, ...], output_axis: int, name: str) -> Groups:
         """The groups of a leaf.
@@ -196,6 +215,11 @@ class NofM(Pattern):
         return self.m
 
     @property
+    def greedy_quota(self) -> int:
+        """``m - n``."""
+        return self.m - self.n
+
+    @property
     def removable(self) -> float:
         """``(m - n) / m``."""
         return (self.m - self.n) / self.m
@@ -287,12 +311,24 @@ def check_pattern(pattern: object) -> None:
     """Checks that ``pattern`` is a pattern.
 
     Raises:
-        TypeError: it is not.
+        TypeError: it is not, or it is not hashable.
+        ValueError: groups do not go whole, and the pattern does not say what goes.
     """
     if not isinstance(pattern, Pattern):
         raise TypeError(
             "pattern must be one of Unstructured(), NofM(n, m), BlocksOf(size) and Slices(), or "
             f"a Pattern of your own; got {pattern!r}."
+        )
+    try:
+        hash(pattern)
+    except TypeError as error:
+        raise TypeError(
+            f"pattern must be hashable, as a frozen dataclass is; got {pattern!r}."
+        ) from error
+    if not pattern.goes_whole and not pattern.has_own_rule:
+        raise ValueError(
+            f"{pattern!r} lets {pattern.removable} of a group go, so it must say which weights "
+            "these are: expected it to override combine and cost."
         )
 
 

@@ -29,7 +29,7 @@ from mfac_jax.pruning._gradients import Gradients, History
 from mfac_jax.pruning._masks import initial_mask, pruned_of_leaves
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport, peak_memory
 from mfac_jax.pruning._schedules import schedule_of
-from mfac_jax.pruning._scope import Scope, Selection
+from mfac_jax.pruning._scope import Scope, Selection, check_scope
 from mfac_jax.pruning._search import Search, Searcher, Step, mean_loss
 
 FineTune = Callable[[PyTree, PyTree], PyTree]
@@ -163,7 +163,8 @@ def _check_kinds(loss_fn: Any, fine_tune: Any, scope: Any, gradients: Any, searc
     check_functions(loss_fn, None, None)
     if fine_tune is not None and not callable(fine_tune):
         raise TypeError(f"fine_tune must be a function, got {type(fine_tune).__name__}.")
-    for value, kind in ((scope, Scope), (gradients, Gradients), (search, Search)):
+    check_scope(scope)
+    for value, kind in ((gradients, Gradients), (search, Search)):
         if not isinstance(value, kind):
             name = kind.__name__
             raise TypeError(f"{name.lower()} must be a {name}, got {type(value).__name__}.")

@@ -27,7 +27,7 @@ from mfac_jax.pruning._patterns import (
     check_pattern,
     groups_of,
 )
-from mfac_jax.rows import BlockRun, Partition
+from mfac_jax.rows import BlockRun, Partition, partition
 
 Budget = str | Callable[..., Sequence[float]]
 
@@ -64,9 +64,11 @@ class Scope:
 
         Raises:
             TypeError: the pattern, the filter or the axis is of another kind.
-            ValueError: the filter selects nothing, or the pattern does not fit a leaf.
+            ValueError: the filter selects nothing, the pattern does not fit a leaf, or there are
+                too many parameters.
         """
         layout = Layout(params)
+        partition(layout, None)  # which numbers the coordinates
         check_pattern(self.pattern)
         check_axis(self.output_axis, "output_axis")
         keep = tuple(bool(flag) for flag in jax.tree.leaves(prunable(params, self.path_filter)))
@@ -76,6 +78,16 @@ class Scope:
             if kept
         )
         return Selection(layout, keep, self.pattern, groups)
+
+
+def check_scope(scope: object) -> None:
+    """Checks that ``scope`` is a :class:`Scope`.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(scope, Scope):
+        raise TypeError(f"scope must be a Scope, got {type(scope).__name__}.")
 
 
 @dataclass(frozen=True, eq=False)

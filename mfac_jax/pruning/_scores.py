@@ -211,8 +211,7 @@ class _Cost:
 def _greedy_score(problem: Problem) -> PyTree:
     pattern = problem.selection.pattern
     size = pattern.group_size or 1
-    quota = None if pattern.goes_whole else round(pattern.removable * size)
-    records = _Records(size, quota)
+    records = _Records(size, pattern.greedy_quota)
     return problem.inverse.group_blocks(None, records, problem.weights, problem.mask)
 
 
@@ -249,6 +248,11 @@ def _check_groups_in_blocks(selection: Selection, cut: Cut) -> None:
 
 def _check_greedy(selection: Selection, cut: Cut) -> None:
     _check_groups_in_blocks(selection, cut)
+    if not selection.pattern.is_greedy:
+        raise ValueError(
+            f"score='greedy' does not know the rule of {selection.pattern}: it overrides combine "
+            "or cost: expected score='mfac', or a pattern with a greedy_quota."
+        )
     largest = max((run.size for run in cut.runs), default=0)
     if selection.pattern.group_size is None or largest > LARGEST_GREEDY:
         raise ValueError(

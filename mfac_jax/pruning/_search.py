@@ -125,7 +125,8 @@ def default_settings(pattern: Pattern = Unstructured()) -> tuple[Setting, ...]: 
         Exact masks and joint updates inside the blocks of outputs, at two dampings; what the
         paper's code does with the whole Fisher; and magnitude without an update.
     """
-    if pattern.group_size is None or pattern.group_size > LARGEST_GREEDY:
+    size = pattern.group_size
+    if size is None or size > LARGEST_GREEDY or not pattern.is_greedy:
         joint = Setting("mfac", "joint", "leaf", _RELATIVE_DAMPING, (1.0, 0.5), relative=True)
         return joint, _REFERENCE, _NOTHING
     within = Setting("greedy", "joint", WithinOutputs(_BLOCK), _RELATIVE_DAMPING, relative=True)

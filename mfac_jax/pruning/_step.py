@@ -18,7 +18,7 @@ from mfac_jax.pruning._budgets import Target, target_of
 from mfac_jax.pruning._finite import check_finite, check_finite_gradients
 from mfac_jax.pruning._masks import choose, num_pruned
 from mfac_jax.pruning._problem import Grams, Problem
-from mfac_jax.pruning._scope import Scope, Selection
+from mfac_jax.pruning._scope import Scope, Selection, check_scope
 from mfac_jax.pruning._scores import ScoreFn, as_score, check_score, scores_of
 from mfac_jax.pruning._updates import UpdateFn, as_update, curvature_along, delta_of
 from mfac_jax.rows import Blocks, GradientRows, check_rows
@@ -136,9 +136,11 @@ def prune_step(
         (1, 3)
     """
     check_rows(rows)
+    check_scope(scope)
     rows.layout.check(params, "params")
     masks = rows.layout.check_mask(mask)
     _checks.positive_scalar(damping, "damping")
+    _checks.positive_scalar(step_scale, "step_scale")
     score, update = as_score(score), as_update(update)
     selection = scope.select(params)
     pieces = cut(blocks, selection)

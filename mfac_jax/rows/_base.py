@@ -20,6 +20,10 @@ from mfac_jax._layout import Layout, PyTree
 from mfac_jax.rows._map import map_columns
 from mfac_jax.rows._partition import Partition, pieces_of
 
+# Rows that are multiplied with all of other rows at a time: few beside the gradients, enough for
+# a matrix product.
+_ROWS_AT_A_TIME = 16
+
 Writable = TypeVar("Writable", bound="WritableRows")
 
 
@@ -62,6 +66,18 @@ class GradientRows(abc.ABC):
     @abc.abstractmethod
     def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
         """``G G^T``, over the coordinates where ``mask`` is true if there is one."""
+
+    def products(self, other: GradientRows, mask: PyTree | None = None) -> Float[Array, "m k"]:
+        """``G H^T`` with the rows ``H`` of other gradients of the same parameters.
+
+        Rows that cannot be traced by ``jit`` need a form of their own.
+
+        Args:
+            other: ``H``.
+            mask: a tree of booleans like the parameters; the products are over the coordinates
+                where it is true.
+        """
+        return _products(self, other, None if mask is None else jax.tree.leaves(mask))
 
     def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> GradientRows:
         """``M G``, stored as dense rows in the accumulation dtype.
@@ -165,7 +181,7 @@ class ColumnRows(GradientRows):
             at coordinates that are in no block. An array for each result with a number a
             block, in the order of the blocks.
         """
-        leaves = tuple(tuple(jax.tree.leaves(vector)) for vector in vectors)
+        leaves = tuple(_leaves(self.layout, vector) for vector in vectors)
         return _map_blocks(self, partition, leaves, constants, function=function)
 
     def column_square_sums(
@@ -183,12 +199,36 @@ class ColumnRows(GradientRows):
         return self.map_blocks(pieces, _square_sums, constants=constants)
 
 
+def _leaves(layout: Layout, vector: PyTree) -> tuple[Array, ...]:
+    """The leaves of numbers or booleans like the parameters."""
+    dtypes = {jnp.result_type(leaf) for leaf in jax.tree.leaves(vector)}
+    check = layout.check_mask if dtypes == {jnp.dtype(bool)} else layout.check
+    return tuple(map(jnp.asarray, check(vector, "vectors")))
+
+
 def _square_sums(
     batch: Float[Array, "b n B"], matrix: Float[Array, "k n"] | None = None
 ) -> Float[Array, "b B"]:
     if matrix is not None:
         batch = jnp.einsum("kn,bnj->bkj", matrix, batch, precision="highest")
     return jnp.sum(batch * batch, axis=1)
+
+
+@jax.jit
+def _products(
+    first: GradientRows, second: GradientRows, mask: list[Array] | None
+) -> Float[Array, "m k"]:
+    """``G H^T`` by products alone, some rows of the first at a time."""
+
+    def row(unit: Float[Array, " m"]) -> Float[Array, " k"]:
+        leaves = jax.tree.leaves(first.combine(unit))
+        if mask is not None:
+            pairs = zip(leaves, mask, strict=True)
+            leaves = [jnp.where(keep, leaf, jnp.zeros_like(leaf)) for leaf, keep in pairs]
+        return second.dots(jax.tree.unflatten(second.layout.treedef, leaves))
+
+    units = jnp.eye(first.num_rows, dtype=first.dtype)
+    return jax.lax.map(row, units, batch_size=min(_ROWS_AT_A_TIME, first.num_rows))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -70,7 +70,7 @@ def map_columns(
         whole = jnp.concatenate([part.reshape(-1) for part in parts])
         if parts[0].ndim == 1:
             return whole
-        return rows.layout.unflatten(_placed(whole, partition, rows.layout))
+        return rows.layout.unflatten(placed(whole, partition, rows.layout))
 
     return jax.tree.map(joined, *results)
 
@@ -81,7 +81,7 @@ def flat_vector(leaves: Sequence[Array], dtype: jnp.dtype) -> Shaped[Array, " d"
     return jnp.concatenate([jnp.ravel(leaf) for leaf in wide]) if wide else jnp.zeros(0, dtype)
 
 
-def _placed(values: Shaped[Array, " k"], partition: Partition, layout: Layout) -> Array:
+def placed(values: Shaped[Array, " k"], partition: Partition, layout: Layout) -> Array:
     """A vector of all coordinates with these values at the places of the partition."""
     order, runs, d = partition.order, partition.runs, layout.size
     if order is not None:
@@ -165,7 +165,7 @@ def _map_scattered(
         return function(after(batch, before), *parts)
 
     found: Any = None
-    for members in _of_like_size(runs):
+    for members in _of_like_size(runs, n):
         size = runs[members[0]].size
         here = [runs[i] for i in members]
         total = sum(run.count for run in here)
@@ -200,8 +200,11 @@ def _cut(results: Any, first: int, run: BlockRun) -> Any:
     return jax.tree.map(cut, results)
 
 
-def _of_like_size(runs: tuple[BlockRun, ...]) -> list[list[int]]:
-    """Groups the runs that are padded to one size, that of the first run of a group."""
+def _of_like_size(runs: tuple[BlockRun, ...], num_rows: int) -> list[list[int]]:
+    """Groups the runs that are padded to one size, that of the first run of a group.
+
+    No block of at most n coordinates is padded to more, since the two are worked on differently.
+    """
 
     def work(i: int, size: int) -> int:
         return runs[i].count * size**3
@@ -209,8 +212,10 @@ def _of_like_size(runs: tuple[BlockRun, ...]) -> list[list[int]]:
     free = max(_MOST_PADDING * sum(work(i, run.size) for i, run in enumerate(runs)), _FREE_WORK)
     groups: list[list[int]] = []
     for i in sorted(range(len(runs)), key=lambda i: -runs[i].size):
-        padded = work(i, runs[groups[-1][0]].size) - work(i, runs[i].size) if groups else 0
-        if groups and padded <= free:
+        largest = runs[groups[-1][0]].size if groups else runs[i].size
+        padded = work(i, largest) - work(i, runs[i].size)
+        fits = (runs[i].size <= num_rows) == (largest <= num_rows)
+        if groups and fits and padded <= free:
             free -= padded
             groups[-1].append(i)
         else:

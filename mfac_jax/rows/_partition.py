@@ -19,6 +19,8 @@ Blocks = int | str | Sequence[int] | None
 # A piece of columns holds at least this many entries of the gradients: 8 MiB in float32.
 PIECE_ENTRIES = 2**21
 
+_MOST_COORDINATES = 2**31 - 1
+
 
 class BlockRun(NamedTuple):
     """``count`` neighbouring blocks of one ``size``; the first begins at place ``start``."""
@@ -80,6 +82,18 @@ def pieces_of(size: int, num_rows: int) -> Partition:
     return Partition(None, runs_of([width] * whole + [rest]))
 
 
+def check_size(layout: Layout) -> None:
+    """Checks that coordinates can be numbered by int32.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if layout.size > _MOST_COORDINATES:
+        raise ValueError(
+            f"at most {_MOST_COORDINATES} coordinates can be cut into blocks, got {layout.size}."
+        )
+
+
 def partition(layout: Layout, blocks: Blocks) -> Partition:
     """The partition that ``blocks`` names.
 
@@ -97,6 +111,7 @@ def partition(layout: Layout, blocks: Blocks) -> Partition:
         ValueError: a size is below 1 or the sizes do not add up to d.
     """
     d = layout.size
+    check_size(layout)
     if isinstance(blocks, int | np.integer) and not isinstance(blocks, bool):
         size = _checks.positive_int(blocks, "blocks")
         count, rest = divmod(d, size)

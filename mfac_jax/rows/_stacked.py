@@ -8,15 +8,10 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.rows._base import ColumnRows, GradientRows, check_columns
-
-# Rows of one part that are multiplied with all of another at a time: few beside the gradients,
-# enough for a matrix product.
-_ROWS_AT_A_TIME = 16
+from mfac_jax.rows._base import ColumnRows, GradientRows, check_columns, check_rows
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +20,7 @@ class StackedRows(ColumnRows):
     """The rows ``s_p g`` for all rows ``g`` of each part p.
 
     Attributes:
-        parts: rows of the same parameters and accumulation dtype. The columns of the stack can
+        parts: rows of the same parameters, in any storage. The columns of the stack can
             be read if those of every part can.
         scales: ``s``, one a part; (p,).
         layout: the parameters that the gradients belong to (static).
@@ -48,7 +43,8 @@ class StackedRows(ColumnRows):
             scales: ``s``, one a part.
 
         Raises:
-            ValueError: two parts differ in their parameters or their accumulation dtype, or
+            TypeError: a part is no gradient rows.
+            ValueError: two parts differ in the names or shapes of their parameters, or
                 there are not as many scales as parts.
         """
         if not parts or jnp.shape(scales) != (len(parts),):
@@ -56,23 +52,24 @@ class StackedRows(ColumnRows):
                 "stacked rows need one scale for each of one part or more, "
                 f"got {len(parts)} parts and scales of shape {jnp.shape(scales)}."
             )
-        first = parts[0]
+        first = check_rows(parts[0])
         for part in parts:
-            if (part.layout, part.dtype) != (first.layout, first.dtype):
+            own, other = check_rows(part).layout, first.layout
+            if (own.paths, own.shapes) != (other.paths, other.shapes):
                 raise ValueError(
-                    "stacked rows must have the same parameters and accumulation dtype: "
-                    f"expected {first.layout.describe()} in {first.dtype.name}, "
-                    f"got {part.layout.describe()} in {part.dtype.name}."
+                    "stacked rows must have the same parameters: "
+                    f"expected {other.describe()}, got {own.describe()}."
                 )
         count = sum(part.num_rows for part in parts)
         names = {part.implementation for part in parts}
         name = names.pop() if len(names) == 1 else None
-        return cls(parts, jnp.asarray(scales, first.dtype), first.layout, count, name)
+        dtype = functools.reduce(np.promote_types, [part.dtype for part in parts])
+        return cls(parts, jnp.asarray(scales).astype(dtype), first.layout, count, name)
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The accumulation dtype of the parts."""
-        return self.parts[0].dtype
+        """The widest accumulation dtype of the parts."""
+        return self.scales.dtype
 
     def dots(self, vector: PyTree) -> Float[Array, " m"]:
         return _dots(self.scales, tuple(part.dots(vector) for part in self.parts))
@@ -86,20 +83,15 @@ class StackedRows(ColumnRows):
     ) -> PyTree:
         cuts = np.cumsum([part.num_rows for part in self.parts])[:-1].tolist()
         own = _cut(self.scales, coefficients, cuts=tuple(cuts))
-        out = vector
-        for i, (part, c) in enumerate(zip(self.parts, own, strict=True)):
-            if vector is not None:
-                is_last = i + 1 == len(self.parts)
-                out = part.combine(c, vector=out, scale=scale if is_last else None)
-            else:
-                combined = part.combine(c, scale=scale)
-                out = combined if out is None else _add(out, combined)
-        return out
+        combined = [
+            part.combine(c.astype(part.dtype)) for part, c in zip(self.parts, own, strict=True)
+        ]
+        return _finished(self.layout, combined, vector, scale, dtype=self.dtype)
 
     def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
         own = tuple(part.gram(mask) for part in self.parts)
         beside = tuple(
-            _products(part, other, mask)
+            part.products(other, mask)
             for i, part in enumerate(self.parts)
             for other in self.parts[:i]
         )
@@ -115,42 +107,41 @@ class StackedRows(ColumnRows):
         return [check_columns(part, "reading the columns of stacked rows") for part in self.parts]
 
     def _scaled(self, columns: list[Float[Array, "_ k"]]) -> Float[Array, "m k"]:
-        return jnp.concatenate([s * part for s, part in zip(self.scales, columns, strict=True)])
+        scaled = [s * part.astype(s.dtype) for s, part in zip(self.scales, columns, strict=True)]
+        return jnp.concatenate(scaled)
 
 
 @jax.jit
 def _dots(scales: Float[Array, " p"], parts: tuple[Array, ...]) -> Float[Array, " m"]:
-    return jnp.concatenate([scales[i] * part for i, part in enumerate(parts)])
+    return jnp.concatenate([scales[i] * part.astype(scales.dtype) for i, part in enumerate(parts)])
 
 
 @functools.partial(jax.jit, static_argnames="cuts")
 def _cut(
     scales: Float[Array, " p"], coefficients: Float[Array, " m"], *, cuts: tuple[int, ...]
 ) -> list[Array]:
-    return [scales[i] * part for i, part in enumerate(jnp.split(coefficients, cuts))]
+    parts = jnp.split(coefficients.astype(scales.dtype), cuts)
+    return [scales[i] * part for i, part in enumerate(parts)]
 
 
-@jax.jit
-def _add(x: PyTree, y: PyTree) -> PyTree:
-    return jax.tree.map(jnp.add, x, y)
-
-
-@jax.jit
-def _products(
-    first: GradientRows, second: GradientRows, mask: PyTree | None
-) -> Float[Array, "n k"]:
-    """``G_1 G_2^T`` by products alone, some rows of the first at a time."""
-
-    def row(unit: Float[Array, " n"]) -> Float[Array, " k"]:
-        gradient = first.combine(unit)
-        if mask is not None:
-            gradient = jax.tree.map(
-                lambda g, keep: jnp.where(keep, g, jnp.zeros_like(g)), gradient, mask
-            )
-        return second.dots(gradient)
-
-    units = jnp.eye(first.num_rows, dtype=first.dtype)
-    return lax.map(row, units, batch_size=min(_ROWS_AT_A_TIME, first.num_rows))
+@functools.partial(jax.jit, static_argnames=("layout", "dtype"))
+def _finished(
+    layout: Layout,
+    parts: list[PyTree],
+    vector: PyTree | None,
+    scale: Float[Array, ""] | None,
+    *,
+    dtype: jnp.dtype,
+) -> PyTree:
+    """``G^T c``, or ``v - G^T c``, times ``scale``, from the combinations of the parts."""
+    columns = zip(*map(jax.tree.leaves, parts), strict=True)
+    out = [functools.reduce(jnp.add, [x.astype(dtype) for x in column]) for column in columns]
+    if vector is not None:
+        pairs = zip(jax.tree.leaves(vector), out, strict=True)
+        out = [jnp.asarray(v).astype(dtype) - x for v, x in pairs]
+    if scale is not None:
+        out = [x * scale.astype(dtype) for x in out]
+    return jax.tree.unflatten(layout.treedef, out)
 
 
 @jax.jit
@@ -163,10 +154,10 @@ def _put_together(
     left = 0
     total = sum(len(block) for block in own)
     for i, block in enumerate(own):
-        parts = [scales[j] * next(below) for j in range(i)]
-        parts.append(scales[i] * block)
+        parts = [scales[j] * next(below).astype(scales.dtype) for j in range(i)]
+        parts.append(scales[i] * block.astype(scales.dtype))
         left += len(block)
-        parts.append(jnp.zeros((len(block), total - left), block.dtype))
+        parts.append(jnp.zeros((len(block), total - left), scales.dtype))
         rows.append(scales[i] * jnp.concatenate(parts, axis=1))
     lower = jnp.concatenate(rows)
     # Blocks on the diagonal are symmetric to the last bit.
