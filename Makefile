@@ -3,10 +3,10 @@ VENV ?= .venv
 WORKERS ?= auto
 # More for pytest, for example ARGS='-k pruning'.
 ARGS ?=
-# Instructions that XLA may use in test-isa: AVX, AVX2 or AVX512; empty for all that there are.
+# Instructions that XLA may use in test-isa: AVX, AVX2 or AVX512; empty for all.
 # jaxlib needs AVX.
 ISA ?= AVX2
-# The tests that are about numbers.
+# The numerical tests.
 NUMBERS := accuracy algebra incremental inverse kernels_xla map_blocks optimizer products \
   pruning_greedy pruning_prune pruning_robustness pruning_step pruning_updates reference robustness \
   two_words window
@@ -19,19 +19,19 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
 help:
 	@echo "make demo      run examples/quickstart.py"
-	@echo "make test      run the tests and the docstring examples, except what takes long"
-	@echo "make test-all  run every test: also builds of the package, the demo and the experiments"
-	@echo "make test-isa  run the tests of numbers, optimized, as on a processor without AVX-512"
-	@echo "make aot       compile the kernels for an H200 and a TPU v5e, which need not be there"
-	@echo "make compiled  write what the compiler for an H200 reports of the kernels (jax 0.12)"
-	@echo "make gpu-check check the kernels on this machine's GPU, in 8 minutes; installs nothing"
-	@echo "make lint      ruff, mypy and the direction of imports"
+	@echo "make test      run the tests and the docstring examples, except slow ones"
+	@echo "make test-all  run every test, including builds of the package, the demo and experiments"
+	@echo "make test-isa  run the numerical tests, fully optimized, without AVX-512"
+	@echo "make aot       compile the kernels for an H200 and a TPU v5e; neither is needed"
+	@echo "make compiled  write the compiler's report on the kernels for an H200 (jax 0.12)"
+	@echo "make gpu-check check the kernels on this machine's GPU in 8 minutes; installs nothing"
+	@echo "make lint      run ruff, mypy and the check of the direction of imports"
 	@echo "make docs      build the documentation into docs/_build"
 	@echo "make bench     measure speed and memory, and write the tables and the figure"
 	@echo "make accuracy  measure the accuracy figures of the documentation"
 	@echo "make clean     remove the virtual environment and everything built"
 	@echo
-	@echo "Each makes $(VENV) from $(PYTHON) first; set VENV or PYTHON to change that."
+	@echo "Each command first makes $(VENV) from $(PYTHON); set VENV or PYTHON to change that."
 
 demo: $(VENV)/.stamp-test
 	$(BIN)/python examples/quickstart.py
@@ -42,19 +42,19 @@ test: $(VENV)/.stamp-test
 test-all: $(VENV)/.stamp-test
 	$(PYTEST) $(ARGS)
 
-# As XLA compiles for users, not as for the other tests: only then does it fuse and reorder.
+# Compiles as for users, unlike the other tests: only then does XLA fuse and reorder.
 test-isa: export XLA_FLAGS += $(ISA:%=--xla_cpu_max_isa=%)
 test-isa: $(VENV)/.stamp-test
 	$(PYTEST) --as-users-compile -m "not slow" $(NUMBERS:%=tests/test_%.py) $(ARGS)
 
-# In an environment of its own: compilers for devices that the tests must not find.
+# Uses a separate environment: it has compilers for devices that the tests must not find.
 aot: $(VENV)-aot/.stamp
 	$(VENV)-aot/bin/python -m pytest tests/aot/compile_*.py
 
 compiled: $(VENV)-aot/.stamp
 	$(VENV)-aot/bin/python benchmarks/compiled.py
 
-# With the Python of the machine, which has what its GPU needs.
+# Uses the machine's own Python, which has the packages for its GPU.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 

@@ -1,10 +1,10 @@
-"""Float32 directions against float64, for gradients from the plain to the hopeless.
+"""Float32 directions against float64, for gradients from easy to hopeless.
 
     python benchmarks/accuracy.py [--render]
 
-Fills windows by pushes, as the optimizer does, and compares four ways to ``F^-1 v``.
+Fills windows by pushes, as the optimizer does, and compares four methods for ``F^-1 v``.
 Writes ``results/accuracy.json`` and the table of ``docs/accuracy.md``; ``--render``
-only does the latter. About a minute on two CPU cores.
+only writes the table. Takes about a minute on two CPU cores.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ WINDOWS: dict[str, Callable[[np.random.Generator, int, int], Matrix]] = {
 
 
 def vectors(n: int) -> dict[str, NDArray[np.float64]]:
-    """The vectors ``v = G^T a``, by their coefficients ``a``."""
+    """The coefficients ``a`` of the vectors ``v = G^T a``."""
     return {"newest": np.eye(n)[-1], "mean": np.full(n, 1 / n)}
 
 
@@ -90,7 +90,7 @@ def _fill(gradients: jax.Array) -> window.Window:
 def _directions(
     held: window.Window, gradients: jax.Array, coefficients: jax.Array, damping: jax.Array
 ) -> dict[str, list[jax.Array]]:
-    """``F^-1 G^T a`` for each ``a`` in ``coefficients``, in every way."""
+    """``F^-1 G^T a`` for each ``a`` in ``coefficients``, by every method."""
     recursion = reference.static_recursion(gradients, damping)
     out: dict[str, list[jax.Array]] = {name: [] for name in COLUMNS}
     for a in coefficients:
@@ -157,7 +157,7 @@ def table(results: dict) -> str:
 
 
 def main() -> None:
-    """Measures, unless told to render only, and writes the results and the table."""
+    """Measures (unless ``--render`` is given) and writes the results and the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--render", action="store_true", help="only write the table")
     if not parser.parse_args().render:

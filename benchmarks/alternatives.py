@@ -1,7 +1,7 @@
-"""What the library is compared with: plain XLA, and the paper's steps one after another.
+"""The alternatives to the library: plain XLA, and the paper's sequential recursions.
 
-Every function works on a plain ``(m, d)`` matrix of gradients. The sequential ones are
-those of :mod:`mfac_jax.reference`; ``torch_recursions.py`` has them in PyTorch.
+Every function works on a plain ``(m, d)`` matrix of gradients. The recursions are those of
+:mod:`mfac_jax.reference`; ``torch_recursions.py`` has them in PyTorch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def plain_combine(gradients: jax.Array, coefficients: jax.Array) -> jax.Array:
 def plain_push(
     gradients: jax.Array, slot: jax.Array, vector: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A row written, and the new row of ``K``."""
+    """Writes a row and returns it with the new row of ``K``."""
     gradients = gradients.at[slot].set(vector.astype(gradients.dtype))
     return gradients, plain_dots(gradients, vector)
 
@@ -53,7 +53,7 @@ def plain_static(gradients: jax.Array, damping: float) -> jax.Array:
 
 
 def plain_diagonal(gradients: jax.Array, damping: float) -> jax.Array:
-    """``diag(F^-1)`` by way of ``W``."""
+    """``diag(F^-1)`` from ``W``."""
     return (1 - jnp.sum(plain_static(gradients, damping) ** 2, axis=0)) / damping
 
 
@@ -78,21 +78,21 @@ def sequential_static(gradients: jax.Array, damping: float) -> reference.Recursi
 
 
 def sequential_blocks(gradients: jax.Array, damping: float, size: int) -> reference.Recursion:
-    """The recursion of every block, a step of all blocks at once."""
+    """The recursion of every block; each step handles all blocks."""
     return jax.vmap(lambda g: reference.static_recursion(g, damping))(cut(gradients, size))
 
 
 def sequential_block_by_block(
     gradients: jax.Array, damping: float, size: int
 ) -> reference.Recursion:
-    """The recursion of one block after another, each small enough for a CPU's cache."""
+    """The recursion of one block after another. A block fits into a CPU's cache."""
     return lax.map(lambda g: reference.static_recursion(g, damping), cut(gradients, size))
 
 
 def sequential_push_direction(
     gradients: jax.Array, dots: jax.Array, slot: jax.Array, vector: jax.Array, damping: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A step of the paper's dynamic algorithm: gradients, dot products and direction."""
+    """A step of the paper's dynamic algorithm: the gradients, dot products and direction."""
     gradients, row = plain_push(gradients, slot, vector)
     dots = dots.at[slot].set(row).at[:, slot].set(row)
     coefficients = reference.dynamic_coefficients(dots, damping)
@@ -100,7 +100,7 @@ def sequential_push_direction(
 
 
 def cut(gradients: jax.Array, size: int) -> jax.Array:
-    """Blocks of ``size`` columns, the last one filled up with zeros; (b, n, B)."""
+    """Blocks of ``size`` columns, the last one padded with zeros; (b, n, B)."""
     n, d = gradients.shape
     padded = jnp.pad(gradients, ((0, 0), (0, -d % size)))
     return jnp.moveaxis(padded.reshape(n, -1, size), 1, 0)

@@ -4,9 +4,9 @@
 
 Measures the machine, then the operations at the named workloads, the n x n step, whole
 training steps and time against d. Writes ``results/bench-DEVICE.json``, the tables of
-``docs/performance.md`` and of the README, and the figures; ``--tables`` only does the
-latter, from the files that are there. ``--quick`` takes small sizes and seconds and writes
-nothing unless ``--output`` names a folder, which then gets the result, tables and figure.
+``docs/performance.md`` and of the README, and the figures. ``--tables`` only writes the tables
+and figures, from the existing result files. ``--quick`` uses small sizes, takes seconds and writes
+nothing. With ``--output`` the result, tables and figure go to the named folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Memory is taken from a GPU as it is needed, nearly all of it, so that PyTorch finds some.
+# JAX takes memory from a GPU as needed, so that PyTorch finds some. It may take nearly all of it.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
@@ -55,23 +55,23 @@ TABLES = {
 }
 _STEPS_A_CALL = 8
 
-# Enough for the steadier clock of an accelerator, where compilation takes the time.
+# The clock of an accelerator is steadier, and most of the time goes into compilation.
 _ACCELERATOR_SECONDS = 0.5
 
 
 class Sizes(NamedTuple):
-    """How much is measured.
+    """The sizes of a measurement.
 
     Attributes:
         seconds: about how long each program is measured.
         workloads: the windows.
-        sides: m of the n x n steps, and sides of the matrix products.
-        d: coordinates of the windows beside the n x n steps.
+        sides: m of the n x n steps, and the sides of the matrix products.
+        d: the number of coordinates of the windows that are timed beside the n x n steps.
         scaling: the numbers of coordinates, and m.
-        optimizers: of the training steps.
-        batch: of the training steps.
-        network: width of the first stage and blocks a stage.
-        largest: bytes that are read and copied to measure the machine.
+        optimizers: the optimizers of the training steps.
+        batch: the batch size of the training steps.
+        network: the width of the first stage and the number of blocks in a stage.
+        largest: the number of bytes that are read and copied to measure the machine.
     """
 
     seconds: float
@@ -110,7 +110,7 @@ QUICK = Sizes(
 
 
 def measure(sizes: Sizes) -> dict[str, Any]:
-    """Everything, as it goes into the result file."""
+    """Measures everything and returns the content of the result file."""
     start = time.perf_counter()
     environment = machine.environment()
     results: dict[str, Any] = {
@@ -154,7 +154,7 @@ def measure(sizes: Sizes) -> dict[str, Any]:
 
 
 def _small_step(w: Workload, seconds: float) -> dict[str, Any]:
-    """The ways to take it, and the whole step that it is a part of."""
+    """Times the methods for the n x n step, and the whole step that contains it."""
     data = workloads.Data(w)
     gram = data.windows[0].gram
     shift = jax.numpy.asarray(w.m * workloads.DAMPING, gram.dtype)
@@ -189,7 +189,7 @@ def _push_direction(data: workloads.Data) -> timing.Run:
 
 
 def _scaling(sizes: Sizes, bar: tqdm) -> dict[str, Any]:
-    """All sizes turn by turn, so that a machine that slows down does so for all of them."""
+    """Times all sizes turn by turn, so that a machine that slows down affects all of them."""
     sides, m = sizes.scaling
     runs = {}
     for d in sides:
@@ -204,7 +204,7 @@ def _scaling(sizes: Sizes, bar: tqdm) -> dict[str, Any]:
 
 
 def result_files(folder: Path = report.RESULTS) -> list[dict[str, Any]]:
-    """All results, the CPU's first."""
+    """All results; the CPU's results come first."""
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("bench-*.json"))]
     return sorted(files, key=lambda r: r["environment"]["platform"] != "cpu")
 
@@ -219,7 +219,7 @@ def write_tables(files: Sequence[dict[str, Any]]) -> None:
 
 
 def write_output(folder: Path, results: dict[str, Any]) -> None:
-    """Result, tables and figure in a folder of their own."""
+    """Writes the result, tables and figure into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"bench-{results['slug']}.json").write_text(json.dumps(results, indent=1) + "\n")
     tables = [f"## {name}\n\n{table([results])}" for name, table in TABLES.items()]

@@ -19,7 +19,7 @@ NAMES = {
 
 
 def machines(files: Sequence[Results]) -> str:
-    """A machine a row: what it is and what it can do."""
+    """A row for each machine: its description and its measured speed."""
     return _table(
         ["device", "cores", "free memory", "reads", "copies", "matrix products", "software"],
         [
@@ -38,32 +38,32 @@ def machines(files: Sequence[Results]) -> str:
 
 
 def operations(files: Sequence[Results]) -> str:
-    """Whole windows: a table a device."""
+    """Whole windows: one table for each device."""
     return _for_each(files, _operations)
 
 
 def blocks(files: Sequence[Results]) -> str:
-    """The block-wise inverse: a table a device."""
+    """The block-wise inverse: one table for each device."""
     return _for_each(files, _blocks)
 
 
 def small_steps(files: Sequence[Results]) -> str:
-    """The n x n step: a table a device."""
+    """The n x n step: one table for each device."""
     return _for_each(files, _small_steps)
 
 
 def training(files: Sequence[Results]) -> str:
-    """Training steps: a table a device."""
+    """Training steps: one table for each device."""
     return _for_each(files, _training)
 
 
 def scaling(files: Sequence[Results]) -> str:
-    """Time against d: a table a device."""
+    """Time against d: one table for each device."""
     return _for_each(files, _scaling)
 
 
 def figures(files: Sequence[Results]) -> str:
-    """The figures: one a device."""
+    """The figures: one for each device."""
     return "\n\n".join(
         f"![Roofline and time against d on {_device(r)}](assets/roofline-{r['slug']}.png)"
         for r in files
@@ -71,7 +71,7 @@ def figures(files: Sequence[Results]) -> str:
 
 
 def bars(files: Sequence[Results]) -> str:
-    """What was asked for and what was measured: a table a device."""
+    """The bars and the measured values: one table for each device."""
     if not files:
         return "No machine has been measured yet."
     return _for_each(files, _bars)
@@ -190,13 +190,13 @@ def _scaling(r: Results) -> str:
 
 
 class Bar(NamedTuple):
-    """A bar and how it is read off the results.
+    """A bar and how the results are compared with it.
 
     Attributes:
-        what: in words.
-        wanted: in words.
-        measured: from the results to words, and whether the bar is met; None for
-            results without it.
+        what: the measured quantity, in words.
+        wanted: the wanted value, in words.
+        measured: takes the results and returns the measured value in words, and whether the bar
+            is met; None if the results lack it.
     """
 
     what: str
@@ -351,7 +351,7 @@ def _slope(r: Results) -> tuple[str, bool]:
 
 
 def _slowest(r: Results) -> tuple[str, bool] | None:
-    """All that are slower, their quartiles apart; push + direction has its own bar."""
+    """All slower operations whose quartiles do not overlap; push + direction has its own bar."""
     ratios, slower = [], []
     for record in r["operations"]:
         times = record["times"]
@@ -391,7 +391,7 @@ def _library(record: Results, r: Results) -> list[str]:
 
 
 def _alternative(record: Results, name: str) -> str:
-    """Time, and as a multiple of the library's."""
+    """The time of an alternative, also as a multiple of the library's time."""
     time, own = record["times"].get(name), record["times"]["library"]
     if time is None:
         return "-"

@@ -1,12 +1,12 @@
-"""What the compiler reports for the GPU kernels: registers, shared memory, spills, memory.
+"""The compiler's report on the GPU kernels: registers, shared memory, spills, memory.
 
     python benchmarks/compiled.py
 
-Compiles every kernel for the H200 that ``tests/aot/h200.textproto`` describes, which
-takes no GPU but the plugin and compiler that ``tests/aot/compile_cuda.py`` names, and
-writes ``results/compiled.json`` and the table of ``docs/implementations.md``. Then it counts
-the launches of a step of the optimizer (``benchmarks/launches.py``). Half a minute on two CPU
-cores, with jax 0.12.
+Compiles every kernel for the H200 that ``tests/aot/h200.textproto`` describes. This needs no GPU,
+but the plugin and compiler that ``tests/aot/compile_cuda.py`` names. Writes
+``results/compiled.json`` and the table of ``docs/implementations.md``. Then counts the launches of
+a step of the optimizer (``benchmarks/launches.py``). Takes half a minute on two CPU cores, with
+jax 0.12.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEVICE = "NVIDIA H200"
 
 
 class Block(NamedTuple):
-    """The gradients of a model: ``([t,] m, k)`` and what they are stored in."""
+    """The gradients of a model: the shape ``([t,] m, k)`` and the dtype."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class Block(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of the gradients."""
+        """The size of the gradients in bytes."""
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
@@ -62,8 +62,8 @@ BLOCKS = (
 )
 
 
-# The multiprocessor that thread blocks share: registers, and bytes of shared memory, of
-# which the driver takes some for itself for each thread block.
+# The multiprocessor that thread blocks share: registers, and bytes of shared memory. The driver
+# takes some of these bytes for each thread block.
 REGISTERS, SHARED, RESERVED = 65_536, 233_472, 1024
 THREADS = 128
 
@@ -93,7 +93,7 @@ def number(pattern: str, text: str) -> int:
 def compile_one(
     function: Callable[..., Any], arguments: list[Any], device: Any, dumps: Path, *, donate: bool
 ) -> dict[str, int]:
-    """What there is to know of one kernel without running it."""
+    """The facts about one kernel that need no run."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     places = [jax.ShapeDtypeStruct(*argument, sharding=sharding) for argument in arguments]
     for old in dumps.iterdir():
@@ -106,7 +106,7 @@ def compile_one(
     memory = compiled.memory_analysis()
     registers = number(r"Used (\d+) registers", report_text)
     shared = number(r"smem_scratch_bytes=(\d+)", shared_text)
-    allocated = -(-registers // 8) * 8 * THREADS  # the hardware gives them out by eights
+    allocated = -(-registers // 8) * 8 * THREADS  # the hardware allocates them in units of eight
     return {
         "registers": registers,
         "spilled_bytes": number(r"(\d+) bytes spill stores", report_text)
@@ -150,7 +150,7 @@ def measure(dumps: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What was reported, as Markdown."""
+    """The report as a Markdown table."""
     lines = [
         "| gradients | kernel | registers | spilled | shared memory | thread blocks on a "
         "multiprocessor | extra memory, of G |",

@@ -1,9 +1,9 @@
-"""The grid behind the default damping: three problems, real digits, several optimizers.
+"""The grid behind the default damping: three problems with real digits, several optimizers.
 
     python benchmarks/defaults.py [--render]
 
-Writes ``results/defaults.json`` and the tables of ``docs/defaults.md``; ``--render``
-only does the latter. About ten minutes on two CPU cores.
+Writes ``results/defaults.json`` and the tables of ``docs/defaults.md``; ``--render`` only writes
+the tables. Takes about ten minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def cnn(rngs: nnx.Rngs) -> nnx.Module:
 
 
 def problems() -> list[Problem]:
-    """scikit-learn's digits (1,797) and MNIST digits (5,000), four fifths to train on."""
+    """scikit-learn's digits (1,797) and MNIST digits (5,000); four fifths are training data."""
     out = []
     images, labels = load_digits(return_X_y=True)
     out.append(("digits, softmax regression", softmax, images / 16.0, labels, 60, 15))
@@ -170,7 +170,7 @@ def measure() -> dict:
 
 
 def table(results: dict) -> str:
-    """Mean final training loss and test accuracy, a line a setting."""
+    """Mean final training loss and test accuracy, one line for each setting."""
     names = list(dict.fromkeys(row["problem"] for row in results["rows"]))
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in results["rows"]:

@@ -3,7 +3,7 @@
     python benchmarks/demo.py [--render]
 
 Writes ``results/quickstart.json``, ``docs/assets/quickstart.png`` and the table of the
-README; ``--render`` only does the last two, from the result file.
+README; ``--render`` only writes the figure and the table, from the result file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ README = report.ROOT / "README.md"
 
 
 def table(results: dict) -> str:
-    """Both tables of the demo, and where and how they were measured."""
+    """Both tables of the demo, with the machine and the settings of the measurement."""
     where = results["settings"]
     return "\n\n".join(
         [

@@ -1,10 +1,10 @@
-"""What the first call of a program costs: seconds to its answer, and programs compiled.
+"""The cost of the first call of a function: seconds to its result, and programs compiled.
 
     python benchmarks/first_call.py
 
-Each case runs in processes of its own with nothing cached. Then it is called again with other
-numbers (sparsity, schedule, steps, damping, seed), which should compile nothing. Writes
-``results/first_call.json`` and the table of ``docs/performance.md``. Five minutes on two CPU
+Each case runs in its own processes with nothing cached. Then it is called again with other numbers
+(sparsity, schedule, steps, damping, seed), which should compile nothing. Writes
+``results/first_call.json`` and the table of ``docs/performance.md``. Takes five minutes on two CPU
 cores.
 """
 
@@ -29,9 +29,8 @@ PAGE = report.ROOT / "docs" / "performance.md"
 GUIDE = report.ROOT / "docs" / "pruning.md"
 sys.path[:0] = [str(report.ROOT), str(report.ROOT / "examples")]
 
-# What is wanted: of what was measured, and at most how much. Every product with the gradients is a
-# program of its own, which the rows compile. Rows may page or decompress, so no program of
-# pruning reads them.
+# The bars: a measured figure and its largest value. Every product with the gradients is a separate
+# program, which the rows compile. Rows may page or decompress, so no program of pruning reads them.
 WANTED = {
     "guide": {"seconds": 10.0, "programs": 40},
     "resnet20": {"compilation": 30.0},
@@ -41,12 +40,12 @@ WANTED = {
 
 @contextlib.contextmanager
 def measured(figures: dict[str, float]) -> Iterator[None]:
-    """Writes into ``figures`` what happens inside: seconds, those of compilation, programs."""
+    """Measures its body: writes seconds, seconds of compilation and programs into ``figures``."""
     import jax
 
     inside, compilation, programs = True, 0.0, 0
 
-    # Tracing, lowering and compiling, each of which JAX reports as it ends.
+    # JAX reports tracing, lowering and compiling when each of them ends.
     def listen(event: str, seconds: float, **_: Any) -> None:
         nonlocal compilation, programs
         if inside and event.startswith("/jax/core/compile/"):
@@ -196,7 +195,7 @@ def measure_once(name: str) -> dict[str, dict[str, float]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What was measured, as Markdown."""
+    """The results as a Markdown table."""
     lines = [
         "| what | first answer | of it compilation | programs | wanted | called again | programs |",
         "|---|---:|---:|---:|---|---:|---:|",

@@ -1,7 +1,7 @@
-"""The answers that ``gpu_check.py`` checks: every kernel, and steps of the optimizer.
+"""The results that ``gpu_check.py`` checks: every kernel, and steps of the optimizer.
 
-A part is a list of items. An item has a name and a function that returns its record; one
-with ``"ok": False`` is a wrong answer.
+A part is a list of items. An item has a name and a function that returns its record. A record with
+``"ok": False`` is a wrong answer.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Item = tuple[str, Callable[[], dict[str, Any]]]
 
 RESNET20 = 272_474
 
-# Beside those of the tests: a window in bfloat16 whose tiles are 31 slabs and a half, rows
-# that are no multiple of 16 bytes, rows copied one by one, and much work for all.
+# Shapes beside those of the tests: a window in bfloat16 with tiles of 31.5 slabs, rows that are not
+# a multiple of 16 bytes, rows copied one by one, and much work for all thread blocks.
 LARGE_CASES = [
     ((34, 64, 8064), jnp.bfloat16),
     ((34, 64, 8064), jnp.float32),
@@ -43,7 +43,7 @@ class Setting(NamedTuple):
 
     Attributes:
         kernel: the implementation that is checked.
-        small: whether sizes are those of a test on a CPU.
+        small: whether to use the small sizes of a test on a CPU.
     """
 
     kernel: str
@@ -51,12 +51,12 @@ class Setting(NamedTuple):
 
 
 def interpret_kernels() -> None:
-    """Lets this process run the GPU kernels on its CPU, interpreted. For the tests."""
+    """Makes this process interpret the GPU kernels on its CPU, for the tests."""
     from mfac_jax.kernels import _dispatch, _mosaic_gpu
 
     choose = _dispatch.run
 
-    # This goes around the choice at lowering, which does not support the interpreter's callbacks.
+    # This bypasses the choice at lowering, which does not support the interpreter's callbacks.
     def run(operation: str, implementation: str | None, plain_form: Any, operands: Any) -> Any:
         if implementation != "mosaic_gpu":
             return choose(operation, implementation, plain_form, operands)
@@ -82,7 +82,7 @@ def kernels_part(setting: Setting) -> list[Item]:
 
 
 def check_kernel(name: str, shape: tuple[int, ...], dtype: Any, setting: Setting) -> dict[str, Any]:
-    """One kernel: its error as a part of what is allowed, and five runs to the last bit."""
+    """Checks one kernel: its error against the tolerance, and five bitwise equal runs."""
     rng = np.random.default_rng(0)
     block = rng.standard_normal(shape, np.float32).astype(dtype)
     vector = rng.standard_normal(kernel_cases.columns(shape), np.float32)
@@ -94,7 +94,7 @@ def check_kernel(name: str, shape: tuple[int, ...], dtype: Any, setting: Setting
         if name == "write_row":
             stored = block.copy()
             stored[:, row] = vector.astype(dtype)
-            block[:, row] = np.nan  # what is replaced has no part in the result
+            block[:, row] = np.nan  # the replaced row does not affect the result
             given = (block, np.int32(row), vector, np.bool_(True))
             block, vector = stored, stored[:, row]
         terms = kernel_cases.as_matrix(block) * np.asarray(vector, np.float64).ravel()
@@ -132,7 +132,7 @@ def check_kernel(name: str, shape: tuple[int, ...], dtype: Any, setting: Setting
 
 
 def poison(size: int) -> None:
-    """Fills memory with NaN and frees it, so that what is not written is seen."""
+    """Fills memory with NaN and frees it, so that missing writes become visible."""
     jnp.full(size // 4, jnp.nan).block_until_ready().delete()
 
 
@@ -147,7 +147,7 @@ def optimizer(setting: Setting) -> list[Item]:
 
 
 def compare_optimizers(m: int, dtype: str, setting: Setting) -> dict[str, Any]:
-    """The largest relative difference of the directions; whether the rows are the same."""
+    """The largest relative difference of the directions, and whether the rows are equal."""
     d, steps, damping = (300, 6, 0.01) if setting.small else (RESNET20, 50, 0.01)
 
     def train(implementation: str) -> Any:

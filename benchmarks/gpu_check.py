@@ -1,15 +1,14 @@
-"""The first minutes on a GPU: is every kernel right, and how near the memory bandwidth?
+"""The first minutes on a GPU: is every kernel right, and how close is it to the bandwidth?
 
     python benchmarks/gpu_check.py [--output FILE [--only PART ...]] [--docs]
 
-Takes at most eight minutes on an H100 and needs what a machine with a GPU has: jax 0.10.2 or
-newer with CUDA, numpy, optax, jaxtyping, tqdm. Nothing is installed. Every part runs in
-a process of its own with a time limit, so a kernel that crashes or hangs costs its own item
-and no other; the result file is written after every item. ``--docs`` only writes the table
-of ``docs/performance.md`` from the file that is there.
+Takes at most eight minutes on an H100. Needs jax 0.10.2 or newer with CUDA, numpy, optax,
+jaxtyping and tqdm, and installs nothing. Every part runs in its own process with a time limit, so
+a kernel that crashes or hangs loses only its own item. The result file is written after every
+item. ``--docs`` only writes the table of ``docs/performance.md`` from the existing file.
 
-The exit status is 0 if no answer is wrong, 1 if one is, and 2 if nothing was checked: there is
-no GPU that the kernels are for, or the options are wrong.
+The exit status is 0 if no answer is wrong, 1 if one is wrong, and 2 if nothing was checked,
+because no supported GPU was found or the options are wrong.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # not installed
 PAGE = ROOT / "docs" / "performance.md"
 OUTPUT = ROOT / "benchmarks" / "results" / "gpu_check.json"
 
-# Seconds that each part may take; what then is left is listed as not run. Together with
-# the look at the device they are the eight minutes.
+# The seconds that each part may take; its remaining items are listed as not run. Together with
+# the look at the device they make eight minutes.
 LIMITS = {
     "bandwidth": 20,
     "kernels": 140,
@@ -47,20 +46,20 @@ LIMITS = {
 }
 _FIRST_LOOK = 60  # CUDA's first start on a machine may be slow
 
-# An item that gives no answer in this time hangs.
+# An item without an answer in this time counts as hanging.
 _ITEM_LIMIT = 60
 
 RIGHT, WRONG, NO_GPU = 0, 1, 2
 
-# Compute capabilities that the kernels are for.
+# The compute capabilities that the kernels support.
 _FROM, _BELOW = 9.0, 11.0
 
 
-# The process of one part.
+# The process that runs one part.
 
 
 def work(part: str, first: int, record: Path, *, kernel: str, small: bool) -> None:
-    """Runs the items of a part from ``first`` on, and adds two lines an item to a file."""
+    """Runs ``items[first:]`` of a part and adds two lines for each item to a file."""
     if part == "environment":
         record.write_text(json.dumps(_look()) + "\n")
         return
@@ -102,7 +101,7 @@ def _look() -> dict[str, Any]:
         return {"none": f"JAX does not start: {type(error).__name__}: {error}"}
 
 
-# The process that starts them.
+# The process that starts the parts.
 
 
 class Runner:
@@ -113,7 +112,7 @@ class Runner:
         self.results: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "parts": {}}
 
     def save(self) -> None:
-        """Writes what there is."""
+        """Writes the results so far."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.output.write_text(json.dumps(self.results, indent=1) + "\n")
 
@@ -127,7 +126,7 @@ class Runner:
         return {"none": f"JAX does not start: {fault}"}
 
     def part(self, part: str, limit: float) -> None:
-        """Runs the items of a part, one process after another where they fail."""
+        """Runs the items of a part; after a failure a new process continues."""
         start = time.monotonic()
         records: list[dict[str, Any]] = []
         found: dict[str, Any] = {"seconds": 0.0, "items": records, "left_out": []}
@@ -139,7 +138,7 @@ class Runner:
             names = next((line["items"] for line in lines if "items" in line), names)
             if fault is None:
                 break
-            if names is None:  # not one item: nothing of this part can run
+            if names is None:  # not one item ran: nothing of this part can run
                 names = [part]
             if len(records) == before:
                 records.append({"name": names[before], "ok": False, "error": fault})
@@ -151,7 +150,7 @@ class Runner:
     def _child(
         self, part: str, first: int, deadline: float, records: list[dict[str, Any]] | None = None
     ) -> tuple[list[dict[str, Any]], str | None]:
-        """The lines of a child; and how it ended, or ``None`` if the deadline has ended it."""
+        """The lines of a child, and its exit status; ``None`` if the deadline ended it."""
         env = dict(self._env)
         if part == "steps without CUDA graphs":
             env["XLA_FLAGS"] = env.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
@@ -196,7 +195,7 @@ def _whole_lines(record: Path) -> list[dict[str, Any]]:
 
 
 def _figures(record: dict[str, Any]) -> list[str]:
-    """A record in few words."""
+    """A short form of a record."""
     found = []
     if "error_of_allowed" in record:
         found.append(f"error {record['error_of_allowed']:.1e} of what is allowed")
@@ -216,7 +215,7 @@ def _unsupported(environment: dict[str, Any]) -> str | None:
     name, capability = environment["device"], environment["capability"]
     if environment["platform"] not in ("gpu", "cuda"):
         return f"it needs an NVIDIA GPU, got {name} ({environment['platform']})"
-    # A GPU that is not NVIDIA's has a name in the number's place.
+    # A GPU of another vendor has a name in place of the number.
     if not isinstance(capability, float) or not _FROM <= capability < _BELOW:
         return (
             f"the kernels need compute capability {_FROM} to below {_BELOW}, such as H100, H200 "
@@ -226,7 +225,7 @@ def _unsupported(environment: dict[str, Any]) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Checks, saves and reports; the exit status."""
+    """Checks, saves and reports; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help=f"the result file (default: {OUTPUT})")
     only = f"only these parts, into a file named by --output: {'; '.join(LIMITS)}"

@@ -1,7 +1,7 @@
-"""What ``gpu_check.py`` measures, and the list of its parts.
+"""The measurements of ``gpu_check.py``, and the list of its parts.
 
-Times are those of the device: every operation runs many times in one program, each run with
-inputs that the one before has changed.
+Times are those of the device: every operation runs many times in one program. Each run has inputs
+that the previous run has changed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["PARTS", "Setting", "environment", "interpret_kernels"]
 
 
 class Workload(NamedTuple):
-    """Gradients of a network, as the library or a parameter of its own holds them."""
+    """Gradients of a network, in flat packing or as the block of a single parameter."""
 
     name: str
     shape: tuple[int, int, int]
@@ -36,11 +36,11 @@ class Workload(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of the gradients."""
+        """The size of the gradients in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * jnp.dtype(self.dtype).itemsize
 
     def block(self) -> jax.Array:
-        """The gradients, made on the device at the speed of a copy."""
+        """The gradients, generated on the device at the speed of a copy."""
 
         def make(key: jax.Array) -> jax.Array:
             t, m, k = self.shape
@@ -63,9 +63,9 @@ SMALL_WORKLOADS = (Workload("small", (2, 4, 384), "bfloat16"),)
 
 
 def touch(values: Any, results: Any) -> Any:
-    """``values``, changed by nothing that counts, but only once ``results`` are there.
+    """``values`` with a negligible change that depends on ``results``.
 
-    All of them, or XLA would prepare those that stay as they are once for all runs.
+    Every value changes. Otherwise XLA would prepare the unchanged ones once for all runs.
     """
     y = jnp.ravel(jax.tree.leaves(results)[0])[0] * 1e-30
 
@@ -80,15 +80,18 @@ def touch(values: Any, results: Any) -> Any:
 def seconds_a_run(
     step: Callable[[jax.Array, Any], Any], carry: Any, estimate: float, setting: Setting
 ) -> float:
-    """Of ``carry = step(i, carry)`` in a loop of the device; ``estimate`` sets its length."""
+    """Seconds of one ``carry = step(i, carry)`` in a loop on the device.
+
+    ``estimate`` sets the length of the loop.
+    """
     runs = 2 if setting.small else int(min(max(0.1 / estimate, 8), 4000))
 
-    # The number of turns is static: for one that is not the host asks the device each turn.
+    # The number of rounds is static: otherwise the host asks the device in every round.
     @functools.partial(jax.jit, donate_argnums=0)
     def loop(carry: Any) -> Any:
         return lax.fori_loop(0, runs, step, carry)
 
-    # Arguments of their own: what is donated may be one array twice, or a constant.
+    # Separate arguments: donated ones may otherwise be one array twice, or a constant.
     carry = jax.block_until_ready(loop(jax.tree.map(jnp.array, carry)))
     times = []
     for _ in range(3):
@@ -99,7 +102,7 @@ def seconds_a_run(
 
 
 def repeated(function: Callable[..., Any], *given: Any, estimate: float, setting: Setting) -> float:
-    """Seconds that ``function(*given)`` takes."""
+    """The seconds of ``function(*given)``."""
     out = jax.eval_shape(function, *given)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out)
 
@@ -115,7 +118,7 @@ def repeated(function: Callable[..., Any], *given: Any, estimate: float, setting
 
 
 def environment() -> dict[str, Any]:
-    """The device, and whether the kernels are for it."""
+    """The device, and whether the kernels support it."""
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
     with contextlib.suppress(TypeError, ValueError):  # absent, or a name such as gfx942
@@ -130,7 +133,7 @@ def environment() -> dict[str, Any]:
 
 
 def bandwidth(setting: Setting) -> list[Item]:
-    """Bytes a second that are read, and read and written."""
+    """The bytes per second of reading, and of reading and writing."""
     size = 2**12 if setting.small else 2**32
     estimate = size / 3e12
 
@@ -154,7 +157,7 @@ OPERATIONS = ("dots", "write_row", "combine", "step")
 
 
 def scans(setting: Setting) -> list[Item]:
-    """Scans and then whole steps, by the kernels, by XLA, and as plain products."""
+    """Scans and then whole steps, by the kernels, by XLA, and by plain products."""
     workloads = SMALL_WORKLOADS if setting.small else WORKLOADS
     operations = [(operation, w) for w in workloads for operation in OPERATIONS]
     # Steps take longest to compile: the scans of all workloads come first.
@@ -173,7 +176,7 @@ def scans(setting: Setting) -> list[Item]:
 
 
 def time_scan(operation: str, w: Workload, implementation: str, setting: Setting) -> dict[str, Any]:
-    """Seconds and the bytes of the gradients that pass."""
+    """The seconds of a scan, and the bytes of the gradients that it reads."""
     passes = 2 if operation == "step" else 1
     options = {"estimate": passes * w.nbytes / 3e12, "setting": setting}
     t, m, k = w.shape
@@ -204,7 +207,7 @@ def time_scan(operation: str, w: Workload, implementation: str, setting: Setting
 def time_write_row(
     w: Workload, implementation: str | None, *, estimate: float, setting: Setting
 ) -> float:
-    """Seconds that a row and its dot products take, the block changed in place."""
+    """The seconds of writing a row with its dot products; the block changes in place."""
     t, m, k = w.shape
 
     def step(i: jax.Array, carry: Any) -> Any:
@@ -220,7 +223,7 @@ def time_write_row(
 def time_step(
     m: int, d: int, dtype: str, implementation: str | None, estimate: float, setting: Setting
 ) -> float:
-    """Seconds that a step of the optimizer takes in a loop of the device."""
+    """The seconds of a step of the optimizer in a loop on the device."""
     tx = mfac_precondition(m, storage=rows.Dense(dtype, implementation=implementation))
 
     def step(_: jax.Array, carry: Any) -> Any:
@@ -234,7 +237,7 @@ def time_step(
 
 
 def steps(setting: Setting) -> list[Item]:
-    """What a step costs beside its scans, in a loop of the device and called by the host."""
+    """The cost of a step without its scans, in a loop on the device and called by the host."""
     if setting.small:
         sizes = [(4, (1, 4, 384))]
     else:
@@ -266,7 +269,7 @@ def steps(setting: Setting) -> list[Item]:
 
 
 def time_calls(m: int, d: int, calls: int) -> float:
-    """Seconds a step takes that the host calls one after another, as a training loop does."""
+    """The seconds of a step if the host calls one after another, as a training loop does."""
     tx = mfac_precondition(m)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -285,7 +288,7 @@ def time_calls(m: int, d: int, calls: int) -> float:
 
 
 def products(setting: Setting) -> list[Item]:
-    """What matrix products limit, against one large product in full float32 precision."""
+    """Operations that matrix products limit, against one large product in full float32."""
     workloads = SMALL_WORKLOADS if setting.small else (WORKLOADS[0], WORKLOADS[3])
     names = ("one product", "gram", "whiten", "block diagonal")
     return [
@@ -296,7 +299,7 @@ def products(setting: Setting) -> list[Item]:
 
 
 def time_product(name: str, w: Workload, setting: Setting) -> dict[str, Any]:
-    """Seconds and the multiplications and additions that the operation cannot do without."""
+    """The seconds of an operation, and the multiplications and additions that it needs."""
     w, (t, m, k) = w._replace(dtype="float32"), w.shape
     d, size = t * k, 128
     side = min(m, size)
@@ -334,7 +337,7 @@ def time_product(name: str, w: Workload, setting: Setting) -> dict[str, Any]:
 
 
 def _row_of_gram(block: jax.Array, i: int) -> np.ndarray[Any, Any]:
-    """Row ``i`` of ``G G^T`` by float64 sums; a tile at a time is widened."""
+    """Row ``i`` of ``G G^T`` by float64 sums; one tile at a time is widened."""
 
     def row(block: jax.Array) -> jax.Array:
         def add(total: jax.Array, tile: jax.Array) -> tuple[jax.Array, None]:

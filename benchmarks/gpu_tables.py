@@ -17,12 +17,12 @@ def wrong(results: dict[str, Any]) -> list[str]:
 
 
 def left_out(results: dict[str, Any]) -> list[str]:
-    """The items for which time was too short."""
+    """The items that did not run because time was short."""
     return [f"{part}: {name}" for part, p in results["parts"].items() for name in p["left_out"]]
 
 
 def show_time(seconds: float) -> str:
-    """In the unit that suits it."""
+    """A time in a suitable unit."""
     unit, scale = next(
         ((u, s) for u, s in (("s", 1), ("ms", 1e-3)) if abs(seconds) >= s), ("µs", 1e-6)
     )
@@ -39,7 +39,7 @@ def _rows(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def table(results: dict[str, Any] | None) -> str:
-    """What was found, as Markdown."""
+    """The results as a Markdown table."""
     if results is None:
         return "No GPU has been checked: answers and speed on a GPU stay unmeasured."
     bandwidth = {item["name"]: item["rate"] for item in _items(results, "bandwidth")}
@@ -100,7 +100,7 @@ def _scans(results: dict[str, Any], read: float | None) -> str:
         found.setdefault(key, {})[item["implementation"]] = item
 
     def products(key: tuple[str, str, str]) -> float | None:
-        """Of a step: the two plain products that it must be measured against."""
+        """The two plain products that a step is compared with."""
         names = ("dots", "combine") if key[2] == "step" else (key[2],)
         parts = [found.get((*key[:2], name), {}).get("plain") for name in names]
         return None if None in parts else sum(part["seconds"] for part in parts if part)

@@ -1,12 +1,12 @@
-"""What a step of the optimizer makes an NVIDIA GPU and its host do, without either.
+"""Counts the work of an NVIDIA GPU and its host in a step of the optimizer, without a GPU.
 
     python benchmarks/launches.py
 
 Compiles an update of :func:`mfac_jax.mfac_precondition` for the H200 that
-``tests/aot/h200.textproto`` describes and counts what XLA would run: launches, the CUDA graphs
-that it puts them into, and the places where the host waits for a number from the device. It
-writes ``results/launches.json`` and a table of ``docs/implementations.md``.
-``benchmarks/compiled.py`` does the same after its own work; see there for what it needs.
+``tests/aot/h200.textproto`` describes. Counts what XLA launches there: launches, the CUDA graphs
+that contain them, and the places where the host waits for a number from the device. Writes
+``results/launches.json`` and a table of ``docs/implementations.md``. ``benchmarks/compiled.py``
+also runs this script, and its docstring says what it needs.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ DEVICE = "NVIDIA H200"
 PARAMETERS = 272_474  # ResNet-20
 WINDOW_SIZES = (64, 512)
 
-# What holds other operations and launches nothing by itself.
+# Groups hold other operations and launch nothing themselves.
 _GROUPS = ("kCommandBuffer", "kSequential", "kConditional", "kWhile")
 _WAITS = ("kConditional", "kWhile")
 
 
 def count(sequence: str) -> dict[str, int]:
-    """The operations of a program, from the sequence of thunks that XLA writes down.
+    """The operations of a program, from the sequence of thunks that XLA dumps.
 
-    An operation begins with its number and kind. Those of a group are indented and follow it.
-    Rare ones are those in a branch or a loop outside of the graphs.
+    An operation begins with its number and kind. The operations of a group follow it, indented.
+    Rare operations are those in a branch or a loop outside of the graphs.
     """
     found = {"launches": 0, "graphs": 0, "waits": 0, "rare_launches": 0, "rare_waits": 0}
     is_rare = is_graph = False
@@ -60,7 +60,7 @@ def count(sequence: str) -> dict[str, int]:
 
 
 def compile_step(window_size: int, device: Any, dumps: Path) -> str:
-    """The sequence of thunks of one update, state donated."""
+    """The sequence of thunks of one update with a donated state."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     tx = mfac_precondition(window_size)
     gradient = jax.ShapeDtypeStruct((PARAMETERS,), jnp.float32)
@@ -71,14 +71,14 @@ def compile_step(window_size: int, device: Any, dumps: Path) -> str:
     )
     lowered = jax.jit(tx.update, donate_argnums=1).lower(*placed)
     lowered.compile(compiler_options={"xla_dump_to": str(dumps)})
-    # The passes write theirs if they put something into graphs.
+    # A pass dumps its sequence if it puts something into graphs.
     written = [*dumps.glob("*thunk_sequence_after_thunk_passes.txt")]
     (sequence,) = written or dumps.glob("*thunk_sequence.txt")
     return sequence.read_text()
 
 
 def measure() -> dict[str, Any]:
-    """One update at every window size."""
+    """Counts the operations of one update at every window size."""
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=TARGET.read_text(), topology="1x1x1"
     )
@@ -92,7 +92,7 @@ def measure() -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What was counted, as Markdown."""
+    """The counts as a Markdown table."""
     lines = [
         "| m | launches | CUDA graphs | the host waits | operations for an inverse made anew | "
         "waits among them |",

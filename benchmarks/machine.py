@@ -1,4 +1,4 @@
-"""What the machine can do: how fast it reads, copies and multiplies matrices."""
+"""The speed of the machine: how fast it reads, copies and multiplies matrices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jax import lax
 
 
 def environment() -> dict[str, Any]:
-    """Where and when something was measured, and with what."""
+    """The machine, the date and the software of a measurement."""
     free = memory.free_memory()
     return report.environment() | {
         "platform": jax.devices()[0].platform,
@@ -42,8 +42,8 @@ def slug(environment: dict[str, Any]) -> str:
 def measure(seconds: float, sides: tuple[int, ...], largest: int) -> dict[str, Any]:
     """Bandwidths in bytes a second and the float32 rate of matrix products in flops.
 
-    The fastest of several ways counts, so that the floors are what the machine can do
-    and not what one program makes of it.
+    The fastest of several programs counts, so the floors describe the machine and not one
+    program.
     """
     free = memory.free_memory()
     size = largest if free is None else min(largest, free // 16)
@@ -63,7 +63,7 @@ def measure(seconds: float, sides: tuple[int, ...], largest: int) -> dict[str, A
         runs[name] = functools.partial(program, matrix, vector)
     reads = timing.interleave(runs, seconds)
 
-    # Into memory that is there already: fresh memory costs page faults on a CPU.
+    # Copies into allocated memory: fresh memory costs page faults on a CPU.
     states = [(matrix, jnp.zeros_like(matrix))]
     copy = workloads.compile_program(lambda s: ((s[0], -s[0]), s[1][0, 0]), (states[0],), (0,))
     copies = timing.interleave({"copy": timing.in_turn(copy, states, [()], True)}, seconds)["copy"]

@@ -1,4 +1,4 @@
-"""Free memory, and what the C library makes of it."""
+"""Free memory, and how the C library manages it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import jax
 
-# Below this share of all memory, what the C library keeps is given back.
+# If less than this share of memory is free, the C library returns what it keeps.
 _LOW = 1 / 3
 
 
 def keep_freed_memory() -> None:
-    """Tells the C library (glibc) to keep what is freed for the next array.
+    """Tells the C library (glibc) to keep freed memory for the next array.
 
-    It would hand large arrays back, and every result would cost the page faults of memory
-    that is new: for a vector of 100 MB here as much as a scan over 64 of them.
+    By default it returns large arrays to the system, and every result costs the page faults of
+    new memory: for a vector of 100 MB here as much as a scan over 64 of them.
     """
     m_arena_max, m_mmap_max, m_trim_threshold = -8, -4, -1
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -27,16 +27,16 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives back what the C library keeps."""
+    """Returns the memory that the C library keeps to the system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def make_room() -> None:
-    """Gives it back where little is left.
+    """Returns kept memory to the system if little is free.
 
-    Arrays of many sizes, a little larger each time, leave holes that fit no other.
+    Arrays of many sizes, each a little larger, leave holes that fit no other array.
     """
     fields = _meminfo()
     if fields and fields["MemAvailable"] < _LOW * fields["MemTotal"]:
@@ -44,9 +44,9 @@ def make_room() -> None:
 
 
 def free_memory() -> int | None:
-    """Bytes that are free where JAX puts its arrays, None where nobody says.
+    """The free bytes where JAX puts its arrays; None if they are unknown.
 
-    On a CPU what the C library keeps is given back first.
+    On a CPU the memory that the C library keeps is first returned to the system.
     """
     device = jax.devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
@@ -62,7 +62,7 @@ def free_memory() -> int | None:
 
 
 def _meminfo() -> dict[str, int]:
-    """Linux's own account, in bytes; empty elsewhere."""
+    """The memory figures of Linux in bytes; empty on other systems."""
     info = Path("/proc/meminfo")
     if not info.exists():
         return {}

@@ -1,4 +1,4 @@
-"""Every operation, by the library and by what it is compared with."""
+"""Every operation, by the library and by the alternatives."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from mfac_jax.optimizer import MfacState
 
 STEPS = ("dots", "push", "combine", "push + direction")
 PRECOMPUTATIONS = ("gram", "whiten", "diagonal", "static")
-SCANS = STEPS  # what kernels may run, and XLA on the same rows beside them
+SCANS = STEPS  # operations that kernels may run; XLA runs on the same rows for comparison
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 # Alternatives that would run longer are left out.
 LONGEST = 30.0
 
-# Copies of the gradients that plain programs make on a CPU, found by watching the memory
-# of the process: XLA's own account leaves out what a matrix product takes for itself.
+# The copies of the gradients that plain programs make on a CPU, found by watching the memory of
+# the process: XLA's own figures omit the memory of a matrix product.
 _HIDDEN_COPIES = {"gram": 1, "diagonal": 2}
 
 State = Any
@@ -41,14 +41,14 @@ class LeftOut(Exception):
 
 
 def of(w: Workload) -> tuple[str, ...]:
-    """The operations that are measured on a workload."""
+    """The operations to measure on a workload."""
     if w.block is not None:
         return ("diagonal", "static")
     return STEPS if w.only_steps else (*STEPS, *PRECOMPUTATIONS)
 
 
 class OptimizerStates(Sequence):
-    """States of the optimizer around windows, which it changes with them."""
+    """States of the optimizer around the windows of a workload."""
 
     def __init__(self, windows: list[window.Window]):
         self.windows = windows
@@ -81,7 +81,7 @@ def push_direction(state: MfacState, gradient: jax.Array) -> tuple[MfacState, ja
 
 
 def library(operation: str, w: Workload) -> Program:
-    """The library's program, from a window to the result; or to the new window and it."""
+    """The library's program: takes a window, returns the result or the new window and it."""
 
     def static(held: window.Window) -> Any:
         inverse = fisher_inverse(held.rows, DAMPING, blocks=w.block).whiten()
@@ -100,7 +100,7 @@ def library(operation: str, w: Workload) -> Program:
 
 
 def plain(operation: str, w: Workload) -> Program:
-    """What one would write in JAX without the library, on gradients, dots and slot."""
+    """The program that a user writes in JAX without the library, on gradients, dots and slot."""
 
     def moved(state: State, gradients: jax.Array) -> State:
         return gradients, state[1], (state[2] + 1) % w.m
@@ -132,7 +132,7 @@ def plain(operation: str, w: Workload) -> Program:
 
 
 def sequential(operation: str, w: Workload) -> dict[str, Program]:
-    """The paper's steps one after another, for the operations that it has."""
+    """The paper's sequential recursions, for the operations that have one."""
 
     def push_direction(state: State, v: jax.Array) -> tuple[State, jax.Array]:
         gradients, dots, direction = alternatives.sequential_push_direction(*state, v, DAMPING)
@@ -154,7 +154,7 @@ def sequential(operation: str, w: Workload) -> dict[str, Program]:
 def measure(
     w: Workload, data: Data, read_bandwidth: float, seconds: float
 ) -> Iterator[dict[str, Any]]:
-    """The records of all operations of a workload, as they come in."""
+    """Yields the record of each operation of a workload."""
     for operation in of(w):
         runs, cells = {}, {}
         for name, make in _contenders(operation, w, data, read_bandwidth):
@@ -247,7 +247,7 @@ def _inputs(operation: str, data: Data) -> Sequence[tuple[jax.Array, ...]]:
 
 
 def _with_implementation(program: Program, name: str | None, donates: bool) -> Program:
-    """The program with the rows' scans done by one implementation."""
+    """The program with one implementation for the scans of the rows."""
     if name is None:
         return program
 
@@ -280,7 +280,7 @@ def _runner(
 
 
 def _require_time(w: Workload, read_bandwidth: float) -> None:
-    # h_i passes twice over the i vectors before it.
+    # Computing h_i reads the i earlier vectors twice.
     if w.m**2 * w.d * 4 / read_bandwidth > LONGEST:
         raise LeftOut(f"not run: more than {LONGEST:.0f} s")
 
@@ -288,8 +288,8 @@ def _require_time(w: Workload, read_bandwidth: float) -> None:
 def _torch_runner(operation: str, w: Workload, data: Data) -> timing.Run:
     import torch_recursions
 
-    # The vectors h_i, and copies that it makes of them, in sizes that leave holes; for blocks
-    # the gradients cut into blocks, padded before.
+    # The vectors h_i and their copies, in sizes that leave holes; for blocks, the padded gradients
+    # cut into blocks.
     workloads.require(3 * 1.1 * w.nbytes * (operation == "static"))
     turn = itertools.count()
     dots = [torch_recursions.view(state[1]).clone() for state in data.plain]

@@ -4,7 +4,7 @@
     python benchmarks/pruning_results.py DIR2/results.json
 
 Copies the result file to ``results/prune_resnet20.json`` and writes the tables and the figure of
-``docs/pruning-results.md`` from it; without a file, from the one that is there.
+``docs/pruning-results.md`` from it. Without an argument it uses the existing copy.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ README = report.ROOT / "README.md"
 PAGE = report.ROOT / "docs" / "pruning-results.md"
 FIGURE = report.ROOT / "docs" / "assets" / "prune_resnet20.png"
 NAME = "prune_resnet20"
-# Accuracies that the default is held to, by sparsity and number of steps; and the time for it all.
+# The wanted accuracies of the default, by sparsity and number of steps; and the time for all runs.
 BARS = {(0.8, 8): 85.5, (0.9, 8): 75.5}
 MINUTES = 120
 PARTS = ("one_shot", "recomputation", "gains", "patterns", "gradual", "influence")
 
 
 def where(results: dict[str, Any]) -> str:
-    """The dense network, and where and when all was measured."""
+    """The accuracy of the dense network, and the machine and date of the measurement."""
     at = results["environment"]
     return (
         f"Dense, the network has {results['dense']:.2f} %. The runs of this program took "
@@ -43,14 +43,14 @@ def where(results: dict[str, Any]) -> str:
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
-    """By the name of their markers."""
+    """The tables by the names of their markers."""
     made = dict.fromkeys(PARTS, "*Not measured yet.*") | prune_tables.tables(results)
     made |= {"where": where(results), "setup": setup(results), "bars": bars(results)}
     return {f"resnet20-{name}": table for name, table in made.items()}
 
 
 def setup(results: dict[str, Any]) -> str:
-    """How large everything was."""
+    """The sizes of the experiments."""
     scale = results["environment"]["scale"]
     one_shot, several = scale["gradients"]
     _, pruning_steps, training = scale["gradual"]
@@ -63,7 +63,7 @@ def setup(results: dict[str, Any]) -> str:
 
 
 def _cells(results: dict[str, Any]) -> prune_tables.Cells:
-    """All accuracies. Magnitude moves nothing, so that many steps prune what one does."""
+    """All accuracies. Magnitude moves no weights, so many steps prune the same as one."""
     cells = prune_tables.recomputation_cells(results["recomputation"])
     for method, row in prune_tables.one_shot_cells(results.get("one_shot", {})).items():
         cells.setdefault(method, {}).update(row)
@@ -100,7 +100,7 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def bars(results: dict[str, Any]) -> str:
-    """What is to be reached."""
+    """The bars."""
     cells = _cells(results)
     default = cells[prune_tables.DEFAULT]
     lines = [["what", "wanted", "measured", ""], ["---"] * 4]

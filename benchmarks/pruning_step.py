@@ -1,10 +1,10 @@
-"""Time and memory of a pruning step on ResNet-20, gradients apart.
+"""Time and memory of a pruning step on ResNet-20, without its gradients.
 
     python benchmarks/pruning_step.py
 
-A process each for scoring, selecting and updating 80 % of 268,336 weights with n = 256: whole,
-in blocks of 128, and with greedy masks. Linux only: it reads the peak from ``/proc``. Writes
-``results/pruning_step.json`` and the table in ``docs/pruning-results.md``.
+A step scores 268,336 weights, selects 80 % of them and updates the others, with n = 256: whole, in
+blocks of 128, and with greedy masks. Each case runs in its own process. Linux only: the peak comes
+from ``/proc``. Writes ``results/pruning_step.json`` and the table in ``docs/pruning-results.md``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PAGE = "pruning-results.md"
 
 
 def measure(case: str, runs: int = 5) -> dict[str, Any]:
-    """Seconds of each run, the compilation, and the peak as a multiple of the gradients."""
+    """The seconds of each run and of compilation, and the peak as a multiple of the gradients."""
     rng = np.random.default_rng(0)
     params = [jnp.asarray(rng.standard_normal(shape, np.float32)) / 20 for shape in SHAPES]
     d = sum(leaf.size for leaf in params)
@@ -56,7 +56,7 @@ def measure(case: str, runs: int = 5) -> dict[str, Any]:
     options = {"damping": DAMPING, "scope": pruning.Scope(path_filter=""), **CASES[case]}
     seconds = []
     for _ in range(runs + 1):
-        if seconds:  # compiled by now: from here on, a peak is that of a step
+        if seconds:  # everything is compiled: the peak from here is that of a step
             memory.return_freed_memory()
             before = _start_peak()
         start = time.perf_counter()
@@ -72,7 +72,7 @@ def measure(case: str, runs: int = 5) -> dict[str, Any]:
 
 
 def _start_peak() -> int:
-    """Forgets the peak of this process so far (Linux); returns what it has now, in bytes."""
+    """Resets the peak memory of this process (Linux); returns its present memory in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
@@ -101,7 +101,7 @@ def table(results: dict) -> str:
 
 
 def main() -> None:
-    """Measures every case in a process of its own; ``--render`` only writes the table."""
+    """Measures every case in its own process; ``--render`` only writes the table."""
     if sys.argv[1:] == ["--render"]:
         report.write_table(
             report.ROOT / "docs" / PAGE, "pruning_step", table(report.load("pruning_step"))

@@ -1,4 +1,4 @@
-"""Result files and the tables in the documentation that are written from them.
+"""Result files, and the tables that they fill in the documentation.
 
 A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->`` in a Markdown
 file. Benchmarks write it; a test compares it with the result file.
@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def environment() -> dict[str, str]:
-    """Where and when something was measured."""
+    """The machine and the date of a measurement."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": jax.devices()[0].device_kind,

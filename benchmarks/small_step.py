@@ -2,8 +2,8 @@
 
 A factorization of ``A = n lambda I + K`` takes O(m^3). A Cholesky factor in order of age can be
 updated in O(m^2): the oldest gradient leaves, the newest joins. The update is valid only while
-``n lambda`` is constant, which holds neither under a schedule nor with a damping relative to the
-trace of the Fisher. The inverse of :mod:`mfac_jax.incremental` takes a new shift as well.
+``n lambda`` is constant. It changes under a schedule and with a damping relative to the trace of
+the Fisher. The inverse of :mod:`mfac_jax.incremental` also works for a new shift.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Aged(NamedTuple):
 
 
 def refactor(gram: jax.Array, slot: jax.Array, row: jax.Array, shift: jax.Array) -> tuple:
-    """What the library does in small windows after the scan over the gradients.
+    """The library's n x n step in small windows, after the scan over the gradients.
 
     Args:
         gram: ``K``; (m, m).
-        slot: of the oldest gradient, which the newest replaces.
-        row: ``G g`` of the newest one, itself in ``slot``; (m,).
+        slot: the slot of the oldest gradient, which the newest one replaces.
+        row: ``G g`` of the newest gradient, with ``g`` itself in ``slot``; (m,).
         shift: ``n lambda``.
 
     Returns:
@@ -48,25 +48,25 @@ def refactor(gram: jax.Array, slot: jax.Array, row: jax.Array, shift: jax.Array)
 
 
 def age(gram: jax.Array, shift: jax.Array) -> Aged:
-    """A start for :func:`update_factor` from a Gram matrix in order of age."""
+    """The initial state of :func:`update_factor`, from a Gram matrix in order of age."""
     return Aged(gram, algebra.factor(gram, shift).lower)
 
 
 def update_factor(held: Aged, row: jax.Array, shift: jax.Array) -> tuple[Aged, jax.Array]:
     """:func:`refactor` in O(m^2), by an update of the factor.
 
-    With the oldest gradient gone, what is left of its column joins the factor of the
-    others as a rank-one update, which is triangular in closed form:
+    When the oldest gradient is removed, the rest of its column enters the factor of the
+    others as a rank-one update. The update is triangular in closed form:
 
         L L^T + v v^T = L (I + p p^T) L^T,   p = L^-1 v,   I + p p^T = M M^T,
         M_jj = sqrt(t_j / t_(j-1)),   M_ij = p_i p_j / sqrt(t_j t_(j-1))  for i > j,
 
     with ``t_j = 1 + p_1^2 + .. + p_j^2``. The product ``L M`` takes one cumulative sum
-    along the rows, so that no loop over columns is left.
+    along the rows, so no loop over columns is needed.
 
     Args:
         held: Gram matrix and factor in order of age.
-        row: ``G g`` of the newest gradient with the others in order of age, itself last.
+        row: ``G g`` of the newest gradient with the others in order of age and itself last.
         shift: ``n lambda``.
 
     Returns:
@@ -123,7 +123,7 @@ def update_factor_steps(count: int):
     def run(start: Aged, shift: jax.Array) -> tuple:
         def step(_: jax.Array, carry: tuple) -> tuple:
             held, _ = carry
-            # The oldest comes back as the newest.
+            # The oldest gradient returns as the newest.
             return update_factor(held, jnp.roll(held.gram[0], -1), shift)
 
         return lax.fori_loop(0, count, step, (start, jnp.zeros_like(start.gram[0])))
@@ -134,7 +134,7 @@ def update_factor_steps(count: int):
 def update_inverse_steps(count: int):
     """``count`` steps that update the inverse, as the library does in large windows.
 
-    The shift moves to and fro by 2 %, so that the inverse is never rebuilt.
+    The shift oscillates by 2 %, so the inverse is never rebuilt.
     """
 
     @jax.jit

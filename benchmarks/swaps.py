@@ -1,12 +1,12 @@
-"""Whether swaps at the margin gain anything over exact greedy masks, on the paper's ResNet-20.
+"""Tests whether swaps improve exact greedy masks, on the paper's ResNet-20.
 
     python benchmarks/swaps.py --data-dir DIR
 
-One-shot pruning with 256 gradients and the default blocks within outputs: greedy masks and joint
-updates, and the same after swaps. A swap revives the pruned weight that lowers the loss most and
+Prunes one-shot with 256 gradients and the default blocks within outputs, by greedy masks and joint
+updates, with and without swaps. A swap revives the pruned weight that lowers the loss most and
 removes the alive weight that then costs least, both by the exact loss of the block's quadratic
-model. A block swaps as long as its loss falls, at most 30 times. NumPy in double precision: a
-measurement, not a method. Writes ``results/swaps.json`` and the table in
+model. A block swaps as long as its loss falls, at most 30 times. It uses NumPy in double precision:
+this is a measurement, not a method. Writes ``results/swaps.json`` and the table in
 ``docs/pruning-results.md``.
 """
 
@@ -58,7 +58,7 @@ class Block:
         return inverse, values, float(change @ self.fisher @ change / 2)
 
     def swap(self, alive: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float, int]:
-        """The mask and the values after swaps, the loss before and after, and how many."""
+        """The mask and the values after swaps, the loss before and after, and their number."""
         inverse, values, loss = self.solve(alive)
         before, swaps = loss, 0
         while swaps < MOST_SWAPS and 0 < alive.sum() < len(alive):
@@ -79,7 +79,7 @@ class Block:
 
 
 def measure(data_dir: Path) -> dict[str, Any]:
-    """Before and after swaps, by sparsity."""
+    """The results before and after swaps, by sparsity."""
     setup = prune_resnet20.Setup(False, data_dir, data_dir / WEIGHTS, data_dir)
     network = prune_resnet20.experiments(setup).network
     params = network.params

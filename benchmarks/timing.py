@@ -1,4 +1,4 @@
-"""Timing of programs that stand for one another, turn by turn in one process."""
+"""Times programs that do the same, turn by turn in one process."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import memory
 
 Run = Callable[[], Any]
 
-# A measurement is at least this long, so that neither the clock nor the dispatch of a
-# call shows in it: short programs are called several times, and waited for once.
+# A measurement is at least this long, so that neither the clock nor the dispatch of a call
+# distorts it: a short program is called several times before one wait.
 _SHORTEST = 2e-3
 _MOST_CALLS = 100
 
-# A program that takes longer is not warmed up: it is compiled before, and its first
-# run counts as a measurement. One that takes much longer is run once and no more.
+# A program that takes longer is not warmed up: it is already compiled, and its first run counts as
+# a measurement. A program that takes much longer runs only once.
 _LONG, _VERY_LONG = 5.0, 20.0
 _FEWEST_RUNS, _FEWEST_LONG_RUNS, _MOST_RUNS = 5, 3, 30
 
-# Between two programs, for the threads of the one to fall asleep before the other runs.
+# The pause between two programs, in which the threads of the first fall asleep.
 _PAUSE = 3e-3
 
-# How XLA and PyTorch say it.
+# The words of XLA and PyTorch for it.
 _OUT_OF_MEMORY = ("resource_exhausted", "out of memory")
 
 
@@ -36,11 +36,11 @@ def interleave(runs: Mapping[str, Run], seconds: float) -> dict[str, dict[str, A
 
     Args:
         runs: by name, functions that start the program once and return its results.
-        seconds: about how long each of them is measured, but for a few runs anyway.
+        seconds: about how long each program is measured; each runs at least a few times.
 
     Returns:
-        By name: median, quartiles (``low``, ``high``) in seconds, and number of runs; or
-        why it was ``left_out``, if it ran out of memory.
+        By name: the median, the quartiles (``low``, ``high``) in seconds, and the number of runs;
+        or the reason why it was ``left_out``, if it ran out of memory.
     """
     samples: dict[str, list[float]] = {}
     left_out: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def interleave(runs: Mapping[str, Run], seconds: float) -> dict[str, dict[str, A
     order = list(samples)
     for i in range(rounds):
         for name in order if i % 2 == 0 else reversed(order):
-            # Programs with fewer runs take theirs evenly spread over the rounds.
+            # The runs of programs with fewer runs are spread evenly over the rounds.
             if (i + 1) * turns[name] // rounds > i * turns[name] // rounds:
                 time.sleep(_PAUSE)
                 samples[name].append(_time(runs[name], calls[name]))
@@ -83,12 +83,12 @@ def in_turn(
     """A function that starts the program on the next state and the next inputs.
 
     Args:
-        program: takes a state and inputs and returns a result; where it ``donates``
-            the state, the new state and a result.
-        states: they take turns, so that no cache keeps one from run to run; new states
-            take the place of old ones.
-        inputs: they take turns too; one tuple or more.
-        donates: whether the state is used up.
+        program: takes a state and inputs and returns a result. If it ``donates`` the state, it
+            returns the new state and a result.
+        states: the states. They take turns, so that no cache keeps one from run to run; a new
+            state replaces the old one.
+        inputs: at least one tuple; they also take turns.
+        donates: whether the program donates the state.
     """
     turn = itertools.count()
 

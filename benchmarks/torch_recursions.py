@@ -1,9 +1,9 @@
-"""The paper's steps one after another, in PyTorch, written from its formulas.
+"""The paper's sequential recursions in PyTorch, written from its formulas.
 
 ``F_i^-1 = F_{i-1}^-1 - h_i h_i^T / (n + g_i . h_i)`` with ``h_i = F_{i-1}^-1 g_i`` and
 ``F_0 = lambda I``: sections 3.1 (static) and 3.2 (dynamic) of Frantar, Kurtic,
-Alistarh, NeurIPS 2021. As :mod:`mfac_jax.reference`, which has them in JAX. PyTorch is
-no dependency of the library; this module is imported where it is installed.
+Alistarh, NeurIPS 2021. :mod:`mfac_jax.reference` has them in JAX. PyTorch is not a dependency of
+the library; this module is imported only if PyTorch is installed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ torch.set_float32_matmul_precision("highest")
 
 
 def view(array: jax.Array) -> torch.Tensor:
-    """The same memory as a tensor; to be let go before JAX donates the array."""
+    """The same memory as a tensor; release it before JAX donates the array."""
     return torch.from_dlpack(array)
 
 
@@ -41,7 +41,7 @@ def static(gradients: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch
 
 
 def blocks(gradients: torch.Tensor, damping: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recursion of every block, a step of all blocks at once; (b, n, B) and (b, n)."""
+    """The recursion of every block; each step handles all blocks. (b, n, B) and (b, n)."""
     n, d = gradients.shape
     padded = torch.nn.functional.pad(gradients, (0, -d % size))
     cut = padded.reshape(n, -1, size).transpose(0, 1).contiguous()

@@ -35,9 +35,9 @@ for _name, _size in WINDOW_SIZES.items():
 
 
 def _fill(tx: Any, name: str, gradient: Any, params: Any) -> Any:
-    """A state as it is in the middle of training: a window is full.
+    """A state as in the middle of training, with a full window.
 
-    Of gradients that differ from ``gradient`` by noise of its own size.
+    Its gradients differ from ``gradient`` by noise of the same size.
     """
     flat, unravel = jax.flatten_util.ravel_pytree(gradient)
 

@@ -1,4 +1,4 @@
-"""The named workloads, what an operation on them must at least cost, and their data."""
+"""The named workloads, the floors of the operations on them, and their data."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from mfac_jax import rows, window
 RESNET20, RESNET50, TRANSFORMER = 272_474, 25_557_032, 110_000_000
 BLOCK = 128
 
-# Gradients have norm one; the factor of A is then taken without trouble.
+# Gradients have norm one; A then factors without trouble.
 DAMPING = 1e-2
 
-# What is left beside the gradients: float32 vectors, arguments and results and what an
-# allocator makes of them.
+# The memory beside the gradients: float32 vectors for arguments and results, and the overhead of an
+# allocator.
 _VECTORS = 24
 
-# Windows that are smaller than this come several times and take turns, or a cache would
-# be measured: eight times the largest cache of the machines in mind.
+# Smaller windows exist several times and take turns; otherwise a cache would be measured. The limit
+# is eight times the largest cache of the machines in mind.
 _ALL_SETS, _MOST_SETS = 2**28, 64
 
 
@@ -33,11 +33,11 @@ class Workload(NamedTuple):
     """A window or a set of gradients.
 
     Attributes:
-        model: whose gradients.
-        d: coordinates.
-        m: gradients.
-        dtype: what they are stored in.
-        block: coordinates in a block, for the block-wise inverse.
+        model: the model of the gradients.
+        d: the number of coordinates.
+        m: the number of gradients.
+        dtype: the dtype of the stored gradients.
+        block: the number of coordinates in a block, for the block-wise inverse.
         only_steps: whether only the operations of the optimizer are measured.
     """
 
@@ -50,23 +50,23 @@ class Workload(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For the result file and the tables."""
+        """The name in the result file and the tables."""
         stored = "" if self.dtype == "float32" else f", {self.dtype}"
         blocks = f", blocks of {self.block}" if self.block else ""
         return f"{self.model}, m = {self.m}{stored}{blocks}"
 
     @property
     def nbytes(self) -> int:
-        """Of the gradients."""
+        """The size of the gradients in bytes."""
         return self.m * self.d * jnp.dtype(self.dtype).itemsize
 
 
 class Floor(NamedTuple):
-    """What an operation cannot do without.
+    """The least work of an operation.
 
     Attributes:
-        bytes: read from and written to memory.
-        flops: multiplications and additions.
+        bytes: the bytes read from and written to memory.
+        flops: the multiplications and additions.
     """
 
     bytes: float
@@ -83,12 +83,12 @@ FULL = (
     Workload("transformer, 110 M", TRANSFORMER, 64, "bfloat16", only_steps=True),
     *(Workload("ResNet-20", RESNET20, n, block=BLOCK) for n in (64, 128, 256, 512, 1024)),
 )
-# Few rows: the sequential recursion is cut into as many as eight loops to compile.
+# Few rows: the sequential recursion has at most eight loops to compile.
 QUICK = (Workload("tiny", 20_000, 4), Workload("tiny", 2_000, 4, block=4))
 
 
 def floor(operation: str, w: Workload) -> Floor:
-    """The floor of an operation: section by section of ``docs/performance.md``."""
+    """The floor of an operation, as in ``docs/performance.md``."""
     m, d, size = w.m, w.d, w.nbytes
     wide = 4 * m * d
     if w.block is not None:
@@ -120,7 +120,7 @@ class DoesNotFit(Exception):
 
 
 def require(needed: float) -> None:
-    """Raises :class:`DoesNotFit` where fewer bytes than ``needed`` are free."""
+    """Raises :class:`DoesNotFit` if fewer bytes than ``needed`` are free."""
     free = memory.free_memory()
     if free is not None and needed > free:
         raise DoesNotFit(needed, free)
@@ -131,30 +131,30 @@ class Data:
 
     Attributes:
         windows: full windows of the library.
-        plain: what the alternatives work on: gradients (m, d), dot products and the
-            slot of the oldest gradient; none until :meth:`make_plain`.
-        vectors: gradients and vectors to multiply with.
-        coefficients: for ``G^T c``.
+        plain: the arrays of the alternatives: gradients (m, d), dot products and the slot of the
+            oldest gradient; empty until :meth:`make_plain`.
+        vectors: gradients, and vectors to multiply.
+        coefficients: ``c`` for ``G^T c``.
     """
 
     def __init__(self, w: Workload):
-        """Raises :class:`DoesNotFit` where memory is too small for the gradients."""
+        """Raises :class:`DoesNotFit` if memory is too small for the gradients."""
         require(1.05 * w.nbytes + 4 * _VECTORS * w.d)
         self.workload = w
         self.sets = min(max(_ALL_SETS // w.nbytes, 1), _MOST_SETS)
-        # From NumPy, which need not compile a program for every shape.
+        # NumPy does not compile a program for every shape.
         rng = np.random.default_rng(0)
         base = rng.standard_normal(2 * w.d, np.float32) / np.float32(np.sqrt(w.d))
         self.vectors = [jnp.asarray(base[i * (w.d // 4) : i * (w.d // 4) + w.d]) for i in range(4)]
         self.coefficients = jnp.asarray(rng.standard_normal(w.m, np.float32))
         self._base = jnp.asarray(base, w.dtype)
         make = (_pushing if w.only_steps else _filling)(self._base, w)
-        # Waited for: what is still being made would be measured with the first program.
+        # Waits: otherwise unfinished arrays would be measured with the first program.
         self.windows = jax.block_until_ready([make() for _ in range(self.sets)])
         self.plain: list[tuple[jax.Array, jax.Array, jax.Array]] = []
 
     def make_plain(self) -> None:
-        """Makes the arrays of the alternatives, unless they are there."""
+        """Makes the arrays of the alternatives, unless they exist."""
         w = self.workload
         if not self.plain:
             require(self.sets * w.nbytes * 1.05)
@@ -164,13 +164,13 @@ class Data:
             self.plain = jax.block_until_ready(plain)
 
     def drop_plain(self) -> None:
-        """Lets them go."""
+        """Frees the arrays of the alternatives."""
         self.plain = []
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _matrix(base: jax.Array, w: Workload) -> jax.Array:
-    """Rows that are pieces of one long random vector: made at the speed of a copy."""
+    """Rows that are pieces of one long random vector, generated at the speed of a copy."""
 
     def write(i: jax.Array, matrix: jax.Array) -> jax.Array:
         return lax.dynamic_update_index_in_dim(matrix, _row(base, i, w), i, 0)
@@ -183,7 +183,7 @@ def _row(base: jax.Array, i: jax.Array, w: Workload) -> jax.Array:
 
 
 def _filling(base: jax.Array, w: Workload) -> Callable[[], window.Window]:
-    """What makes a window of the same rows."""
+    """A function that makes a window of the same rows."""
 
     def fill(base: jax.Array) -> window.Window:
         empty = rows.Dense(w.dtype).empty(_like(w), w.m)
@@ -194,7 +194,7 @@ def _filling(base: jax.Array, w: Workload) -> Callable[[], window.Window]:
 
 
 def _pushing(base: jax.Array, w: Workload) -> Callable[[], window.Window]:
-    """The same a row at a time, for which rows that are not float32 are never all widened."""
+    """The same, one row at a time, so that low-precision rows are never widened all at once."""
 
     def push(held: window.Window, base: jax.Array, i: jax.Array) -> window.Window:
         return window.push(held, _row(base, i, w).astype(jnp.float32))[0]
@@ -219,19 +219,19 @@ def _like(w: Workload) -> jax.ShapeDtypeStruct:
 
 
 def implementations() -> Sequence[str]:
-    """What to measure beside the default: XLA where the default is a kernel."""
+    """The implementations to measure beside the default: XLA if the default is a kernel."""
     return () if jax.default_backend() == "cpu" else ("xla",)
 
 
 def compile_program(
     function: Callable[..., Any], arguments: Sequence[Any], donate: Sequence[int] = ()
 ) -> Callable[..., Any]:
-    """Compiles for these arguments; raises :class:`DoesNotFit` for want of memory."""
+    """Compiles for these arguments; raises :class:`DoesNotFit` if memory is too small."""
     lowered = jax.jit(function, donate_argnums=tuple(donate)).lower(*arguments)
     program = lowered.compile()
     sizes = program.memory_analysis()
     if sizes is not None:
         fresh = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-        # Twice: a new result may have to be made while the last one leaves no hole that fits.
+        # Twice: a new result may be made while the last one leaves no hole that fits.
         require(2.1 * (sizes.temp_size_in_bytes + fresh))
     return program

@@ -44,8 +44,8 @@ napoleon_attr_annotations = False
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 
-# A reference into this package has to lead somewhere. Types are named in signatures
-# far more often than they are worth a link, and other projects' pages are not asked for.
+# A reference into this package must resolve. Types in signatures are rarely worth a link, and the
+# build does not read other projects' pages.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:class", r"(?!mfac_jax\.).*|mfac_jax\.(.+\.)?_.*"),
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 
 def public_modules() -> Iterator[ModuleType]:
-    """The package and every module of it without a leading underscore."""
+    """The package and every module in it without a leading underscore."""
     yield mfac_jax
     for info in pkgutil.walk_packages(mfac_jax.__path__, "mfac_jax."):
         if not any(part.startswith("_") for part in info.name.split(".")):
@@ -92,7 +92,7 @@ def documented(env: BuildEnvironment) -> dict[int, str]:
 
 
 def check_all_public_names_are_documented(app: Sphinx, env: BuildEnvironment) -> None:
-    """Warns, which fails the build, about a public name that no page describes."""
+    """Warns about every public name that no page describes. A warning fails the build."""
     names = {entry[0] for entry in env.domains["py"].get_objects()}
     objects = documented(env)
     for module in public_modules():
@@ -105,7 +105,7 @@ def check_all_public_names_are_documented(app: Sphinx, env: BuildEnvironment) ->
 def follow_reexport(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, content: Element
 ) -> Element | None:
-    """Links `mfac_jax.fisher_inverse`, say, to where the function is documented."""
+    """Links a re-export such as `mfac_jax.fisher_inverse` to where the function is documented."""
     name = documented(env).get(id(resolve(node["reftarget"])))
     if name is None or node.get("refdomain") != "py":
         return None
@@ -117,7 +117,7 @@ def follow_reexport(
 def sign_as_written(
     app: Sphinx, what: str, name: str, obj: Any, options: object, args: str, returns: str
 ) -> tuple[str, str] | None:
-    """Signatures with the annotations of the source, `ArrayLike` say, not what they stand for."""
+    """Signatures with the annotations of the source, such as `ArrayLike`, not their expansion."""
     if not inspect.isfunction(obj):
         return None
     signature = inspect.signature(obj)
@@ -132,7 +132,7 @@ def sign_as_written(
 def skip_field(
     app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object
 ) -> bool | None:
-    """Leaves out a NamedTuple's fields: its ``Attributes`` section has described them."""
+    """Omits the fields of a NamedTuple, because its ``Attributes`` section describes them."""
     return True if (obj.__doc__ or "").startswith("Alias for field number") else None
 
 

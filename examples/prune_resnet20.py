@@ -1,16 +1,16 @@
-"""Prune the M-FAC paper's own ResNet-20 on CIFAR-10, in every way there is.
+"""Prune the M-FAC paper's own ResNet-20 on CIFAR-10 by every method of the library.
 
     python examples/prune_resnet20.py --data-dir DIR
 
 DIR holds ``resnet20/mfac_resnet20.npz``, the pretrained weights under their PyTorch names,
-and CIFAR-10 (``cifar-10-batches-py/`` or ``cifar10/``); without it CIFAR-10 is downloaded and
-``--weights`` names the file of weights. Five experiments: one-shot pruning, recomputation,
-patterns, gradual pruning with training in between, and the influence of the number of gradients,
-of damping and of block size. Every run is written to ``results.json`` as it is done; started
-again, the program goes on where it was (after a change of the library give another ``--out``). At
-the end it draws a figure and writes the tables.
-Compiled programs are kept in ``compiled/`` beside them, which may be deleted.
-``--smoke`` goes the whole way in a minute or two, with a small network on made-up pictures.
+and CIFAR-10 (``cifar-10-batches-py/`` or ``cifar10/``). Without DIR the program downloads CIFAR-10,
+and ``--weights`` names the file of weights. There are five experiments: one-shot pruning,
+recomputation, patterns, gradual pruning with training between steps, and the influence of the
+number of gradients, of damping and of block size. The program writes every finished run to
+``results.json`` and resumes from it (after a change of the library, give another ``--out``). At the
+end it draws a figure and writes the tables.
+Compiled programs are kept in ``compiled/`` beside them; this folder may be deleted.
+``--smoke`` runs everything in a minute or two, with a small network on synthetic pictures.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ METHODS = {
     "joint, blocks": Setting("mfac", "joint", BLOCK, DAMPING),
     "greedy, blocks": Setting("greedy", "joint", BLOCK, DAMPING),
 }
-# The default, with less of what it has.
+# The default without some of its parts.
 PARTS: dict[str, dict[str, Any]] = {
     "default, no history": {"gradients": {"history": 0}},
     "default, no descent": {"search": {"descents": ()}},
@@ -72,21 +72,22 @@ SHAPES = {"2:4": pruning.NofM(2, 4), "1:4": pruning.NofM(1, 4), "1 x 4": pruning
 
 
 class Scale(NamedTuple):
-    """How large everything is.
+    """The sizes of the experiments.
 
     Attributes:
-        seeds: sets of gradients for one-shot pruning and eight recomputations.
-        sparsities: of one-shot pruning.
-        gradients: n of one-shot pruning and of recomputation.
-        batch: images of a gradient.
-        recomputations: how many, and the sparsities of each.
-        several: of these all methods are run, and of the sparsities those of all seeds.
-        patterns: which, and how many recomputations.
-        gradual: sparsities, pruning steps, and training steps after each.
-        train_batch: images of a training step.
-        counts: n, for its influence.
-        dampings: for theirs.
-        blocks: for theirs.
+        seeds: the sets of gradients for one-shot pruning and eight recomputations.
+        sparsities: the sparsities of one-shot pruning.
+        gradients: n for one-shot pruning and for recomputation.
+        batch: the number of images for a gradient.
+        recomputations: the numbers of recomputations, with the sparsities of each.
+        several: the number of recomputations at which all methods run, and the sparsities at
+            which all seeds run.
+        patterns: the patterns, and the number of recomputations.
+        gradual: the sparsities, the pruning steps, and the training steps after each.
+        train_batch: the number of images in a training step.
+        counts: the values of n in the last experiment.
+        dampings: the dampings in the last experiment.
+        blocks: the block sizes in the last experiment.
     """
 
     seeds: tuple[int, ...]
@@ -141,10 +142,10 @@ class Network:
     """The network and its data, as functions of its parameters.
 
     Attributes:
-        params: the pretrained parameters, and beside them the statistics of the normalisation
-            layers, which training moves as well.
-        training_graph: the network in training.
-        calibration: batches that settings are judged by.
+        params: the pretrained parameters, with the statistics of the normalisation layers, which
+            training also changes.
+        training_graph: the network in training mode.
+        calibration: the batches that judge the settings.
     """
 
     def __init__(self, model: ResNet, data: Data):
@@ -178,7 +179,7 @@ class Network:
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     def accuracy(self, params: Any) -> float:
-        """On the test images, in per cent."""
+        """The accuracy on the test images, in per cent."""
         hits = [self._count_hits(params, *batch) for batch in self._test]
         return 100 * sum(map(int, hits)) / len(self.data.test)
 
@@ -194,7 +195,7 @@ class Network:
 
 
 class Tuner:
-    """Trains the weights under a mask, and with them the normalisation; for ``fine_tune``."""
+    """Trains the weights under a mask and updates the normalisation; for ``fine_tune``."""
 
     def __init__(self, network: Network, batches: Iterator[Any], steps: int):
         self._batches, self._steps = batches, steps
@@ -245,7 +246,7 @@ class Experiments:
         )
 
     def one_shot(self, seed: int, method: str) -> dict[str, Any]:
-        """Every sparsity, out of one set of gradients."""
+        """Every sparsity, from one set of gradients."""
         n = self.scale.gradients[0]
         done = {}
         for sparsity in self.scale.sparsities:
@@ -254,16 +255,17 @@ class Experiments:
         return done
 
     def recomputation(self, steps: int, sparsity: float, seed: int, method: str) -> dict[str, Any]:
-        """Gradients taken anew in each of several steps."""
+        """Several steps, each with new gradients."""
         pruned = self._prune(sparsity, seed, self.scale.gradients[1], method, steps=steps)
         return _outcome(self.network.accuracy(pruned.params), pruned)
 
     def patterns(self, name: str, method: str) -> dict[str, Any]:
-        """A pattern, with recomputation."""
+        """Prunes in a pattern, with recomputation."""
         pattern = SHAPES[name]
 
         def fits(path: str, leaf: Any) -> bool:
-            return is_pruned(path, leaf) and leaf.shape[-2] % 4 == 0  # three colours are no four
+            # The first convolution stays: three colours are not a multiple of four.
+            return is_pruned(path, leaf) and leaf.shape[-2] % 4 == 0
 
         pruned = self._prune(
             PATTERNS[name],
@@ -292,7 +294,7 @@ class Experiments:
         return outcome | {"training_steps": steps * training}
 
     def influence(self, n: int, kind: str, damping: float, block: int) -> dict[str, Any]:
-        """One-shot, greedy masks and joint updates, at 80 and 90 %."""
+        """One-shot pruning by greedy masks and joint updates, at 80 and 90 %."""
         rows = self.gradients(0, n, kind == "example")
         done = {}
         for sparsity in (0.8, 0.9):
@@ -314,12 +316,12 @@ class Experiments:
     ) -> pruning.Pruned:
         network = self.network
         if method == "magnitude":
-            count = 1  # nothing is asked of it
+            count = 1  # its content is not used
         batches = network.batches(seed, self.scale.batch)
         for _ in range(count):
-            next(batches)  # those of the first gradients
+            next(batches)  # the seed of the first gradients
         if method in METHODS:
-            # Nothing but the method: no choice, no older gradients.
+            # Only the method: no choice, no older gradients.
             parts = {
                 "gradients": {"history": 0},
                 "search": {"settings": [METHODS[method]], "descents": ()},
@@ -354,11 +356,11 @@ def _outcome(accuracy: float, pruned: pruning.Pruned) -> dict[str, Any]:
 
 
 class Run(NamedTuple):
-    """One thing to measure.
+    """One run to measure.
 
     Attributes:
         part: the method of :class:`Experiments`.
-        arguments: what it is called with.
+        arguments: the arguments of the method.
     """
 
     part: str
@@ -366,18 +368,18 @@ class Run(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What it is called in the results."""
+        """The name of the run in the results."""
         return " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in self.arguments)
 
 
 def compared(scale: Scale, steps: int, sparsity: float, seed: int) -> list[str]:
-    """The methods of a number of recomputations, a sparsity and a set of gradients."""
+    """The methods to compare at a number of recomputations, a sparsity and a set of gradients."""
     many, sparsities = scale.several
     is_several = steps == many and sparsity in sparsities
     if seed != scale.seeds[0]:
         return [*REFERENCES, DEFAULT] if is_several else []
     methods = [*REFERENCES]
-    if steps == many:  # to magnitude the number of steps is no matter
+    if steps == many:  # the number of steps does not matter for magnitude
         methods = ["magnitude", *methods]
     if is_several:
         methods += ["joint, blocks", "greedy, blocks"]
@@ -386,7 +388,7 @@ def compared(scale: Scale, steps: int, sparsity: float, seed: int) -> list[str]:
 
 
 def runs(scale: Scale) -> list[Run]:
-    """All there is to do, in order."""
+    """All runs, in order."""
     todo = []
     for steps, sparsities in scale.recomputations:
         for seed in scale.seeds:
@@ -409,7 +411,7 @@ def runs(scale: Scale) -> list[Run]:
 
 
 class Setup(NamedTuple):
-    """What a process needs to know to do a run."""
+    """The information that a process needs for a run."""
 
     smoke: bool
     data_dir: Path | None
@@ -419,7 +421,7 @@ class Setup(NamedTuple):
 
 @functools.cache
 def experiments(setup: Setup) -> Experiments:
-    """The network and the data, once a process."""
+    """The network and the data, loaded once in each process."""
     if setup.smoke:
         return Experiments(Network(ResNet(nnx.Rngs(0), width=4, depth=1), made_up()), SMOKE)
     model = ResNet(nnx.Rngs(0))
@@ -428,12 +430,12 @@ def experiments(setup: Setup) -> Experiments:
 
 
 def full_scale() -> Scale:
-    """What there is time for on this device."""
+    """The sizes for which this device has time."""
     return FULL if jax.default_backend() == "cpu" else FULL_ON_ACCELERATOR
 
 
 def measure(setup: Setup, run: Run) -> dict[str, Any]:
-    """Does a run, and says how long it took."""
+    """Performs a run and adds its time."""
     everything = experiments(setup)
     began = time.perf_counter()
     done = getattr(everything, run.part)(*run.arguments)
@@ -441,14 +443,14 @@ def measure(setup: Setup, run: Run) -> dict[str, Any]:
 
 
 def cores(workers: int) -> list[int | None]:
-    """A core for each worker: several share one where there are fewer; None leaves it open."""
+    """A core for each worker. Workers share cores if there are too few; None sets no core."""
     pins = hasattr(os, "sched_setaffinity")
     available = sorted(os.sched_getaffinity(0)) if pins else [None]
     return list(itertools.islice(itertools.cycle(available), workers))
 
 
 def _start(pins: Any, cache: str) -> None:
-    """A process keeps to its core; what one compiles the others read, also those of later."""
+    """Binds a process to its core and to the cache of compiled programs that all runs share."""
     core = pins.get()
     if core is not None:
         os.sched_setaffinity(0, {core})
@@ -456,20 +458,20 @@ def _start(pins: Any, cache: str) -> None:
 
 
 def num_workers(setup: Setup) -> int:
-    """Runs at a time: on a CPU one on each of several cores, else one."""
+    """The number of parallel runs: one for each core on a CPU, otherwise one."""
     if jax.default_backend() == "cpu" and hasattr(os, "sched_setaffinity") and not setup.smoke:
         return min(len(os.sched_getaffinity(0)), 4)
     return 1
 
 
 def outcomes(setup: Setup, todo: list[Run], workers: int) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Every run and what came out, as they are done; several ``workers`` are a process each."""
+    """Yields every run with its result when it ends; several ``workers`` are processes."""
     if workers == 1:
         for run in todo:
             yield run, measure(setup, run)
         return
-    # Large pages (glibc reads this as a process starts; others pass it over): on a CPU every
-    # gradient takes its memory anew, which is slow in small pages.
+    # Large pages (glibc reads this at process start; other libraries ignore it): on a CPU every
+    # gradient allocates its memory again, which is slow in small pages.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     context = multiprocessing.get_context("spawn")
     pins = context.Queue()
@@ -479,7 +481,7 @@ def outcomes(setup: Setup, todo: list[Run], workers: int) -> Iterator[tuple[Run,
     with pool:
         waiting, left = {}, list(todo)
         while left or waiting:
-            # No more are handed out than there are workers, so that an interruption is quick.
+            # At most as many runs as workers are submitted, so that an interruption is quick.
             while left and len(waiting) < workers:
                 run = left.pop(0)
                 waiting[pool.submit(measure, setup, run)] = run
@@ -488,7 +490,7 @@ def outcomes(setup: Setup, todo: list[Run], workers: int) -> Iterator[tuple[Run,
 
 
 def processor() -> str:
-    """What is computed on."""
+    """The name of the processor or the accelerator."""
     device = jax.devices()[0].device_kind
     info = Path("/proc/cpuinfo")
     if jax.default_backend() != "cpu" or not info.exists():
@@ -498,7 +500,7 @@ def processor() -> str:
 
 
 def run_all(setup: Setup, todo: list[Run], path: Path) -> dict[str, Any]:
-    """Does what ``path`` does not hold yet, and writes it there run by run."""
+    """Performs the runs that ``path`` does not hold yet, and writes each to it."""
     began = time.perf_counter()
     network = experiments(setup).network
     dense = network.accuracy(network.params)
@@ -536,7 +538,7 @@ def run_all(setup: Setup, todo: list[Run], path: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Reads the command line and does it all."""
+    """Reads the command line, runs all experiments and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", type=Path, help="folder with CIFAR-10 and the weights")
     parser.add_argument("--weights", type=Path, help=f"the weights; by default DIR/{WEIGHTS}")

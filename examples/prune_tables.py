@@ -1,6 +1,6 @@
 """Tables and the figure of ``prune_resnet20.py``, from its results.
 
-Not a program of its own.
+Other programs import this module.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 DEFAULT = "default (calibrated)"
 # The settings of the paper's code.
 REFERENCES = ("reference, whole", "reference, blocks")
-# Sparsities that patterns are pruned to.
+# The sparsities of the patterns.
 PATTERNS = {"2:4": 0.5, "1:4": 0.75, "1 x 4": 0.8}
 
 
@@ -38,7 +38,7 @@ Cells = dict[str, dict[tuple[float, int], dict[int, float]]]
 
 
 def one_shot_cells(found: dict[str, Any]) -> Cells:
-    """Of one step."""
+    """The cells of one-shot pruning."""
     cells: Cells = {}
     for key, run in found.items():
         seed, method = key.split(" ", 1)
@@ -50,7 +50,7 @@ def one_shot_cells(found: dict[str, Any]) -> Cells:
 
 
 def recomputation_cells(found: dict[str, Any]) -> Cells:
-    """Of several steps."""
+    """The cells of pruning in several steps."""
     cells: Cells = {}
     for key, run in found.items():
         steps, sparsity, seed, method = key.split(" ", 3)
@@ -70,7 +70,7 @@ def _recomputation(found: dict[str, Any]) -> str:
 
 
 def _gains(found: dict[str, Any]) -> str:
-    """What each part of the default gains and costs, where all of them were tried."""
+    """The gain and the cost of each part of the default, where all parts were tried."""
     end = " 0 greedy, blocks"
     columns = sorted(key.removesuffix(end) for key in found if key.endswith(end))
     methods = {key.split(" ", 3)[3]: None for key in found if key.startswith(f"{columns[-1]} 0 ")}
@@ -126,7 +126,7 @@ def _grid(title: str, cells: Cells, head: Callable[[tuple[float, int]], str]) ->
 
 
 def spread(values: list[float]) -> str:
-    """The mean, and the lowest and highest where there are several."""
+    """The mean, with the lowest and the highest of several values."""
     mean = f"{np.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f}-{max(values):.1f})"
 

@@ -2,10 +2,10 @@
 
     python examples/quickstart.py
 
-Trains with SGD + momentum, Adam and M-FAC for the same number of epochs, prunes the
-M-FAC-trained network one-shot by magnitude and by Optimal Brain Surgeon with the
-reference's update and with the joint one, prints one table of each and draws both
-as curves. About two minutes on two CPU cores.
+Trains with SGD + momentum, Adam and M-FAC for the same number of epochs. Prunes the
+M-FAC-trained network one-shot by magnitude and by Optimal Brain Surgeon, with the reference
+update and with the joint update. Prints a table of each and draws both as curves. Takes about
+two minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def load_digits(seed: int = 0) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.A
 
 
 def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
-    """The three contenders; SGD and Adam with their best learning rates (docs/defaults.md)."""
+    """The three optimizers; SGD and Adam with their best learning rates (docs/defaults.md)."""
     decay = partial(optax.cosine_decay_schedule, decay_steps=steps)
     return {
         "SGD + momentum": optax.sgd(decay(0.1), momentum=0.9),
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """What was run, where and when."""
+    """The settings, the machine and the date of the run."""
     return {
         "epochs": args.epochs,
         "train_images": args.train_images,

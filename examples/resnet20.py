@@ -1,6 +1,6 @@
 """ResNet-20 in Flax, CIFAR-10, and the weights of the M-FAC paper's pretrained network.
 
-Not a program of its own: ``prune_resnet20.py`` uses it.
+``prune_resnet20.py`` imports this module.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _norm(width: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
 
 
 def load_weights(model: ResNet, path: Path) -> None:
-    """Puts the paper's weights, PyTorch names and axes, into the model."""
+    """Puts the paper's weights, with PyTorch's names and axes, into the model."""
     with np.load(path) as file:
         arrays = dict(file)
 
@@ -126,12 +126,12 @@ class Data(NamedTuple):
 
 
 def normalize(images: np.ndarray) -> np.ndarray:
-    """Bytes as the paper's network wants them: mean and deviation 0.5."""
+    """Normalizes bytes for the paper's network: mean and deviation 0.5."""
     return (images.astype(np.float32) / 255.0 - 0.5) / 0.5
 
 
 def augment(rng: np.random.Generator, images: np.ndarray) -> np.ndarray:
-    """Crops out of 40 x 40 with black margins, half of them mirrored."""
+    """Random crops of images padded to 40 x 40 with black margins; half are mirrored."""
     padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
     out = np.empty_like(images)
     for i, (y, x) in enumerate(rng.integers(0, 9, (len(images), 2))):
@@ -141,13 +141,13 @@ def augment(rng: np.random.Generator, images: np.ndarray) -> np.ndarray:
 
 
 def load_cifar10(data_dir: Path | None) -> Data:
-    """CIFAR-10 from ``data_dir/cifar10``, or downloaded if there is no ``data_dir``.
+    """CIFAR-10 from ``data_dir``, or downloaded without a ``data_dir``.
 
-    Two layouts are read: ``cifar-10-batches-py`` with the batches of the standard archive,
-    and sheets of 500 images, ``train_NNN.webp``, with ``train_labels.npz`` beside them.
+    Two layouts are supported: ``cifar-10-batches-py`` with the batches of the standard archive,
+    and ``cifar10`` with sheets of 500 images, ``train_NNN.webp``, and ``train_labels.npz``.
 
     Raises:
-        FileNotFoundError: there is no data where it was said to be.
+        FileNotFoundError: ``data_dir`` contains no CIFAR-10.
         OSError: the download failed.
     """
     if data_dir is None:
@@ -210,13 +210,13 @@ def _downloaded() -> Path:
             ) from error
         if hashlib.md5(part.read_bytes()).hexdigest() != MD5:
             part.unlink()
-            raise OSError(f"what came from {URL} is not the CIFAR-10 archive (its MD5 differs).")
+            raise OSError(f"the file from {URL} is not the CIFAR-10 archive (its MD5 differs).")
         part.rename(CACHE)
     return CACHE
 
 
 def made_up(seed: int = 0, count: int = 256) -> Data:
-    """Small noisy pictures of ten patterns, for a quick try without data."""
+    """Small noisy pictures of ten patterns, for a quick test without data."""
     rng = np.random.default_rng(seed)
     patterns = rng.integers(0, 256, (10, 32, 32, 3))
 

@@ -1,14 +1,14 @@
-"""Runs an operation by a kernel or by its plain form, chosen when a program is lowered.
+"""Runs an operation by a kernel or by its plain form; the choice is made at lowering.
 
-A traced program holds one primitive for each operation. When it is lowered for a platform,
-the first backend of the platform that can do the operation replaces the primitive; the plain
-form does so where there is none. So no device is needed to compile, and a program for a CPU
+A traced program holds one primitive for each operation. When it is lowered for a platform, the
+first backend of the platform that supports the operation replaces the primitive. Without such a
+backend the plain form replaces it. Compilation therefore needs no device, and a program for a CPU
 never imports Pallas.
 
-JAX cannot look into a kernel. Hence three rules. Derivatives are those of the plain form.
-``vmap`` gives the plain form, unless a kernel is asked for by name, which then runs once for
-each element of the batch. Where XLA itself spreads a program over devices, the plain form runs,
-because XLA knows how to spread it.
+JAX cannot look into a kernel, so three rules hold. Derivatives are those of the plain form.
+``vmap`` runs the plain form, or, if a kernel is requested by name, the kernel once for each
+element of the batch. If XLA itself spreads a program over devices, the plain form runs, because
+XLA knows how to spread it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from mfac_jax.kernels import backends
 
 
 class _Call(NamedTuple):
-    """One operation as a function of its arrays, in a row.
+    """One operation as a function of its arrays in order.
 
     Attributes:
-        operation: its name, by which backends know it.
+        operation: the name of the operation, as backends know it.
         plain_form: the function that any platform runs.
-        implementation: name of the one to run; ``None`` for the best on each platform.
-        names: of its arrays; that of the gradients comes first.
+        implementation: the name of the implementation to run; ``None`` for the best one on each
+            platform.
+        names: the names of the arrays; the gradients come first.
     """
 
     operation: str
@@ -59,15 +60,17 @@ def run(
     """Runs one operation.
 
     Args:
-        operation: its name, by which backends know it.
-        implementation: name of the one to run; ``None`` for the best on each platform.
-        plain_form: the function that any platform runs. Programs are cached by it, so an
-            operation always needs the same object.
-        operands: its arrays by name; the gradients come first.
+        operation: the name of the operation, as backends know it.
+        implementation: the name of the implementation to run; ``None`` for the best one on each
+            platform.
+        plain_form: the function that any platform runs. It is a key of the cache of programs,
+            so an operation always needs the same object.
+        operands: the arrays of the operation by name; the gradients come first.
 
     Raises:
-        ValueError: there is no such implementation, or it cannot work on such gradients.
-        NotImplementedError: the program is lowered for a platform that it is not for.
+        ValueError: there is no such implementation, or it does not support such gradients.
+        NotImplementedError: the program is lowered for a platform that the implementation does
+            not support.
     """
     backends.check_implementation(implementation)
     call = _Call(operation, plain_form, implementation, tuple(operands))
@@ -83,7 +86,7 @@ def run(
     return _traced(call, *values)
 
 
-# Jitted for callers that are not: what is bound here is compiled once.
+# Jitted for eager callers: the primitive then compiles once.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _traced(call: _Call, *values: Array) -> Any:
     """The primitive, with rules for ``vmap`` and differentiation."""
@@ -129,7 +132,7 @@ def _program(call: _Call, plain: Any) -> Callable[..., Any]:
 
 @_operation_p.def_impl  # type: ignore[untyped-decorator]
 def _(*values: Any, call: _Call, plain: Any) -> Any:
-    # Where jit is off, or a program is run operation by operation.
+    # Runs if jit is off, or if a program runs operation by operation.
     with jax.disable_jit(False):
         return _program(call, plain)(*values)
 
@@ -140,7 +143,7 @@ def _(*_: Any, plain: Any, **__: Any) -> Any:
 
 
 def _lowering(platform: str | None, ctx: Any, *values: Any, call: _Call, plain: Any) -> Any:
-    """Lowers an operation for a platform that has backends, or for any other (``None``)."""
+    """Lowers an operation for a platform with backends, or for any other platform (``None``)."""
     function = jax.extend.core.jaxpr_as_fun(plain)
     name = call.implementation
     if name is not None and backends.platform_of(name) != platform:
@@ -176,14 +179,14 @@ def _register_lowering(platform: str) -> None:
 
 
 def _why_not(backend: backends.Backend, call: _Call, block: Any) -> str | None:
-    """Why a backend cannot do this on gradients of this type, or ``None`` if it can."""
+    """Why a backend does not support this call; ``None`` if it does."""
     if any(part is not None for part in block.sharding.spec):
         return "the gradients are sharded over explicit mesh axes; call it inside jax.shard_map"
     return backend.why_not(call.operation, block)
 
 
 def _is_spread_by_xla(ctx: Any) -> bool:
-    """Whether a program is for several devices outside of ``shard_map``."""
+    """Whether a program runs on several devices outside of ``shard_map``."""
     context = ctx.module_context.axis_context
     if hasattr(context, "manual_axes"):
         return set(context.manual_axes) != set(context.mesh.axis_names)

@@ -2,7 +2,7 @@
 
 A kernel reads ``G`` once, in the patches of ``_mosaic_gpu_stream``. Each thread adds up products
 in its own registers. Sums across threads are taken once for many patches. Thread blocks get equal
-parts of the work, whatever the shape.
+parts of the work for every shape.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from mfac_jax.kernels._mosaic_gpu_stream import (
 )
 from mfac_jax.kernels.backends import Backend
 
-# Compute capabilities, from and below, that have the asynchronous copies and the 200 KiB of
-# shared memory that the kernels use. Blackwell for workstations (12.0) has half the memory.
+# The range of compute capabilities, without its end, that have the asynchronous copies and the
+# 200 KiB of shared memory that the kernels use. Blackwell for workstations (12.0) has half of it.
 _CAPABILITIES = (9.0, 11.0)
 
 # Thread blocks of a launch: two for each of the 132 multiprocessors of an H100 or H200. One
@@ -50,9 +50,9 @@ _CAPABILITIES = (9.0, 11.0)
 # multiprocessors runs them in turn.
 _BLOCKS = 264
 
-# Slabs whose products are added up in registers before the sums go to memory. The large number
-# keeps the traffic of the sums below 0.1 % of G. The small number is for blocks that would
-# otherwise leave fewer than _UNITS pieces of work for each thread block; some thread blocks
+# The number of slabs whose products are added up in registers before the sums go to memory. The
+# large number keeps the traffic of the sums below 0.1 % of G. The small number is for blocks that
+# would otherwise have fewer than _UNITS pieces of work for each thread block. Some thread blocks
 # would then be idle at the end.
 _SLABS = (32, 8)
 _UNITS = 16
@@ -79,13 +79,13 @@ def unsupported(shape: tuple[int, ...], dtype: DTypeLike) -> str | None:
 
 
 def _place(view: View, row: Array, where: Array) -> Int[Array, "2"]:
-    """Position of ``row`` in the view: row of the view (-1 for none), and which of its q rows."""
+    """Position of ``row``: the row of the view (-1 for none), and its number among the q rows."""
     line, which = div_rem(row, view.interleave)
     return jnp.stack([jnp.where(where, line, -1), which])
 
 
 def _find(view: View, place_ref: Any, row_block: Array) -> Array:
-    """Index in ``row_block`` of the row at ``place_ref``; outside 0 .. ROWS-1 if it has none."""
+    """Index in ``row_block`` of the row at ``place_ref``; outside 0 .. ROWS-1 if not in it."""
     which, group = div_rem(row_block, view.groups)
     here = (place_ref[0] >= 0) & (place_ref[1] == which)
     return jnp.where(here, place_ref[0] - group * ROWS, -1)
@@ -101,8 +101,8 @@ def _write(
 ) -> None:
     """Writes ``width`` columns of the new row, beginning at ``where``: tile, first column.
 
-    A thread writes single entries, because a row may start anywhere. The last piece is moved
-    back to end with the row. It writes some entries twice, with the same values.
+    A thread writes single entries, because a row may start anywhere. The last piece moves back so
+    that it ends with the row. It writes some entries twice, with the same values.
     """
     tile, column = where
     line, which = place_ref[0], place_ref[1]
@@ -122,7 +122,7 @@ def _write(
         return
     layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 
-    # Several pieces are in flight at once, because each has to come from memory first.
+    # Several pieces are in flight at once, because each must first arrive from memory.
     @loop(0, pl.cdiv(width, _PIECES * LANES))
     def _(i: Array) -> None:
         starts = [column + (i * _PIECES + j) * LANES for j in range(_PIECES)]
@@ -271,7 +271,7 @@ def combine(
     view = View.of(block.shape, block.dtype)
     units = view.t * view.slabs
     blocks = min(_BLOCKS, units)
-    # The operands of what is done to a sum before it is written.
+    # The operands of the epilogue, which runs before a sum is written.
     epilogue = {}
     if vector is not None:
         epilogue["vector"] = vector.astype(jnp.float32).reshape(view.row_shape)
@@ -358,7 +358,7 @@ _KERNELS: dict[str, Callable[..., Any]] = {"dots": dots, "write_row": write_row,
 
 
 def run(operation: str, operands: Mapping[str, Array], *, interpret: bool = False) -> Any:
-    """Runs a kernel on rows of any shape, whose axes are collapsed into one."""
+    """Runs a kernel on rows of any shape; their axes are collapsed into one."""
     block = operands["block"]
     shapes = {"block": _one_axis(block.shape), "vector": (block.shape[0], -1)}
     flat = {name: x.reshape(shapes.get(name, x.shape)) for name, x in operands.items()}
@@ -382,7 +382,7 @@ class _MosaicGpu(Backend):
             return f"it has no kernel for {operation}"
         try:
             devices = jax.local_devices(backend="cuda")
-        except RuntimeError:  # no GPU here: the program is for one that fits
+        except RuntimeError:  # no GPU here: the program is for a supported GPU
             devices = []
         for capability in [float(device.compute_capability) for device in devices]:
             if not _CAPABILITIES[0] <= capability < _CAPABILITIES[1]:

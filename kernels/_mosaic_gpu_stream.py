@@ -1,21 +1,21 @@
 """How gradients reach the registers of a GPU: a stream of patches.
 
-``G`` comes in *patches*. The copy engine (TMA) brings them into shared memory several steps
-ahead of their use. A patch is a *row block* (32 rows) by a *slab* (128 or 256 columns). Its
-entries are spread over the 128 threads of a thread block in *register tiles* of 32 by 128.
+The copy engine (TMA) moves ``G`` into shared memory in *patches*, several steps ahead of their
+use. A patch is a *row block* (32 rows) by a *slab* (128 or 256 columns). Its entries are spread
+over the 128 threads of a thread block in *register tiles* of 32 by 128.
 
-The copy engine needs rows that start at multiples of 16 bytes. Rows of a lone tile of ``G`` need
-not do so. But for some ``q <= 8``, ``q`` rows together take a multiple of 16 bytes, and a copy
-may start at any column. So the copy engine sees ``G`` as ``(m / q, q k)``, and a row block is
-every ``q``-th row. Where ``q`` does not divide ``m``, it sees ``G`` as one flat array and copies
-each row of a patch separately. In both views a patch at the end of a row runs on into the next
-row, and the kernel masks what lies there. A copy from beyond the end of an axis brings zeros.
+The copy engine needs rows that start at multiples of 16 bytes. The rows of a single tile of ``G``
+need not start there. But for some ``q <= 8``, ``q`` rows together take a multiple of 16 bytes, and
+a copy may start at any column. The copy engine therefore sees ``G`` as ``(m / q, q k)``, and a row
+block is every ``q``-th row. If ``q`` does not divide ``m``, it sees ``G`` as one flat array and
+copies each row of a patch separately. In both views a patch at the end of a row also covers a part
+of the next row, which the kernel masks. A copy beyond the end of an axis yields zeros.
 
 This holds for copies *from* global memory, which carry a descriptor of the array. Mosaic turns a
 contiguous copy *to* global memory into a plain one (``cp.async.bulk``). The hardware cuts that
-copy at the end of the array, not of a tile, and moves whole pieces of 16 bytes. So the array that
-a kernel writes is as wide as a whole number of copies, and the columns beyond the last one are cut
-off afterwards.
+copy at the end of the array, not of a tile, and moves whole pieces of 16 bytes. The width of an
+array that a kernel writes is therefore a whole number of copies. The surplus columns are cut off
+afterwards.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-# Patches in flight. Six of 16 KiB take 100 KiB, the largest number that leaves room for two
-# thread blocks on a multiprocessor (227 KiB). By Little's law, 4.8 TB/s at a latency of 1 us
-# need 36 KiB on each multiprocessor.
+# The number of patches in flight. Six patches of 16 KiB take 100 KiB, the largest size that leaves
+# room for two thread blocks on a multiprocessor (227 KiB). By Little's law, 4.8 TB/s at a latency
+# of 1 us need 36 KiB on each multiprocessor.
 _STAGES = 6
 
-# Rows of a patch. A piece of v comes with every patch, so fewer rows would add to the traffic
-# from the L2 cache (3 to 6 % of it at 32). More rows would need more registers for the sums.
+# Rows of a patch. Every patch needs a piece of v, so fewer rows would add to the traffic from the
+# L2 cache (3 to 6 % of it at 32). More rows would need more registers for the sums.
 ROWS = 32
 
 # Bytes of a row of a patch: 128 float32 or 256 bfloat16, the largest that one copy can move.
@@ -49,9 +49,8 @@ _SLAB_BYTES = 512
 
 LANES = 128  # columns of a register tile: four for each of the 32 threads of a warp
 
-# The threads of a warp lie along a row and have four columns each, which gives accesses of 16
-# bytes without bank conflicts. Each of the four warps has eight rows, so the sum along a row
-# stays in a warp.
+# The threads of a warp lie along a row. Each has four columns, so accesses take 16 bytes without
+# bank conflicts. Each of the four warps has eight rows, so the sum along a row stays in a warp.
 LAYOUT = plgpu.Layout.TILED(
     plgpu.Tiling(((ROWS, LANES), (ROWS // 4, LANES), (4,))),
     warp_dims=(-5,),
@@ -91,28 +90,28 @@ class View:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Shape of a row; the copy engine takes no axis of length 1."""
+        """Shape of a row; the copy engine does not accept an axis of length 1."""
         return (self.k,) if self.t == 1 else (self.t, self.k)
 
     @property
     def written_shape(self) -> tuple[int, ...]:
-        """Shape of a row that a kernel writes: whole pieces of ``LANES`` columns."""
+        """Shape of a row that a kernel writes, in whole pieces of ``LANES`` columns."""
         width = pl.cdiv(self.k, LANES) * LANES
         return (width,) if self.t == 1 else (self.t, width)
 
     @property
     def bleeds(self) -> bool:
-        """Whether a patch at the end of a row may hold more than zeros beyond it."""
+        """Whether a patch at the end of a row may hold entries of another row."""
         return self.flat or self.interleave > 1
 
     @property
     def slabs(self) -> int:
-        """Slabs of a tile."""
+        """The number of slabs in a tile."""
         return pl.cdiv(self.k, self.slab)
 
     @property
     def groups(self) -> int:
-        """Row blocks of each of the ``q`` interleaved sets of rows."""
+        """The number of row blocks in each of the ``q`` interleaved sets of rows."""
         return pl.cdiv(self.m // self.interleave, ROWS)
 
     @property
@@ -121,7 +120,7 @@ class View:
 
     @property
     def copies(self) -> int:
-        """Number of copies that bring one patch."""
+        """The number of copies for one patch."""
         return ROWS if self.flat else 1
 
     def copy(
@@ -153,12 +152,12 @@ class View:
         return row_ref.at[part] if self.t == 1 else row_ref.at[tile, part]
 
     def by_row(self, values: Float[Array, " rows"]) -> Float[Array, " m"]:
-        """Takes values from the order of row blocks to that of rows."""
+        """Reorders values from the order of row blocks to the order of rows."""
         parts = values.reshape(self.interleave, self.groups * ROWS)
         return parts[:, : self.m // self.interleave].T.reshape(self.m)
 
     def by_row_block(self, values: Float[Array, " m"]) -> Float[Array, " rows"]:
-        """Takes values from the order of rows to that of row blocks; zeros where no row is."""
+        """Inverse of :meth:`by_row`, with zeros for missing rows."""
         parts = values.reshape(self.m // self.interleave, self.interleave).T
         rest = self.groups * ROWS - parts.shape[1]
         return jnp.pad(parts, ((0, 0), (0, rest))).reshape(-1)
@@ -214,7 +213,7 @@ def parts(view: View) -> list[Any]:
 class Stream:
     """Patches of ``G``, each with a piece of a vector, fetched ahead of their use.
 
-    ``locate(step)`` returns the position of the patch, as :meth:`View.copy` takes it, and the
+    ``locate(step)`` returns the position of the patch, in the form of :meth:`View.copy`, and the
     piece.
     """
 
@@ -266,7 +265,7 @@ def share(total: int, blocks: int) -> tuple[Array, Array]:
 
 
 def share_of(block: Array, total: int, blocks: int) -> tuple[Array, Array]:
-    """The pieces of one of ``blocks`` thread blocks; the first ones get one piece more.
+    """The pieces of one of ``blocks`` thread blocks; the first ones get one more piece.
 
     No product is larger than ``total``, so nothing overflows.
     """
@@ -284,7 +283,7 @@ def launch(
     interpret: bool,
 ) -> Callable[..., Any]:
     def scoped(*refs: Any) -> None:
-        with jax.enable_x64(False):  # indices are of 32 bits
+        with jax.enable_x64(False):  # indices have 32 bits
             pl.run_scoped(functools.partial(body, *refs), *scratch)
 
     # jax 0.10 has no InterpretGPUParams.

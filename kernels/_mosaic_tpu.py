@@ -1,4 +1,4 @@
-"""The backend for TPUs: the scans and the block inverse, and what each can work on."""
+"""The backend for TPUs: the scans and the block inverse, and the limits of each."""
 
 from __future__ import annotations
 

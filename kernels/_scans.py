@@ -1,4 +1,4 @@
-"""What the rest of the library calls: each operation with its choice of implementation."""
+"""The operations that the rest of the library calls, each with its choice of implementation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax.kernels import _dispatch, _xla, backends
 
-# By default a scan of fewer entries is plain XLA: 16 MiB of float32 stay in the second-level
-# cache of a GPU from one step to the next, so there is no bandwidth to gain. Not measured. For
-# TPUs it is the same number for want of a better one.
+# By default a scan of fewer entries runs in plain XLA: 16 MiB of float32 stay in the second-level
+# cache of a GPU from one step to the next, so there is no bandwidth to gain. The number is not
+# measured. TPUs use the same number for lack of a better one.
 MIN_ENTRIES = 2**22
 
 
@@ -27,7 +27,7 @@ def dots(
 
     Args:
         block: ``G``.
-        vector: ``v``, cut into tiles as the rows are.
+        vector: ``v``, cut into tiles like the rows.
         implementation: one of :func:`mfac_jax.kernels.backends.names`; by default the best
             one on each platform.
 
@@ -35,9 +35,9 @@ def dots(
         ``G v``, in the accumulation dtype.
 
     Raises:
-        ValueError: there is no such implementation, or it cannot work on this block.
+        ValueError: there is no such implementation, or it does not support this block.
         NotImplementedError: the program is compiled for a platform that the implementation
-            is not for.
+            does not support.
 
     Example:
         >>> import jax.numpy as jnp
@@ -59,16 +59,16 @@ def write_row(
 ) -> tuple[Float[Array, "t m *shape"], Float[Array, " m"]]:
     """Writes ``vector`` into ``row`` and returns the block and that row's ``G g``.
 
-    The dot products are those of the row as it is stored, so a low-precision block and its
-    Gram matrix describe the same gradients. The old contents of the row, perhaps NaN, have
-    no part in them.
+    The dot products use the row as it is stored, so a low-precision block and its Gram matrix
+    describe the same gradients. They do not depend on the old contents of the row, which may be
+    NaN.
 
     Args:
         block: ``G``.
-        row: number of the row, 0 to m - 1. A number outside is moved to the nearest row,
-            because a kernel would write outside of the block.
-        vector: ``g``, cut into tiles as the rows are.
-        where: if false, the block comes back as it was and the dot products mean nothing.
+        row: the number of the row, 0 to m - 1. A number out of range is moved to the nearest
+            row, because a kernel would write outside of the block.
+        vector: ``g``, cut into tiles like the rows.
+        where: if false, the block is unchanged and the dot products have no meaning.
         implementation: as in :func:`dots`.
 
     Returns:
@@ -107,8 +107,8 @@ def combine(
         block: ``G``.
         coefficients: ``c``.
         vector: ``v``; without it the result is ``G^T c`` times ``scale``.
-        scale: factor of the result, 1 by default.
-        dtype: dtype of the result; the accumulation dtype by default.
+        scale: the factor of the result; 1 by default.
+        dtype: the dtype of the result; the accumulation dtype by default.
         implementation: as in :func:`dots`.
 
     Returns:
@@ -155,8 +155,8 @@ def block_inverse_diagonal(
     Args:
         batch: ``G_b``, the gradients of b blocks of B coordinates.
         damping: ``lambda > 0``.
-        plain: the same function of ``batch`` and ``damping`` in ``jax.numpy``, which runs where
-            no kernel can. Programs are cached by it, so every call needs the same object.
+        plain: the same function of ``batch`` and ``damping`` in ``jax.numpy``. It runs if no
+            kernel can. It is a key of the cache of programs, so every call needs the same object.
         implementation: as in :func:`dots`.
 
     Returns:

@@ -1,18 +1,18 @@
 """The scans as Pallas kernels for TPUs.
 
-Memory bandwidth limits all three. A block passes once through VMEM, tile by tile. The vector
-unit multiplies and adds in float32 while the next tile arrives. Sums stay in vector lanes, so
-they are as accurate as a sum of ``d / 128`` terms. One reduction over the lanes comes last.
+Memory bandwidth limits all three kernels. A block passes once through VMEM, tile by tile. The
+vector unit multiplies and adds in float32 while the next tile arrives. Sums stay in vector lanes,
+so they are as accurate as a sum of ``d / 128`` terms. The reduction over the lanes comes last.
 
-Where a tile reaches over the end of the block it holds whatever memory held, perhaps NaN. A
-select takes these entries out of every product.
+A tile may extend beyond the end of the block. The entries there are undefined, perhaps NaN. A
+select removes them from every product.
 
-The kernels read a block row by row. XLA lays an array out by columns where that needs less
-padding, that is when m is a multiple of 128 and k is not. It then copies the whole block for
-each kernel. Tiles of a multiple of 128 columns avoid this.
+The kernels read a block row by row. XLA lays an array out by columns if that needs less padding,
+which is the case if m is a multiple of 128 and k is not. It then copies the whole block for each
+kernel. Tiles of a multiple of 128 columns avoid this.
 
-Vectors go in and come out as float32 (t, 1, k). In memory this is the vector of all t k numbers,
-so neither needs a copy. Narrower numbers would be padded to 4 bytes.
+Vectors are passed and returned as float32 (t, 1, k). In memory this is the vector of all t k
+numbers, so no copy is needed. Narrower numbers would be padded to 4 bytes.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 _LANES = 128
 
-# A tile of dots and write_row. 256 x 2,048 float32 numbers are 2 MiB, and 4 MiB with the next
-# tile, which is a quarter of the VMEM that a kernel may use. 8 rows of a tile lie together in HBM
+# A tile of dots and write_row. 256 x 2,048 float32 numbers take 2 MiB, and 4 MiB with the next
+# tile. That is a quarter of the VMEM that a kernel may use. 8 rows of a tile lie together in HBM
 # and take 64 KiB, long enough for a DMA at full bandwidth.
 _DOTS_ROWS = 256
 _DOTS_COLUMNS = 2048
 
-# A tile of combine, of the same size. It is tall, so that the coefficients of a window of the
-# usual size are loaded once.
+# A tile of combine, of the same size. It is tall, so the coefficients of a window of the usual size
+# are loaded once.
 _COMBINE_ROWS = 512
 _COMBINE_COLUMNS = 1024
 
@@ -49,7 +49,7 @@ _GROUP = 64
 
 
 def unsupported(shape: tuple[int, ...], dtype: DTypeLike) -> str | None:
-    """Why these scans cannot run on a block of this shape and dtype, or None."""
+    """Why these kernels cannot scan a block of ``shape`` and ``dtype``; None if they can."""
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"the TPU kernels need float32 or bfloat16 gradients, got {dtype.name}"
@@ -96,12 +96,12 @@ def write_row(
 ) -> tuple[Float[Array, "t m k"], Float[Array, " m"]]:
     """Writes ``vector`` into ``row`` in place and returns the block and that row's ``G g``.
 
-    HBM holds rows in groups of a vector register's sublanes: 8 in float32, 16 in bfloat16. So
-    the kernel writes back the whole group of ``row``.
+    HBM holds rows in groups, as many as a vector register has sublanes: 8 in float32, 16 in
+    bfloat16. The kernel therefore writes back the whole group of ``row``.
     """
     count, m, width = block.shape
     row, where = row.astype(jnp.int32), where.astype(jnp.int32)
-    # XLA may drop a conversion to the block's dtype and back, but not this.
+    # XLA may drop a conversion to the block's dtype and back, but not reduce_precision.
     stored = jnp.finfo(block.dtype)
     vector = lax.reduce_precision(vector.astype(jnp.float32), stored.nexp, stored.nmant)
     block, row, vector, where = _vary_alike(block, row, vector, where)
@@ -114,9 +114,9 @@ def write_row(
         block = jnp.pad(block, tail, constant_values=jnp.nan)
 
     def written(i: Array, t: Array, k: Array, state: jax.Ref) -> tuple[Array, Array, Array]:
-        # A piece of the group is sent back when the index names another one. So the index is
-        # the first piece until the kernel reaches the group's rows, and the last piece after
-        # them. Every piece is written.
+        # A piece of the group is written back when the index names another piece. So the index
+        # names the first piece until the kernel reaches the group's rows, and the last piece
+        # after them. Every piece is written.
         home = lax.div(state[0], rows)
 
         def clamp(index: Array, last: int) -> Array:
@@ -197,7 +197,7 @@ def combine(
 
 
 def _sublanes(dtype: DTypeLike) -> int:
-    """Rows that one vector register holds."""
+    """The number of rows that one vector register holds."""
     return 32 // jnp.dtype(dtype).itemsize
 
 
@@ -206,13 +206,13 @@ def _round_up(length: int, multiple: int) -> int:
 
 
 def _tile(block: Float[Array, "t m k"], rows: int, columns: int) -> tuple[int, int]:
-    """Shape of a tile: at most this many rows and columns, fewer for a small block."""
+    """The shape of a tile: at most this many rows and columns, fewer for a small block."""
     _, m, width = block.shape
     return min(rows, _round_up(m, _sublanes(block.dtype))), min(columns, _round_up(width, _LANES))
 
 
 def _call(kernel: Callable[..., None], *, interpret: bool, **options: Any) -> Callable[..., Any]:
-    """``pl.pallas_call`` with indices of 32 bits; in the simulator if ``interpret``."""
+    """``pl.pallas_call`` with indices of 32 bits, in the simulator if ``interpret`` is true."""
     simulator = pltpu.InterpretParams() if interpret else False
 
     def run(*operands: Shaped[Array, "..."]) -> Any:
@@ -223,7 +223,7 @@ def _call(kernel: Callable[..., None], *, interpret: bool, **options: Any) -> Ca
 
 
 def _vary_alike(*arrays: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."], ...]:
-    """The arrays, made to vary over every mesh axis that one of them varies over."""
+    """The arrays, made to vary over every mesh axis over which one of them varies."""
     axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     union = frozenset[str]().union(*axes)
     return tuple(
@@ -235,7 +235,7 @@ def _vary_alike(*arrays: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."], ..
 def _like(
     array: Shaped[Array, "..."], shape: tuple[int, ...], dtype: DTypeLike
 ) -> jax.ShapeDtypeStruct:
-    """A result that varies over the mesh axes that ``array`` varies over."""
+    """A result that varies over the same mesh axes as ``array``."""
     mesh_axes = jax.typeof(array).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=mesh_axes)
 
@@ -250,7 +250,7 @@ def _add_tile(
 ) -> None:
     """Adds the products of a tile to the sums of its rows; the last tile writes the sums out.
 
-    ``new_row`` is an index in the tile. The vector takes the place of that row.
+    ``new_row`` is an index in the tile. The vector replaces that row.
     """
     rows, columns = g_ref.shape
     group = math.gcd(rows, _GROUP)
@@ -343,7 +343,7 @@ def _combine_kernel(
     def _() -> None:
         acc[...] = jnp.zeros_like(acc)
 
-    # Coefficients come along lanes. Each row needs its own in every lane.
+    # The coefficients lie along lanes. Each row needs its coefficient in every lane.
     c_rows[...] = jnp.broadcast_to(c_ref[...], (_LANES, c_ref.shape[1])).T
     sublane = lax.broadcasted_iota(jnp.int32, acc.shape, 0) + i * rows
 

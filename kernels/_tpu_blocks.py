@@ -1,8 +1,8 @@
 """The block-diagonal inverse as a Pallas kernel for TPUs; every block is inverted on chip.
 
-The kernel reads the gradients ``G_b`` (n, B) of a block of B coordinates once and writes the B
-numbers that are asked for. The matrix unit forms a matrix of the cheaper side. Elimination turns
-it into ``L D L^T``, where L has a diagonal of ones:
+The kernel reads the gradients ``G_b`` (n, B) of a block of B coordinates once and writes B
+results. The matrix unit forms the matrix of the cheaper side, n or B. Elimination factors it as
+``L D L^T``, where L has a diagonal of ones:
 
     B <= n:  F_b = lambda I + G_b^T G_b / n,    W = L^-1,      F_b^-1 = W^T D^-1 W
     B > n:   A_b = n lambda I + G_b G_b^T,      W = L^-1 G_b,  F_b^-1 = (I - W^T D^-1 W) / lambda
@@ -27,7 +27,7 @@ from mfac_jax.kernels._tpu import _LANES, _call, _like, _vary_alike
 _SUBLANES = 16  # of bfloat16; float32 has half as many
 
 # Columns in VMEM at a time: four blocks of 128 or two of 256, whose sweeps hide one another's
-# latency. 1,024 gradients of 512 float32 numbers, and as many in flight, are 4 MiB. A matrix of
+# latency. 1,024 gradients of 512 float32 numbers, and as many in flight, take 4 MiB. A matrix of
 # 256 x 256 fills all vector registers.
 _COLUMNS = 512
 _MAX_ROWS = 1024
@@ -35,7 +35,7 @@ _MAX_SIZE = 256
 
 
 def unsupported(shape: tuple[int, ...], dtype: DTypeLike) -> str | None:
-    """Why these kernels cannot invert blocks (b, n, B) of this dtype, or None if they can."""
+    """Why these kernels cannot invert blocks (b, n, B) of this dtype; None if they can."""
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"the TPU kernels need float32 or bfloat16 gradients, got {dtype.name}"
@@ -75,8 +75,8 @@ def _run(
 ) -> Float[Array, "b B"]:
     count, n, size = batch.shape
     d = count * size
-    # The kernel reads blocks side by side, as the gradients lie in memory. XLA cancels this
-    # transposition against the one that made the batch.
+    # The kernel reads blocks side by side, which is the memory order of the gradients. XLA cancels
+    # this transposition against the one that made the batch.
     matrix = jnp.moveaxis(batch, 0, 1).reshape(n, d)
     columns = min(_COLUMNS, d)
     rows = -(-n // _SUBLANES) * _SUBLANES

@@ -3,7 +3,7 @@
 Accuracy decides their form. A matrix-vector product on the CPU adds up a row in one long
 chain; its relative error is 2e-6 at d = 270,000 and 3e-4 at 5 million. A block in tiles is one
 batched product of short chains, which is as fast and accurate to 5e-8. A block of one wide tile
-(a large parameter of its own) is multiplied elementwise and added up in lanes.
+(a single large parameter) is multiplied elementwise and added up in lanes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from jaxtyping import Array, Bool, Float, Int
 # (measured on two CPU cores: 2,048 to 8,192 within 5 %).
 MAX_TILE = 8192
 
-# A triangular product is cut into up to four panels of rows, which leaves 10/16 of the
-# operations. A symmetric product is cut into halves. Fewer rows than _MIN_ROWS leave a matrix
-# unit idle.
+# A triangular product is cut into at most four panels of rows, which takes 10/16 of the operations.
+# A symmetric product is cut into halves. Fewer rows than _MIN_ROWS leave a matrix unit idle.
 _PANELS = 4
 _MIN_ROWS = 128
 
-# Rows that one product of combine adds up. Against its full bandwidth, a CPU reads 64 to 128
-# rows at a time 4 % slower, and 512 or all 1,024 rows 20 to 30 % slower (measured on two cores).
+# The number of rows that one product of combine adds up. Compared with its full bandwidth, a CPU
+# reads 64 to 128 rows at a time 4 % slower, and 512 or all 1,024 rows 20 to 30 % slower (measured
+# on two cores).
 _ROWS_OF_A_SUM = 128
 
-# Number of chunks into which a GPU cuts a product. Its temporary arrays, at most a copy of a
+# The number of chunks into which a GPU cuts a product. Its temporary arrays, at most a copy of a
 # chunk and the chunk's image, then take less than 20 % of the memory of the gradients (as
 # compiled for an H200). A chunk takes two to five launches.
 _CHUNKS = 16
@@ -51,7 +51,7 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def _zeros(block: Array, shape: tuple[int, ...]) -> Array:
-    """Zeros to which products of ``block`` are added; under ``shard_map`` they vary as it does."""
+    """Zeros for sums of products of ``block``; under ``shard_map`` they vary like ``block``."""
     return jnp.zeros_like(block, shape=shape, dtype=accumulation_dtype(block.dtype))
 
 
@@ -60,7 +60,7 @@ def _matrices(block: Float[Array, "t m *shape"]) -> Float[Array, "t m k"]:
 
 
 def _has_explicit_axes(block: Array) -> bool:
-    """Whether the type spreads the block over a mesh; a dot_general would want it repeated."""
+    """Whether the type spreads the block over a mesh; a dot_general would replicate it."""
     return any(part is not None for part in jax.typeof(block).sharding.spec)
 
 
@@ -75,8 +75,8 @@ def dots(block: Float[Array, "t m *shape"], vector: Float[Array, "t *shape"]) ->
         contract = (axes, tuple(axis - 1 for axis in axes))
         parts = lax.dot_general(block, vector, (contract, ((0,), (0,))), precision="highest")
     else:
-        # One fused loop widens on the fly; a dot_general would first make a wide copy. It may
-        # also run over columns that an explicit mesh axis spreads.
+        # One fused loop widens on the fly; a dot_general would first make a wide copy. The loop
+        # may also run over columns that an explicit mesh axis spreads.
         parts = jnp.sum(block.astype(acc) * vector[:, None], axis=axes)
     return jnp.sum(parts, axis=0)
 
@@ -104,7 +104,7 @@ def combine(
 def _combine_by_parts(
     block: Float[Array, "t m *shape"], weights: Float[Array, " m"]
 ) -> Float[Array, "t *shape"]:
-    """``G^T c`` as one batched product, a group of rows in each."""
+    """``G^T c`` as one batched product over groups of rows."""
     t, m = block.shape[:2]
     rows = next(r for r in range(min(m, _ROWS_OF_A_SUM), 0, -1) if m % r == 0)
     rows = rows if 2 * rows > _ROWS_OF_A_SUM else m
@@ -128,10 +128,10 @@ def combine_at_once(
 ) -> Float[Array, "t *shape"]:
     """``G^T c`` as one batched product of all rows, for a GPU.
 
-    On a GPU, XLA makes it a fused loop, or a matrix product that widens what it reads under
-    ``vmap`` over the weights. Products of groups of rows, and sums under that ``vmap``, would
-    first make a transposed copy of the block. (XLA may still store the elementwise product of
-    a block of 2 MiB, which stays in the GPU's cache.)
+    On a GPU, XLA compiles it to a fused loop. Under ``vmap`` over the weights, it compiles to a
+    matrix product that widens its input as it reads. Products of groups of rows, and sums under
+    that ``vmap``, would first make a transposed copy of the block. (XLA may still store the
+    elementwise product of a block of 2 MiB, which stays in the GPU's cache.)
     """
     repeated = jnp.broadcast_to(weights, block.shape[:2])
     contract = (((1,), (1,)), ((0,), (0,)))
@@ -146,8 +146,8 @@ def write_row(
 ) -> tuple[Float[Array, "t m *shape"], Float[Array, " m"]]:
     """Writes ``vector`` into ``row`` and returns the block and that row's ``G g``.
 
-    Where ``where`` is false the block is unchanged and the dot products mean nothing. The dot
-    products are those of the row as it is stored.
+    If ``where`` is false, the block is unchanged and the dot products have no meaning. The dot
+    products use the row as it is stored.
     """
     block = set_row(block, row, vector, where)
     return block, dots(block, vector.astype(block.dtype))
@@ -159,7 +159,7 @@ def set_row(
     vector: Float[Array, "t *shape"],
     where: Bool[Array, ""],
 ) -> Float[Array, "t m *shape"]:
-    """The block with ``vector`` in ``row`` if ``where`` is true, else the block."""
+    """The block, with ``vector`` in ``row`` if ``where`` is true."""
     stored = vector.astype(block.dtype)
 
     def write(block: Array) -> Array:
@@ -184,11 +184,11 @@ def gram(
 ) -> Float[Array, "m m"]:
     """``G G^T``, or ``G_S G_S^T`` over the coordinates where ``mask`` is true.
 
-    Only the lower half is computed where that saves time.
+    Only the lower half is computed if that saves time.
 
     Args:
         block: ``G``.
-        mask: cut into tiles as the rows are; all coordinates by default.
+        mask: the mask, cut into tiles like the rows; all coordinates by default.
 
     Returns:
         The Gram matrix, in the accumulation dtype.
@@ -220,7 +220,7 @@ def _gram_by_tiles(
 
 
 def _lower_parts(start: int, end: int) -> list[tuple[slice, slice]]:
-    """Rows and columns of the products that make up the lower half of ``G G^T``.
+    """Rows and columns of the products that form the lower half of ``G G^T``.
 
     The products are square, and the two halves of the diagonal are cut again. Panels of rows
     as wide as the triangle take a tenth longer at m = 512 (measured on two CPU cores).
@@ -240,7 +240,7 @@ def transform(
     Args:
         block: ``G``.
         matrix: ``M``.
-        lower: ``M`` is square and lower triangular, which saves time.
+        lower: whether ``M`` is square and lower triangular, which saves time.
 
     Returns:
         The image of the rows; a block of k rows.
@@ -259,7 +259,8 @@ def _transform_by_tiles(
     acc = accumulation_dtype(block.dtype)
     tiles = _matrices(block)
 
-    # Each panel is written to its final place. Joining the panels first would copy them twice.
+    # Each panel is written to its final place. Concatenating the panels first would copy them
+    # twice.
     def write(t: Int[Array, ""], image: Array) -> Array:
         tile = lax.dynamic_index_in_dim(tiles, t, keepdims=False).astype(acc)
         for start, panel in _panels(matrix, tile, lower):
@@ -324,7 +325,10 @@ def _panel_ends(m: int) -> list[tuple[int, int]]:
 def _panels(
     matrix: Float[Array, "k m"], tile: Float[Array, "m t"], lower: bool
 ) -> list[tuple[int, Float[Array, "_ t"]]]:
-    """The product in panels of rows, each with its first row; one panel unless ``lower``."""
+    """The product in panels of rows, each with the number of its first row.
+
+    There is one panel unless ``lower`` is true.
+    """
     if not lower:
         return [(0, jnp.dot(matrix, tile, precision="highest"))]
     return [
@@ -341,17 +345,17 @@ def _scan_tiles(
 ) -> tuple[Any, list[Array]]:
     """Scans ``step(carry, tile, parts) -> (carry, outputs)`` over the tiles of a block.
 
-    A tile is (m, k) in the accumulation dtype; only one is wide at a time. ``parts`` are the
-    pieces of ``vectors``, (t, *shape), at the columns of the tile. An output is (k,) for each
-    tile and comes back as (t, *). A block of one wide tile is cut into tiles, whose outputs are
-    joined.
+    A tile is (m, k) in the accumulation dtype; only one tile is widened at a time. ``parts`` are
+    the pieces of ``vectors``, (t, *shape), at the columns of the tile. An output is (k,) for each
+    tile; the outputs of all tiles are returned as (t, *). A block of one wide tile is cut into
+    tiles, and their outputs are concatenated.
     """
     acc = accumulation_dtype(block.dtype)
     count = block.shape[0]
     matrices = _matrices(block)
     flat = [vector.reshape(count, -1) for vector in vectors]
     if count > 1:
-        # The loop takes a tile by its number. A scan over the tiles themselves copies each one
+        # The loop reads a tile by its number. A scan over the tiles themselves copies each tile
         # once more (15 % of a gram's time).
         def body(carry: Any, t: Int[Array, ""]) -> tuple[Any, list[Array]]:
             tile, *parts = (
@@ -380,9 +384,9 @@ def _scan_tiles(
     return carry, [jnp.concatenate(parts, axis=1) for parts in zip(*outputs, strict=True)]
 
 
-# On a GPU the host starts every round of a loop, of which a large model has thousands. So a GPU
-# gets one batched product of many tiles. It computes both halves of a symmetric or triangular
-# product: to save one, XLA would copy slices across the rows.
+# On a GPU the host starts every round of a loop, and a large model has thousands of rounds. A GPU
+# therefore gets one batched product of many tiles. It computes both halves of a symmetric or
+# triangular product: to save one half, XLA would copy slices across the rows.
 
 
 def gram_by_chunks(
@@ -440,7 +444,7 @@ def column_square_sums_by_chunks(
 
 
 def _images(tiles: Float[Array, "c m k"], matrix: Float[Array, "j m"]) -> Float[Array, "c j k"]:
-    """``M G`` of every tile. ``M`` is repeated; otherwise XLA would transpose the tiles."""
+    """``M G`` for every tile. ``M`` is repeated; otherwise XLA would transpose the tiles."""
     repeated = jnp.broadcast_to(matrix, (tiles.shape[0], *matrix.shape))
     return jnp.matmul(repeated, tiles.astype(matrix.dtype), precision="highest")
 
@@ -451,7 +455,8 @@ def _chunk_by_chunk(
     """All values of ``carry = step(carry, start, tiles, *parts)`` over a few chunks of tiles.
 
     ``tiles`` are (c, m, k), beginning with tile ``start``. ``parts`` are the pieces of
-    ``vectors``, (t, *shape), at their columns. A block of one wide tile is cut into tiles.
+    ``vectors``, (t, *shape), at the columns of these tiles. A block of one wide tile is cut into
+    tiles.
     """
     count = block.shape[0]
     arrays = [_matrices(block), *(vector.reshape(count, -1) for vector in vectors)]
@@ -467,7 +472,7 @@ def _chunk_by_chunk(
         chunks.append((tiles, lambda array: array[..., tiles * MAX_TILE :]))
     carries = []
     for start, chunk in chunks:
-        # A chunk waits for the one before. Side by side, all of them would be in memory.
+        # A chunk waits for the previous one. Otherwise all chunks could be in memory at once.
         arrays, carry = lax.optimization_barrier((arrays, carry))
         carry = step(carry, start, *map(chunk, arrays))
         carries.append(carry)

@@ -1,11 +1,11 @@
-"""Which kernels there are: for each platform, backends in the order in which they are tried.
+"""The registry of kernels: for each platform, backends in the order in which they are tried.
 
 A backend is a set of kernels for one platform. It knows its own limits: devices, shapes and
-dtypes. When a program is lowered, the first backend of the platform that can do an operation
-does it; if none can, the plain form in ``jax.numpy`` does.
+dtypes. When a program is lowered, the first backend of the platform that supports an operation
+runs it. If none does, the plain form in ``jax.numpy`` runs.
 
 A new backend is one module with an object ``BACKEND`` and one line in ``_MODULES``. Outside of
-this package it is an object that :func:`register` takes.
+this package it is an object that you pass to :func:`register`.
 """
 
 from __future__ import annotations
@@ -28,35 +28,36 @@ class Backend(abc.ABC):
     """Kernels for one platform.
 
     Attributes:
-        needs: what they run on, as in "an NVIDIA GPU"; for error messages.
+        needs: the device that the kernels need, such as "an NVIDIA GPU"; for error messages.
     """
 
     needs: str
 
     @abc.abstractmethod
     def why_not(self, operation: str, block: jax.core.ShapedArray) -> str | None:
-        """Why the backend cannot do an operation on gradients of this type.
+        """Why the backend does not support an operation on gradients of this type.
 
         Args:
-            operation: name of a function of :mod:`mfac_jax.kernels`: ``"dots"``,
+            operation: the name of a function of :mod:`mfac_jax.kernels`: ``"dots"``,
                 ``"write_row"``, ``"combine"``, ``"block_inverse_diagonal"`` or ``"block_ihvp"``.
-            block: shape and dtype of the operation's first argument.
+            block: the shape and dtype of the operation's first argument.
 
         Returns:
-            The reason, a clause that may follow "cannot run:"; ``None`` if it can.
+            The reason, a clause that follows "cannot run:"; ``None`` if the backend supports the
+            operation.
         """
 
     @abc.abstractmethod
     def run(self, operation: str, operands: Mapping[str, Array]) -> Any:
-        """Does the operation; called while a program is lowered.
+        """Runs the operation; called while a program is lowered.
 
         Args:
-            operation: as in :meth:`why_not`, which has returned ``None`` for it.
-            operands: the arrays of the operation by the names of its arguments. Arguments
-                that are ``None`` are left out.
+            operation: an operation for which :meth:`why_not` returns ``None``.
+            operands: the arrays of the operation, by the names of its arguments. Arguments
+                that are ``None`` are missing.
 
         Returns:
-            What the function of that name returns, in the same shapes and dtypes.
+            The result of the function of that name, in the same shapes and dtypes.
         """
 
 
@@ -69,26 +70,28 @@ _registry: dict[str, _Entry] = {}
 
 
 def register(name: str, platform: str, load: Callable[[], Backend]) -> None:
-    """Adds a backend, which is tried after those that the platform already has.
+    """Adds a backend. It is tried after the backends that the platform already has.
 
-    Register it before the first program is traced: programs that are compiled stay as they are.
+    Register it before the first program is traced: compiled programs do not change.
 
     Args:
-        name: what ``implementation=`` calls it.
-        platform: platform of JAX that it has kernels for, such as ``"cuda"``.
-        load: returns the backend. It is called when the backend is first needed, so that
-            programs for other platforms import none of its modules.
+        name: the name of the backend for ``implementation=``.
+        platform: the platform of JAX that the kernels are for, such as ``"cuda"``.
+        load: returns the backend. It is called when the backend is first needed, so programs
+            for other platforms import none of its modules.
 
     Raises:
-        ValueError: there is an implementation of this name.
+        ValueError: an implementation of this name exists already.
     """
     if name in names():
-        raise ValueError(f"name must be that of no implementation yet; got {name!r}.")
+        raise ValueError(
+            f"name must be new: there is an implementation of this name; got {name!r}."
+        )
     _registry[name] = _Entry(platform, functools.cache(load))
 
 
 def names() -> tuple[str, ...]:
-    """Every name that ``implementation=`` takes: ``"xla"`` is the plain form."""
+    """Every name that ``implementation=`` accepts; ``"xla"`` is the plain form."""
     return (PLAIN, *_registry)
 
 
@@ -113,17 +116,17 @@ def for_platform(platform: str) -> list[Backend]:
 
 
 def check_implementation(implementation: Any) -> None:
-    """Checks that ``implementation`` is ``None`` or the name of one.
+    """Checks that ``implementation`` is ``None`` or the name of an implementation.
 
     Raises:
-        ValueError: it is not.
+        ValueError: there is no such implementation.
     """
     if implementation is not None and implementation not in names():
         known = ", ".join(map(repr, names()))
         raise ValueError(f"implementation must be None or one of {known}; got {implementation!r}.")
 
 
-# Imported when a backend is first needed: a program for a CPU imports nothing of Pallas.
+# A module is imported when its backend is first needed: a program for a CPU does not import Pallas.
 _MODULES = {
     "mosaic_gpu": ("cuda", "_mosaic_gpu"),
     "mosaic_tpu": ("tpu", "_mosaic_tpu"),

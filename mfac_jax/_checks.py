@@ -1,4 +1,4 @@
-"""Checks of static arguments. Every message says what was expected and what was given."""
+"""Checks of static arguments. Every error says what was expected and what the caller gave."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def non_negative_int(value: Any, name: str) -> int:
 
 
 def positive_scalar(value: Any, name: str) -> None:
-    """Checks for a finite scalar above 0; of a traced scalar only shape and dtype."""
+    """Checks for a finite scalar above 0. A traced scalar is checked for shape and dtype only."""
     number = _number(value, name)
     if number is not None and not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name} must be finite and greater than 0, got {value}.")
 
 
 def unit_interval(value: Any, name: str) -> None:
-    """Checks for a scalar in [0, 1]; of a traced scalar only shape and dtype."""
+    """Checks for a scalar in [0, 1]. A traced scalar is checked for shape and dtype only."""
     number = _number(value, name)
     if number is not None and not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {value}.")
@@ -72,7 +72,7 @@ def one_of(value: Any, name: str, choices: Sequence[str]) -> None:
 
 
 def named(value: Any, name: str, known: Mapping[str, Any]) -> Any:
-    """What goes by a name, or the caller's own function."""
+    """The entry of ``known`` with the name ``value``, or ``value`` itself if it is a function."""
     if isinstance(value, str):
         one_of(value, name, tuple(known))
         return known[value]
@@ -84,7 +84,7 @@ def named(value: Any, name: str, known: Mapping[str, Any]) -> Any:
 
 
 def index(value: Any, name: str, size: int) -> None:
-    """Checks for one or more indices into ``size`` items; of traced ones only the dtype."""
+    """Checks indices into ``size`` items. Traced indices are checked for their dtype only."""
     dtype = value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype
     if not np.issubdtype(dtype, np.integer):
         raise TypeError(f"{name} must be an integer index, got {dtype}.")

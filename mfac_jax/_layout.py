@@ -38,7 +38,7 @@ class Layout:
 
         Args:
             tree: a tree of arrays, tracers or ``ShapeDtypeStruct``.
-            name: what errors call the tree.
+            name: the name of the tree in errors.
 
         Raises:
             TypeError: a leaf is not a real floating-point array.
@@ -86,6 +86,10 @@ class Layout:
     def check(self, tree: PyTree, name: str) -> list[Any]:
         """Checks that ``tree`` has the structure and the shapes of the layout.
 
+        Args:
+            tree: a tree of arrays.
+            name: the name of the tree in errors.
+
         Returns:
             The leaves of ``tree``.
 
@@ -105,7 +109,11 @@ class Layout:
     def check_mask(self, mask: PyTree, name: str = "mask") -> list[Array]:
         """Checks that ``mask`` is boolean and has the structure and the shapes of the layout.
 
-        A scalar stands for a leaf of equal entries.
+        A scalar leaf stands for a leaf of equal entries.
+
+        Args:
+            mask: a tree of booleans.
+            name: the name of the tree in errors.
 
         Returns:
             The leaves of ``mask``, in the shapes of the layout.
@@ -165,7 +173,7 @@ class Layout:
         return is_vector and self.treedef != jax.tree_util.tree_structure(0)
 
     def as_tree(self, value: PyTree, name: str) -> PyTree:
-        """``value``, a tree or one flat vector, as a tree of arrays."""
+        """``value`` as a tree of arrays; it is a tree or one flat vector."""
         if self.is_flat(value):
             _require_real(value, name)
             return self.unflatten(jnp.asarray(value))
@@ -185,9 +193,9 @@ class Layout:
 
 
 class AnyLayout(Layout):
-    """Stands for every layout in a tree that is a prefix of others.
+    """Stands for every layout, in a tree that is a prefix of other trees.
 
-    JAX does not know this class as a node, so it is a leaf, and a leaf is a prefix of any layout.
+    JAX does not register this class as a node, so it is a leaf. A leaf is a prefix of any layout.
     """
 
     __slots__ = ()

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 TwoWords = tuple[Array, Array]
 
-# How many slices one round of a sum adds up.
+# The number of slices that one round of a sum adds up.
 _FAN_IN = 16
 
 
@@ -57,7 +57,7 @@ def summed(x: TwoWords, axis: int) -> TwoWords:
 
 
 def _slice(x: TwoWords, start: int, size: int, axis: int) -> TwoWords:
-    """Entries ``start .. start + size - 1`` along ``axis``, zeros beyond the end."""
+    """Entries ``start .. start + size - 1`` along ``axis``; zeros beyond the end."""
 
     def cut(word: Array) -> Array:
         stop = min(start + size, word.shape[axis])
@@ -69,7 +69,7 @@ def _slice(x: TwoWords, start: int, size: int, axis: int) -> TwoWords:
 
 
 def halves(x: Array) -> TwoWords:
-    """``x`` as the sum of two numbers with half as many digits each."""
+    """``x`` as the sum of two numbers, each with half as many digits."""
     info = jnp.finfo(x.dtype)
     mask = jnp.asarray(-1 << (info.nmant // 2 + 1), jnp.dtype(f"int{info.bits}"))
     high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, mask.dtype) & mask, x.dtype)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from mfac_jax import _two_words
 
-# The fraction of its diagonal that is added to A if A is singular to working precision: eps, then
+# If A is singular to working precision, a fraction of its diagonal is added to A: first eps, then
 # 4 eps and so on until the factor exists.
 _FLOOR_GROWTH = 4.0
 _MAX_ATTEMPTS = 17
@@ -50,8 +50,8 @@ class Factor(NamedTuple):
 def factor(gram: Float[Array, "n n"], shift: Float[Array, ""]) -> Factor:
     """Factors ``A = shift I + gram``.
 
-    ``A`` is scaled to a unit diagonal first, so gradients of very different size (one row a
-    million times as large as the others) do not harm one another. A zero row with a zero shift
+    ``A`` is first scaled to a unit diagonal. Gradients of very different size (one row a million
+    times as large as the others) therefore do not harm one another. A zero row with a zero shift
     counts as absent.
 
     Args:
@@ -76,7 +76,7 @@ def factor(gram: Float[Array, "n n"], shift: Float[Array, ""]) -> Factor:
 def inverse_root(gram: Float[Array, "*b n n"], shift: Float[Array, ""]) -> Float[Array, "*b n n"]:
     """``L^-1`` of one matrix or a batch: :func:`inverse_lower` of :func:`factor`.
 
-    ``L`` itself is never written, since for blocks it is as large as their gradients.
+    ``L`` itself is never written, because for blocks it is as large as their gradients.
 
     Args:
         gram: ``K``; (n, n), or a batch of them.
@@ -89,7 +89,7 @@ def inverse_root(gram: Float[Array, "*b n n"], shift: Float[Array, ""]) -> Float
     return _inverse_triangular(lower) / jnp.expand_dims(size, -2)
 
 
-# Jitted for eager callers: otherwise every slice is compiled on its own.
+# Jitted for eager callers: otherwise every slice compiles separately.
 @jax.jit
 def _inverse_triangular(lower: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
     """The inverse of a lower triangular matrix, from the inverses of its halves.
@@ -106,13 +106,13 @@ def _inverse_triangular(lower: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]
         levels += 1
     size = -(-n // 2**levels)
     rest = size * 2**levels - n
-    if rest:  # pad with ones on the diagonal, so that all parts have one size
+    if rest:  # pads with ones on the diagonal, so that all parts have one size
         lower = jnp.pad(lower, [(0, 0)] * (lower.ndim - 2) + [(0, rest)] * 2)
         ones = jnp.diag((jnp.arange(n + rest) >= n).astype(dtype))
         lower = lower + jnp.broadcast_to(ones, lower.shape)
 
     def blocks(size: int, *, below: bool) -> Float[Array, "*b k s s"]:
-        """The diagonal blocks, or the block below the diagonal of each pair, by one gather."""
+        """The diagonal blocks, or for each pair the block below the diagonal, by one gather."""
         count = lower.shape[-1] // size // (2 if below else 1)
         own = jnp.arange(count, dtype=jnp.int32)
         if below:
@@ -166,13 +166,13 @@ def _scaled_factor(
         lower, _, attempts = carry
         return jnp.any(failed(lower)) & (attempts < _MAX_ATTEMPTS)
 
-    # In a batch only the floors of failed matrices grow; the others are factored as before.
+    # In a batch only the floors of failed matrices grow; the factors of the others stay the same.
     def attempt_again(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         lower, floor, attempts = carry
         floor = jnp.where(failed(lower), jnp.maximum(_FLOOR_GROWTH * floor, eps), floor)
         return attempt(floor), floor, attempts + 1
 
-    # The first attempt comes before the loop, since a loop needs a factor to start from.
+    # The first attempt comes before the loop, because a loop needs a factor to start from.
     floor = jnp.zeros_like(gram[..., 0, 0])
     start = (attempt(floor), floor, jnp.ones((), jnp.int32))
     lower, floor, _ = lax.while_loop(again, attempt_again, start)
@@ -208,8 +208,8 @@ def refined_solve(
 
     The forward error of :func:`solve` is ``eps cond(A)``; here only the rounding errors of
     ``gram`` itself remain. The step takes O(n^2) and no scan of the gradients. For gradients
-    with a common part (cosine 0.8) it halves the relative error of a direction. If ``A`` needed
-    a floor, the step is left out: the solution is that of the floored matrix.
+    with a common part (cosine 0.8) it halves the relative error of a direction. If ``A`` needs
+    a floor, there is no refinement, and the solution is that of the floored matrix.
 
     Args:
         factor: the factor of ``shift I + gram``.
@@ -266,13 +266,13 @@ def share_between_equal_rows(
 
     ``G^T c`` depends only on the sum of the coefficients of equal rows. If row ``j`` occurs
     twice, ``A^-1 e_j`` holds ``+1 / (2 n lambda)`` and ``-1 / (2 n lambda)`` in the two places.
-    They cancel in exact arithmetic; in floating point they leave rounding errors. Sharing before
-    and after the solve avoids these errors. Measured for a gradient that occurs three times
+    These values cancel in exact arithmetic; in floating point they leave rounding errors. Sharing
+    before and after the solve avoids these errors. Measured for a gradient that occurs three times
     (n = 128, ``|g|^2 = 2``, ``lambda = 1e-7``): the relative error of the direction falls from
     3e-2 to 3e-6.
 
-    Gradients are equal if their rows of the Gram matrix are, to the last bit. Gradients that
-    nearly agree keep their coefficients: under a small damping their difference counts.
+    Two gradients are equal if their rows of the Gram matrix are equal to the last bit. Gradients
+    that nearly agree keep their coefficients: under a small damping their difference matters.
 
     Args:
         gram: ``K``; (n, n).

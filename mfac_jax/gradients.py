@@ -1,9 +1,9 @@
 """Collects the gradients of a Fisher matrix from a loss and data.
 
 A row is the gradient of one mini-batch or of one example; :func:`collect_gradients` says how the
-two differ. One program computes a chunk of gradients, another writes it into the rows in place.
-The memory in use is therefore the rows, one chunk of gradients and a few batches. The host runs
-ahead of the device. Every few steps it reads which of the older rows are finite.
+two differ. One program computes a chunk of gradients. Another program writes the chunk into the
+rows in place. Memory therefore holds the rows, one chunk of gradients and a few batches. The host
+runs ahead of the device. Every few steps it reads which of the older rows are finite.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ __all__ = ["collect_gradients"]
 _CHUNK_BYTES = 2**26
 _MAX_CHUNK = 128
 
-# The flags of this many steps are read together, while as many later steps are still running.
-# The device never waits for the host, and at most twice as many batches are in use at a time.
+# The flags of this many steps are read together, while as many later steps still run. The device
+# therefore never waits for the host, and at most twice as many batches are in use at a time.
 _STEPS_PER_READ = 4
 
 
@@ -54,22 +54,22 @@ def collect_gradients(
 ) -> WritableRows:
     """Collects ``num_gradients`` gradients of a loss as rows.
 
-    With ``l_i`` the loss of example ``i``, a row is
+    Let ``l_i`` be the loss of example ``i``.
 
-    - by default the gradient of the mean loss of one mini-batch, as in the paper's
+    - By default a row is the gradient of the mean loss of one mini-batch, as in the paper's
       experiments. The cost is that of ordinary training steps.
-    - with ``per_example=True`` the gradient of one ``l_i``. These rows make the empirical
-      Fisher in the strict sense, ``mean_i grad l_i grad l_i^T``.
+    - With ``per_example=True`` a row is the gradient of one ``l_i``. These rows make the
+      empirical Fisher in the strict sense, ``mean_i grad l_i grad l_i^T``.
 
     The two matrices differ. For random batches of B examples, the mini-batch Fisher is on
     average ``1/B`` of the per-example Fisher plus ``(1 - 1/B)`` of the outer product of the
     full gradient with itself. Near a minimum it is B times smaller, so a damping that suits one
     does not suit the other.
 
-    By default the labels are those of the data (empirical Fisher). With ``sample_labels`` they
-    are drawn from the model, anew for every row. The rows then are a Monte-Carlo estimate of
-    the true Fisher: of the Fisher itself with ``per_example=True``, of ``1/B`` of it with
-    mini-batches. For a classifier::
+    By default the labels come from the data (empirical Fisher). With ``sample_labels`` they
+    are drawn from the model, independently for every row. The rows then give a Monte-Carlo
+    estimate: of the true Fisher with ``per_example=True``, and of ``1/B`` of the true Fisher
+    with mini-batches. For a classifier::
 
         def sample_labels(params, batch, key):
             return batch[0], jax.random.categorical(key, logits(params, batch[0]))
@@ -82,19 +82,19 @@ def collect_gradients(
             the compiled program.
         params: the parameters, any tree of real floating-point arrays.
         batches: an iterable of batches, each a tree of arrays with one leading axis of the
-            same length. A list or a data loader, which starts afresh each time it is iterated
-            over, is read as needed. The batches of an iterator are copied to host memory as
-            far as they are used, so that they can be read again.
+            same length. A list or a data loader restarts whenever it is iterated over, so it is
+            read as needed. An iterator does not restart: the batches that are used are copied
+            to host memory, so that they can be read again.
         num_gradients: ``m``, the number of rows.
         per_example: whether a row is the gradient of one example instead of one batch. The
             example reaches ``loss_fn`` as a batch of length 1.
-        chunk_size: how many examples are differentiated at a time; only with
-            ``per_example``. By default as many as make 64 MiB of gradients, at most 128.
+        chunk_size: the number of examples that are differentiated at a time; only with
+            ``per_example``. By default their gradients take 64 MiB; at most 128 examples.
         sample_labels: ``sample_labels(params, batch, key)`` returns a batch for ``loss_fn``
-            with labels drawn from the model's own distribution. It is not differentiated, and
-            the batches need no labels of their own.
-        key: the random key for ``sample_labels``, split by row: the rows do not depend on
-            ``chunk_size``.
+            with labels drawn from the model's own distribution. It is not differentiated. The
+            batches then need no labels.
+        key: the random key for ``sample_labels``. Each row gets its own key, so the rows do not
+            depend on ``chunk_size``.
         mask: a tree of booleans with the structure of the parameters. The rows are zero where
             it is false. All true by default.
         storage: how the rows are stored; see :class:`mfac_jax.rows.Dense`.
@@ -108,7 +108,7 @@ def collect_gradients(
             ``loss_fn`` does not return a real number.
         ValueError: ``batches`` is empty or a batch is malformed, ``num_gradients`` or
             ``chunk_size`` is below 1, ``loss_fn`` does not return a scalar, or an option is
-            given without the one it belongs to.
+            given without the option that it needs.
         FloatingPointError: a gradient has NaN or Inf in it or is too large to square. The
             message names the row, the batch and the example.
 
@@ -159,7 +159,7 @@ def fill_rows(
     mask: PyTree | None = None,
     progress: bool = True,
 ) -> Rows:
-    """:func:`collect_gradients` into existing rows: fills all of ``rows``, which are donated."""
+    """:func:`collect_gradients` into existing rows: fills all of ``rows``; ``rows`` is donated."""
     check_functions(loss_fn, sample_labels, key)
     check_batches(batches, "batches")
     check_writable(rows, "collecting gradients")
@@ -184,7 +184,7 @@ def fill_rows(
                 chunk=chunk,
             )
             rows, accepted = rows.write_rows(step.row, gradients, step.num_rows)
-            del gradients  # before the next ones are computed
+            del gradients  # frees them before the next ones are computed
             bar.update(pending.add(step, accepted))
         bar.update(pending.check_all())
     return rows
@@ -204,7 +204,7 @@ def _gradients(
     sample_labels: LabelSampler | None,
     chunk: int | None,
 ) -> PyTree:
-    """The stacked gradients for ``rows[row : row + count]``; any others are padding."""
+    """The stacked gradients for ``rows[row : row + count]``; further ones are padding."""
 
     def scalar_loss(params: PyTree, batch: PyTree) -> Array:
         return check_scalar(loss_fn(params, batch))
@@ -233,13 +233,13 @@ def _gradients(
 
 
 class _Step(NamedTuple):
-    """One step, which fills ``num_rows`` rows.
+    """One step, which fills ``rows[row : row + num_rows]``.
 
     Attributes:
-        row: the first of these rows.
-        num_rows: how many there are.
+        row: the first row.
+        num_rows: the number of rows.
         batch: the number of the batch.
-        example: the number of the first example in it; None for rows of mini-batches.
+        example: the number of the first example in the batch; None for rows of mini-batches.
     """
 
     row: int
@@ -248,7 +248,7 @@ class _Step(NamedTuple):
     example: int | None
 
     def check(self, accepted: np.ndarray) -> None:
-        """Raises an error that names the first row that was not accepted, if there is one."""
+        """Raises an error that names the first rejected row, if a row was rejected."""
         rejected = np.flatnonzero(~accepted)
         if rejected.size:
             first = int(rejected[0])
@@ -260,7 +260,7 @@ class _Step(NamedTuple):
 
 
 class _Pending:
-    """Steps whose flags have not been read, which would wait for the device."""
+    """Steps whose flags are not read yet, because reading would wait for the device."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[_Step, Bool[Array, " k"]]] = []
@@ -306,7 +306,7 @@ def cycle(batches: Iterable[PyTree]) -> Iterator[tuple[int, PyTree]]:
     number = -1
     for number, batch in enumerate(first_pass):
         if is_iterator:
-            # A copy, since an iterator may fill the same buffer again and again.
+            # A copy, because an iterator may fill the same buffer every time.
             batch = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.array(x), batch)
             kept.append(batch)
         yield number, batch
@@ -320,12 +320,12 @@ def cycle(batches: Iterable[PyTree]) -> Iterator[tuple[int, PyTree]]:
         if number < 0:
             raise ValueError(
                 "batches is too short for num_gradients and gave nothing when iterated over "
-                "again; pass a list, or an object whose __iter__ starts afresh."
+                "again; pass a list, or an object whose __iter__ restarts."
             )
 
 
 def _on_device(batch: PyTree, number: int) -> tuple[PyTree, int]:
-    """The batch as JAX arrays that nobody else writes to, and its length."""
+    """The batch as JAX arrays that no other code writes to, and its length."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
     described = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
     lengths = {shape[0] if shape else 0 for shape in described.values()}
@@ -338,16 +338,16 @@ def _on_device(batch: PyTree, number: int) -> tuple[PyTree, int]:
 
 
 def on_device(batch: PyTree) -> PyTree:
-    """The batch as JAX arrays that nobody else writes to."""
-    # jnp.array copies arrays that are not JAX's: the device may read them only after the caller
-    # has filled them with the next batch.
+    """The batch as JAX arrays that no other code writes to."""
+    # jnp.array copies arrays that are not JAX's: otherwise the device might read them only after
+    # the caller has filled them with the next batch.
     return jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), batch
     )
 
 
 def check_batches(batches: Any, name: str) -> None:
-    """Checks that ``batches`` is an iterable of batches, and not one array."""
+    """Checks that ``batches`` is an iterable of batches and not one array."""
     if isinstance(batches, jax.Array | np.ndarray) or not isinstance(batches, Iterable):
         raise TypeError(
             f"{name} must be an iterable of batches, got {type(batches).__name__}; "
@@ -380,7 +380,7 @@ def check_functions(loss_fn: Any, sample_labels: Any, key: Any) -> None:
 
 
 def _chunk_size(chunk_size: Any, per_example: Any, d: int, m: int) -> int | None:
-    """How many examples are differentiated at a time; None for gradients of mini-batches."""
+    """The number of examples that are differentiated at a time; None for mini-batches."""
     if not isinstance(per_example, bool):
         raise TypeError(f"per_example must be a bool, got {type(per_example).__name__}.")
     if not per_example:

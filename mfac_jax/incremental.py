@@ -5,20 +5,20 @@ replaced, which changes one row and column of ``K``, and the shift ``n lambda`` 
 The state therefore holds ``P``, the inverse of ``shift_0 I + K`` for the shift of an earlier
 step:
 
-- :func:`replace` updates ``P`` in closed form after a gradient is replaced. The old row and
-  column leave by a Schur complement, the new ones join by another.
+- :func:`replace` updates ``P`` in closed form after a gradient is replaced. One Schur complement
+  removes the old row and column; another adds the new ones.
 - :func:`solve` solves ``A x = b`` by a few steps of ``x <- x + w P (b - A x)``. With
   ``w = 2 / (1 + shift / shift_0)`` each step shrinks the error by the factor
   ``|shift - shift_0| / (shift + shift_0)``. Since ``P A = I + (shift - shift_0) P``, most steps
   need a product with ``P`` and none with ``K``. Such steps cannot see the rounding errors of
   ``P``, so two residuals use ``K``, the last one in twice the working precision.
 
-Every solution is checked, by its own residual and by the length of the last step. The check
-fails if the shift moved too far, if ``P`` has gathered rounding errors or if the window was
-changed by other means. Then ``A`` is factored and ``P`` rebuilt, O(n^3). Whatever ``P`` holds,
-the solution that is returned is exact to within rounding, so errors cannot drift.
+Every solution is checked by its residual and by the length of the last step. The check fails if
+the shift moved too far, if ``P`` has accumulated rounding errors, or if the window changed in
+another way. Then ``A`` is factored and ``P`` rebuilt, O(n^3). The returned solution is exact to
+within rounding for any ``P``, so errors cannot drift.
 
-Under ``vmap`` every step takes both branches, since a batch may need either.
+Under ``vmap`` every step computes both branches, because a batch may need either.
 
 The paper rebuilds its triangular coefficients in O(n^3) after every replaced gradient.
 """
@@ -35,22 +35,22 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax import algebra
 
-# Steps before the first residual that uses K, and between it and the residual in two words. One
-# more step follows. The tolerance, in units of eps, admits a shift that has moved by at most 17 %
-# down or 20 % up: each of the five steps then gains a factor of 10. Measured in float32 at m = 64
-# and 512, with P updated row by row and shifts moved by at most 18 %, the errors equal those of
-# five steps that all use K. The first residual is needed: without it every step rebuilds P at a
-# condition number of 860, though not at 80.
+# The number of steps before the first residual that uses K, and the number between that residual
+# and the residual in two words. One more step follows. The tolerance, in units of eps, admits a
+# shift that has moved by at most 17 % down or 20 % up: each of the five steps then gains a factor
+# of 10. Measured in float32 at m = 64 and 512, with P updated row by row and shifts moved by at
+# most 18 %, the errors equal those of five steps that all use K. The first residual is needed:
+# without it every step rebuilds P at a condition number of 860, though not at 80.
 _FIRST_STEPS, _SECOND_STEPS = 3, 2
 _TOLERANCE = 64.0
 
-# On a CPU a smaller matrix is factored in every step, and P stays as it is. Both ways take
-# microseconds there, and the factorization compiles faster. On a GPU a factorization is dozens of
-# launches, and the host waits for some of them.
+# On a CPU every step factors a smaller matrix, and P does not change. Both methods take
+# microseconds there, and the factorization compiles faster. On a GPU a factorization takes dozens
+# of launches, and the host waits for some of them.
 ON_CPU_FROM = 128
 
-# P is built only if the smallest pivot of A is at least this large. Below, the rounding errors of
-# P keep the steps from converging, so building it is wasted work.
+# P is built only if the smallest pivot of A is larger than this. Below it, the rounding errors of P
+# keep the steps from converging, so building P is wasted work.
 _SMALLEST_PIVOT = 1e-4
 
 
@@ -59,7 +59,7 @@ class IncrementalInverse(NamedTuple):
 
     Attributes:
         matrix: ``P``; (n, n), all zeros before the first use and if ``A`` is nearly singular.
-        shift: ``shift_0``, the shift that ``P`` was built for; scalar.
+        shift: ``shift_0``, the shift for which ``P`` was built; scalar.
     """
 
     matrix: Float[Array, "n n"]
@@ -67,7 +67,7 @@ class IncrementalInverse(NamedTuple):
 
 
 def empty(n: int, dtype: DTypeLike = jnp.float32) -> IncrementalInverse:
-    """The state before the first use, for ``n`` gradients with a Gram matrix of ``dtype``.
+    """The state before the first use, for a Gram matrix of ``n`` gradients.
 
     Args:
         n: the number of gradients.
@@ -87,9 +87,9 @@ def newest(
 ) -> tuple[Float[Array, " n"], IncrementalInverse]:
     """``A^-1 e`` for the newest gradient, the only one that changed since the last call.
 
-    Gradients that equal it to the last bit share its coefficient; every combination of the
-    gradients stays the same, see :func:`mfac_jax.algebra.share_between_equal_rows`. On a CPU a
-    matrix below 128 x 128 is factored, and the inverse is returned unchanged.
+    Gradients that equal it to the last bit share its coefficient. This does not change any
+    combination of the gradients; see :func:`mfac_jax.algebra.share_between_equal_rows`. On a CPU
+    a matrix smaller than 128 x 128 is factored, and the inverse is returned unchanged.
 
     Args:
         inverse: the inverse that the last call returned; :func:`empty` in the first call.
@@ -212,8 +212,8 @@ def _iterate(
     residual = algebra.residual(gram, shift, solution, rhs)
     step = approximate(residual, 1)
     tolerance = _TOLERANCE * jnp.finfo(rhs.dtype).eps
-    # |A_ij| <= sizes_i sizes_j. The comparisons are false for NaN, and for the zero solution that
-    # an empty P gives.
+    # |A_ij| <= sizes_i sizes_j. The comparisons are false for NaN, and for the zero solution of an
+    # empty P.
     sizes = jnp.sqrt(jnp.diagonal(gram) + shift)
     most = tolerance * jnp.sum(sizes * jnp.abs(solution))
     solves = jnp.max(jnp.abs(residual) / sizes) < most
@@ -228,7 +228,7 @@ def _rebuild(
     factor = algebra.factor(gram, shift)
     solution = _solve_by_factor(factor, gram, shift, rhs)
 
-    # By a triangular solve: P is rarely rebuilt, and one call compiles faster than many products.
+    # A triangular solve: P is rarely rebuilt, and one call compiles faster than many products.
     def invert() -> Float[Array, "n n"]:
         root = algebra.half_solve(factor, jnp.eye(len(gram), dtype=gram.dtype))
         return jnp.dot(root.T, root, precision="highest")

@@ -4,7 +4,7 @@
 
     F = lambda I + (1/n) sum_i g_i g_i^T
 
-over the last ``n <= m`` gradients, of which ``g`` is the newest. :func:`mfac` is the complete
+over the last ``n <= m`` gradients; ``g`` is the newest of them. :func:`mfac` is the complete
 optimizer: it adds momentum, weight decay and the learning rate.
 
 Reference: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of
@@ -32,8 +32,8 @@ Mask = PyTree | Callable[[PyTree], PyTree]
 DEFAULT_WINDOW_SIZE = 64
 DEFAULT_RELATIVE_DAMPING = 0.01
 
-# The smallest window whose state holds the inverse of the m x m matrix. On each platform
-# incremental.newest decides whether a step uses it.
+# The smallest window whose state holds the inverse of the m x m matrix. incremental.newest decides
+# on each platform whether a step uses it.
 INCREMENTAL_FROM = 64
 
 
@@ -44,10 +44,10 @@ class MfacState(NamedTuple):
         count: the number of updates so far, rejected gradients included; scalar int32.
         window: the gradients and their Gram matrix.
         inverse: the inverse of the m x m matrix, which makes the m x m step O(m^2). ``None`` if
-            the window holds fewer than 64 gradients: factoring is as fast there. The inverse
-            stays empty, and every step factors, in three cases: in float64; if there are at
-            most as many parameters as gradients; and on a CPU if the window holds fewer than
-            128 gradients.
+            the window has fewer than 64 slots, because factoring is as fast there. In three
+            cases the inverse stays empty and every step factors: in float64; if the window has
+            at least as many slots as there are parameters; and on a CPU if the window has fewer
+            than 128 slots.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # tuples have a method of this name
@@ -64,7 +64,7 @@ def mfac_precondition(
     storage: Storage = Dense(),  # noqa: B008  (immutable)
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Preconditions gradients by ``F^-1``; the gradient itself is in the window.
+    """Preconditions gradients by ``F^-1``; the window includes the gradient itself.
 
     The damping of a step is
 
@@ -87,14 +87,14 @@ def mfac_precondition(
         relative_damping: the damping as a fraction of the trace of the Fisher: a number, a
             scalar array or a schedule.
         normalize_by: ``"count"`` divides the sum of outer products by the number of gradients
-            held. ``"window_size"`` divides by ``m`` from the first step on, as the paper's
-            code does. The two differ only until the window is full.
-        storage: how the window's gradients are stored, see :class:`mfac_jax.rows.Dense`.
+            held. ``"window_size"`` divides by ``m`` from the first step, as the paper's code
+            does. The two differ only until the window is full.
+        storage: how the window's gradients are stored; see :class:`mfac_jax.rows.Dense`.
             ``Dense(jnp.bfloat16)`` halves the memory; ``Dense(packing="leaf")`` follows the
             sharding of the parameters.
         mask: which weights are alive: a tree of booleans with the structure of the
-            parameters, or a function from the parameters to one. Gradients in the window and
-            directions are zero elsewhere. If the mask loses weights during training,
+            parameters, or a function from the parameters to such a tree. Gradients in the
+            window and directions are zero elsewhere. If the mask loses weights during training,
             :func:`mfac_jax.window.restrict` removes them from the gradients already held.
 
     Returns:
@@ -231,8 +231,8 @@ def _prefix_of_states(state: MfacState) -> MfacState:
     """A tree that is a prefix of every state, from a state made from a placeholder.
 
     optax.tree.map_params calls ``init`` with a placeholder for the parameters and maps over the
-    result together with the real state. Only the layout of the rows differs between the two.
-    A leaf takes its place, or the place of the rows if they keep it as static metadata.
+    result together with the real state. The two states differ only in the layout of the rows.
+    A leaf replaces the layout, or the rows if they keep their layout as static metadata.
     """
 
     def is_layout(node: Any) -> bool:
@@ -247,7 +247,7 @@ def _prefix_of_states(state: MfacState) -> MfacState:
 
 
 def _placeholder_type() -> type:
-    """The private class of the placeholder of optax.tree.map_params, found by a call."""
+    """The private class of the placeholder that optax.tree.map_params uses; a call reveals it."""
     seen: list[PyTree] = []
     optax.tree.map_params(seen.append, lambda leaf: leaf, None)
     return type(seen[0])
@@ -281,7 +281,7 @@ def _newest_direction(
 ) -> tuple[PyTree, incremental.IncrementalInverse | None]:
     """``F^-1 g`` for the newest gradient, and the inverse for the next step."""
     # The inverse checks its solutions for float32. With d <= m a d x d matrix may be better
-    # conditioned than the m x m one; window.ihvp_newest then takes that.
+    # conditioned than the m x m one; window.ihvp_newest can use it.
     is_incremental = held.gram.dtype == jnp.float32 and len(held.gram) < held.rows.layout.size
     if inverse is None or not is_incremental:
         return window.ihvp_newest(held, lam, denominator=denominator), inverse
@@ -290,7 +290,7 @@ def _newest_direction(
 
 def _as_updates(direction: PyTree, updates: PyTree, accepted: Bool[Array, ""]) -> PyTree:
     """The direction in the containers and dtypes of the updates; zero if not accepted."""
-    # Leaf by leaf, since the updates may come in other containers than the parameters.
+    # Leaf by leaf, because the updates may come in other containers than the parameters.
     leaves, treedef = jax.tree.flatten(updates)
     steps = [
         jnp.where(accepted, step, jnp.zeros_like(step)).astype(jnp.result_type(leaf))

@@ -6,9 +6,10 @@ The paper builds ``F^-1`` one gradient at a time by the Sherman-Morrison formula
     F_i^-1 = F_{i-1}^-1 - h_i h_i^T / (n + g_i . h_i).
 
 The static algorithm keeps the ``h_i``. The dynamic algorithm keeps the dot products
-``g_i . g_j`` and expresses the ``h_i`` as combinations of gradients. Both take n steps, each of
-which depends on the one before. The rest of the library computes the same by matrix products
-(:mod:`mfac_jax.inverse`, :mod:`mfac_jax.window`). :func:`dense_fisher` is the matrix ``F`` itself.
+``g_i . g_j`` and expresses the ``h_i`` as combinations of gradients. Both take n steps, and each
+step depends on the previous one. The rest of the library computes the same results by matrix
+products (:mod:`mfac_jax.inverse`, :mod:`mfac_jax.window`). :func:`dense_fisher` is the matrix
+``F`` itself.
 
 All functions take plain ``(n, d)`` arrays and can be jitted.
 
@@ -28,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from mfac_jax import _checks, kernels
 
 # The static recursion grows its array of h_i in this many stages, so that a step does not read
-# all rows that are still zero. That leaves 1/8 more work than necessary.
+# rows that are still zero. All steps together then do 1/8 more work than necessary.
 _STAGES = 8
 
 
@@ -87,7 +88,7 @@ def dense_fisher(gradients: Float[Array, "n d"], damping: ArrayLike) -> Float[Ar
 
 
 def static_recursion(gradients: Float[Array, "n d"], damping: ArrayLike) -> Recursion:
-    """The ``h_i``, one after another (section 3.1). O(d n^2), in n dependent steps.
+    """Computes the ``h_i`` one after another (section 3.1). O(d n^2), in n dependent steps.
 
         h_i = g_i / lambda - sum_{j < i} (h_j . g_i) / (n + g_j . h_j) h_j
 
@@ -164,7 +165,7 @@ def static_diagonal(recursion: Recursion) -> Float[Array, " d"]:
 
 
 def dynamic_coefficients(dots: Float[Array, "n n"], damping: ArrayLike) -> Coefficients:
-    """The coefficients of the ``h_i``, from dot products alone (section 3.2). O(n^3).
+    """Computes the coefficients of the ``h_i`` from dot products (section 3.2). O(n^3).
 
         D_ij = (g_i . g_j) / lambda - sum_{k < i} D_ki D_kj / (n + D_kk)
         B_ij = delta_ij / lambda    - sum_{k < i} D_ki B_kj / (n + D_kk)
@@ -223,8 +224,8 @@ def dynamic_direction(
 ) -> Float[Array, " d"]:
     """``F^-1 g`` for the newest gradient by one scan over the gradients. O(d n).
 
-    Row ``slot`` of ``dots`` already holds its dot products with the gradients, and it is itself
-    a row of ``G``, so the direction is one combination of rows.
+    Row ``slot`` of ``dots`` already holds the dot products of ``g`` with all gradients. ``g`` is
+    itself a row of ``G``, so the direction is one combination of rows.
 
     Args:
         gradients: ``G``; (n, d).

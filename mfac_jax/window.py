@@ -1,14 +1,14 @@
 """The dynamic algorithm: a sliding window of gradients and products with ``F^-1``.
 
-The paper updates a triangular recursion and pays O(d m + m^3) for a replaced gradient. Here
-the state holds ``K = G G^T`` beside the rows. A replaced gradient costs one scan, which gives
+The paper updates a triangular recursion, and a replaced gradient costs O(d m + m^3). Here
+the state holds ``K = G G^T`` beside the rows. A replaced gradient costs one scan, which computes
 ``G g``, the new row and column of ``K``. Damping enters only when ``A = n lambda I + K`` is
-factored. With ``n`` gradients held,
+factored. If the window holds ``n`` gradients,
 
     F^-1 v      = (v - G^T A^-1 G v) / lambda        (:func:`ihvp`)
     F^-1 G^T a  = n G^T A^-1 a                       (:func:`ihvp_combination`)
 
-The second has no subtraction and therefore no cancellation. The optimizer uses it.
+The second formula has no subtraction and therefore no cancellation. The optimizer uses it.
 
 Slots are numbered 0 .. m-1. A push fills an empty slot if there is one and replaces the oldest
 gradient otherwise. Empty slots are rows of zeros, and ``n`` does not count them.
@@ -42,8 +42,8 @@ class Window(NamedTuple):
         rows: ``G``, the gradients; ``m`` rows of ``d`` entries.
         gram: ``K = G G^T``; (m, m), zero in the rows and columns of empty slots.
         stamps: the order in which the slots were filled, -1 where a slot is empty; (m,) int32.
-        rejected: how many gradients the window has rejected because they held NaN or Inf or
-            were too large to square; scalar int32.
+        rejected: the number of gradients that the window has rejected because they held NaN or
+            Inf or were too large to square; scalar int32.
     """
 
     rows: WritableRows
@@ -57,7 +57,8 @@ class PushInfo(NamedTuple):
 
     Attributes:
         slot: the slot of the gradient; scalar int32.
-        accepted: whether the window took the gradient in; if not, it is unchanged. Scalar bool.
+        accepted: whether the window stored the gradient; if not, its gradients are unchanged.
+            Scalar bool.
     """
 
     slot: Int[Array, ""]
@@ -74,7 +75,7 @@ def init(
 
     Args:
         params: the parameters, or anything with their shapes and dtypes.
-        window_size: ``m``, the number of gradients it holds when full; at least 1.
+        window_size: ``m``, the number of gradients in a full window; at least 1.
         storage: how gradients are stored; see :class:`mfac_jax.rows.Dense`.
 
     Returns:
@@ -106,10 +107,13 @@ def init(
 
 
 def from_rows(rows: WritableRows) -> Window:
-    """A full window of gradients that exist already. O(d m^2).
+    """A full window of existing gradients. O(d m^2).
 
     Args:
         rows: the gradients, the oldest first.
+
+    Returns:
+        The window. It holds ``rows`` without a copy.
 
     Raises:
         TypeError: ``rows`` are not gradient rows, or cannot be written.
@@ -136,8 +140,8 @@ def newest_slot(window: Window) -> Int[Array, ""]:
 def push(window: Window, gradient: PyTree) -> tuple[Window, PushInfo]:
     """Adds a gradient, which replaces the oldest one if the window is full. O(d m).
 
-    A gradient with NaN or Inf in it is rejected, and so is one so large that the sum of
-    squared norms over the window could overflow. Only the count ``rejected`` then changes.
+    A gradient is rejected if it has NaN or Inf in it, or if it is so large that the sum of
+    squared norms over the window could overflow. Then only the count ``rejected`` changes.
 
     Args:
         window: the window.
@@ -157,9 +161,9 @@ def push(window: Window, gradient: PyTree) -> tuple[Window, PushInfo]:
 
 
 def replace(window: Window, slot: ArrayLike, gradient: PyTree) -> tuple[Window, PushInfo]:
-    """Replaces the gradient in ``slot``; the new one has the age of the old. O(d m).
+    """Replaces the gradient in ``slot``; the new gradient has the age of the old one. O(d m).
 
-    In an empty slot the gradient becomes the newest, as after a push.
+    In an empty slot the new gradient becomes the newest one, as after a push.
 
     Args:
         window: the window.
@@ -171,7 +175,7 @@ def replace(window: Window, slot: ArrayLike, gradient: PyTree) -> tuple[Window, 
 
     Raises:
         ValueError: ``slot`` is out of range, or the gradient does not fit. If a traced slot
-            is out of range, the gradient is rejected instead.
+            is out of range, there is no error, and the gradient is rejected.
         TypeError: ``slot`` is not an integer.
     """
     m = window.rows.num_rows
@@ -195,8 +199,8 @@ def remove(window: Window, slot: ArrayLike) -> Window:
         The window with an empty slot, which the next push fills.
 
     Raises:
-        ValueError: ``slot`` is out of range. If a traced slot is out of range, nothing is
-            removed instead.
+        ValueError: ``slot`` is out of range. If a traced slot is out of range, there is no
+            error, and nothing is removed.
         TypeError: ``slot`` is not an integer.
     """
     slot, exists = _checked_slot(slot, window.rows.num_rows)
@@ -352,9 +356,9 @@ def ihvp_newest_incremental(
 ) -> tuple[PyTree, incremental.IncrementalInverse]:
     """:func:`ihvp_newest` in O(d m + m^2): updates the inverse of ``A`` of the last step.
 
-    This needs a float32 window of fewer gradients than parameters. The cost holds if one
+    It needs a float32 window of fewer gradients than parameters. The cost is O(d m + m^2) if one
     gradient was pushed since the last call and the damping changed little. After any other
-    change the inverse is rebuilt, O(m^3), and the result is as exact. See
+    change the inverse is rebuilt in O(m^3), and the result is equally exact. See
     :mod:`mfac_jax.incremental`.
 
     Args:
@@ -420,11 +424,11 @@ def _better_conditioned(
     n: Float[Array, ""],
     factor: algebra.Factor,
 ) -> PyTree:
-    """``F^-1 v``: ``out``, or the solution with ``F`` itself if that is better conditioned.
+    """``F^-1 v``: ``out``, or the solution with ``F`` itself if ``F`` is better conditioned.
 
-    Once d gradients are held, ``K`` has rank d. With d < m the condition of ``A`` is then about
-    ``|g|^2 / lambda``. That of ``F``, which is d x d, may be smaller. It need not be if the
-    gradients differ much in size.
+    Once the window holds d gradients, ``K`` has rank d. If d < m, the condition number of ``A``
+    is then about ``|g|^2 / lambda``. The d x d matrix ``F`` may have a smaller one, but need not
+    if the gradients differ much in size.
     """
     rows, layout = window.rows, window.rows.layout
     if not 0 < layout.size <= rows.num_rows:

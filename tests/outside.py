@@ -18,7 +18,7 @@ from mfac_jax.rows import ColumnRows, Layout, Storage, WritableRows, is_small_en
 
 # -- A storage --
 class Reads:
-    """Counts how often rows are asked for what, over all rows of a storage."""
+    """Counts the calls of each operation, over all rows of a storage."""
 
     def __init__(self):
         self.of = collections.Counter()
@@ -27,7 +27,7 @@ class Reads:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HalfRows(WritableRows, ColumnRows):
-    """Gradients in float16, as one matrix, that count how often they are read."""
+    """Gradients in float16, as one matrix. They count how often they are read."""
 
     matrix: jax.Array
     layout: Layout = field(metadata={"static": True})
@@ -115,7 +115,7 @@ class Diagonals(Pattern):
 
 # -- A score --
 def taylor(problem):
-    """``|w g|`` with the mean gradient ``g``: how much the loss changes, to first order.
+    """``|w g|`` with the mean gradient ``g``: the change of the loss to first order.
 
     The pattern adds up the scores of the weights of a group.
 
@@ -128,10 +128,10 @@ def taylor(problem):
 
 # -- An update --
 def bounded_joint(problem, kept):
-    """The joint update, made shorter where it is longer than the weights that go.
+    """The joint update, scaled down if its norm exceeds the norm of the weights that go.
 
-    With few gradients the quadratic model can ask for changes far larger than what it
-    compensates for.
+    With few gradients the quadratic model can compensate by changes far larger than the weights
+    that go.
     """
     gone = problem.gone(kept)
     changes = problem.inverse_over(kept).compensate(gone)

@@ -344,7 +344,7 @@ def test_other_gpus_get_xla(no_block_is_small, monkeypatch, capability, uses_ker
 
 
 class NarrowBlocks(backends.Backend):
-    """A backend for CPUs that takes blocks of at most ``most`` columns and marks its results."""
+    """A backend for CPUs and blocks of at most ``most`` columns. It marks its results."""
 
     needs = "a CPU"
 
@@ -401,7 +401,7 @@ def test_an_operation_without_a_kernel_in_any_backend(two_backends, name):
 
 @pytest.mark.parametrize("name", ["xla", "mosaic_gpu", "wide"])
 def test_the_name_of_a_backend_is_new(two_backends, name):
-    with pytest.raises(ValueError, match=f"no implementation yet; got '{name}'"):
+    with pytest.raises(ValueError, match=f"an implementation of this name; got '{name}'"):
         backends.register(name, "cpu", lambda: NarrowBlocks(1, 0.0))
 
 

@@ -468,7 +468,7 @@ def test_a_gradient_that_is_there_three_times(name):
 
 def test_coefficients_must_be_one_a_gradient():
     for name in ("whole", "tens"):
-        with pytest.raises(ValueError, match=r"shape \(6,\), one a gradient; got \(7,\)"):
+        with pytest.raises(ValueError, match=r"shape \(6,\), one for each gradient; got \(7,\)"):
             build(some(N), BLOCKS[name][0]).combination(jnp.ones(7))
 
 

@@ -95,7 +95,7 @@ def test_every_dtype_comes_back_exactly(tmp_path, suffix):
     ],
 )
 def test_names_that_collide_are_refused(tmp_path, params):
-    with pytest.raises(ValueError, match="two arrays would go by the name"):
+    with pytest.raises(ValueError, match="two arrays would have the name"):
         pruning.save(tmp_path / "a.npz", params, pruning.initial_mask(params))
     assert not (tmp_path / "a.npz").exists()
 

@@ -702,7 +702,7 @@ def test_products_and_writing_are_enough_for_a_window():
 def test_parts_of_a_stack_that_do_not_fit_are_refused():
     held, other = made("flat, float32").held, rows.as_rows(jnp.ones((2, 3)))
     for parts, scales in (((held, held), jnp.ones(3)), ((), jnp.ones(0))):
-        with pytest.raises(ValueError, match="one scale for each of one part or more, got"):
+        with pytest.raises(ValueError, match="one part and one scale for each part, got"):
             StackedRows.of(parts, scales)
     with pytest.raises(ValueError, match=r"the same parameters: expected .*'a'.*, got .*\[3\]"):
         StackedRows.of((held, other), jnp.ones(2))

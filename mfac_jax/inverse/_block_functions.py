@@ -1,7 +1,7 @@
-"""What is asked of blocks: functions for :meth:`mfac_jax.rows.ColumnRows.map_blocks`.
+"""Functions of blocks, for :meth:`mfac_jax.rows.ColumnRows.map_blocks`.
 
-Each takes the gradients of a batch of blocks of one size. They are values, so that what is
-compiled for one is found again for an equal one.
+Each function takes the gradients of a batch of blocks of one size. The functions are values: equal
+functions share one compiled program.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Masked:
 
     Attributes:
         function: ``function(batch, *rest)``.
-        has_mask: whether there is a mask, the first of the parts.
+        has_mask: whether there is a mask; it is the first of the parts.
     """
 
     function: Callable[..., Any]
@@ -43,7 +43,7 @@ class Asked:
     """A method of inverted blocks.
 
     Attributes:
-        method: its name; see :mod:`mfac_jax.inverse._factored`.
+        method: the name of the method; see :mod:`mfac_jax.inverse._factored`.
     """
 
     method: str
@@ -54,7 +54,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class OfInverted:
-    """``function(inverted, *parts)`` of blocks that are inverted for it alone."""
+    """``function(inverted, *parts)`` of blocks that are inverted for this call only."""
 
     function: Callable[..., Any]
 
@@ -120,9 +120,9 @@ class Compensate:
     """``G_K^T (n lambda I + G_K G_K^T)^-1 G v`` for the weights K of each block.
 
     Attributes:
-        has_mask: whether a mask, the first of the parts, says where K is. All of a block
-            otherwise.
-        implementation: which one the kernels use.
+        has_mask: whether a mask, the first of the parts, selects K. Otherwise K is the whole
+            block.
+        implementation: which implementation the kernels use.
     """
 
     has_mask: bool
@@ -140,9 +140,9 @@ class GroupsInBlocks:
     """``function`` of groups in blocks; see :meth:`FisherInverse.group_blocks`.
 
     Attributes:
-        function: as there.
-        num_vectors: how many of the arguments are parts of vectors.
-        size: coordinates of a group; None for all of a block.
+        function: the function of the groups.
+        num_vectors: the number of arguments that are parts of vectors.
+        size: the number of coordinates in a group; None for a whole block.
     """
 
     function: Callable[..., Any]
@@ -168,8 +168,8 @@ class GroupsOfWhole:
     ``L^-1``.
 
     Attributes:
-        function: as there.
-        num_vectors: how many of the arguments are parts of vectors.
+        function: the function of the groups.
+        num_vectors: the number of arguments that are parts of vectors.
     """
 
     function: Callable[..., Any]
@@ -198,9 +198,9 @@ def _pushed_through(
 ) -> Float[Array, "b B"]:
     """``G_b^T (n lambda I + G_b G_b^T)^-1 u_b``, without a subtraction.
 
-    By the push-through identity it is ``(lambda I + G_b^T G_b / n)^-1 G_b^T u_b / n``, so the
-    matrix on the cheaper side of n and B is factored. On the side of n, gradients that are
-    equal share their coefficient.
+    By the push-through identity it equals ``(lambda I + G_b^T G_b / n)^-1 G_b^T u_b / n``. The
+    smaller of the two matrices, n x n or B x B, is factored. If that is the n x n matrix, equal
+    gradients share a coefficient.
     """
     n = batch.shape[1]
     if batch.shape[2] <= n:

@@ -1,4 +1,4 @@
-"""Flat coordinates as arguments: checked where they are known, harmless where traced."""
+"""Flat coordinates as arguments: known ones are checked, traced ones are clipped into range."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Pairs:
     Attributes:
         rows: i; (k,), in range.
         columns: j; (k,), in range.
-        valid: whether both were in range as given; (k,).
-        shape: the shape the pairs had (static).
+        valid: whether both coordinates were in range before clipping; (k,).
+        shape: the shape of the pairs before flattening (static).
     """
 
     rows: Int[Array, " k"]
@@ -32,7 +32,7 @@ class Pairs:
 
 
 def as_pairs(rows: ArrayLike, columns: ArrayLike, d: int) -> Pairs:
-    """The pairs ``(i, j)`` of coordinates that are broadcast against one another.
+    """The pairs ``(i, j)`` of coordinates; rows and columns are broadcast against one another.
 
     Raises:
         TypeError: an index is not an integer.
@@ -47,11 +47,12 @@ def as_pairs(rows: ArrayLike, columns: ArrayLike, d: int) -> Pairs:
 
 
 def as_coordinates(coordinates: ArrayLike, d: int) -> Int[Array, " k"]:
-    """A list of coordinates.
+    """Checks a list of coordinates and returns it as an array.
 
     Raises:
         TypeError: an index is not an integer.
-        ValueError: they are not a list, or one that is not traced lies outside 0 .. d-1.
+        ValueError: ``coordinates`` is not a list, or an index that is not traced lies outside
+            0 .. d-1.
     """
     if np.ndim(coordinates) != 1 or np.size(coordinates) == 0:
         raise ValueError(

@@ -1,11 +1,11 @@
 """Blocks of the Fisher, inverted on their cheaper side.
 
 A block of B coordinates has the gradients ``G_b`` (n, B). If ``B <= n``, the B x B matrix
-``F_b = lambda I + G_b^T G_b / n`` is factored: ``F_b^-1 = X^T X`` with ``X = L^-1``. That is
-cheaper, and free of cancellation. If ``B > n``, the gradients are whitened. Blocks of one size
+``F_b = lambda I + G_b^T G_b / n`` is factored: ``F_b^-1 = X^T X`` with ``X = L^-1``. This is
+cheaper and free of cancellation. If ``B > n``, the gradients are whitened. Blocks of one size
 are one batch.
 
-Both classes answer the same: ``apply`` (``F_b^-1 v_b``), ``diagonal``, ``diagonal_blocks``,
+Both classes have the same methods: ``apply`` (``F_b^-1 v_b``), ``diagonal``, ``diagonal_blocks``,
 ``entries``, ``quadratic_form``, ``log_det`` and ``sample``.
 """
 
@@ -75,7 +75,7 @@ class WhitenedBlocks:
 
     Attributes:
         whitened: ``W_b``; (b, n, B).
-        factor: of ``A_b = n lambda I + G_b G_b^T``; (b, n, n).
+        factor: the factor of ``A_b = n lambda I + G_b G_b^T``; (b, n, n).
         fisher_diagonal: the diagonal of ``F_b``; (b, B).
         damping: ``lambda``; scalar.
     """

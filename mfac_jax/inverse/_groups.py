@@ -1,9 +1,9 @@
-"""The blocks ``[F^-1]_QQ`` of groups of coordinates Q, and what it costs to remove a group.
+"""The blocks ``[F^-1]_QQ`` of groups of coordinates Q, and the cost of removing a group.
 
 If the weights of Q go and all others compensate, the quadratic model rises by
-``w_Q^T ([F^-1]_QQ)^-1 w_Q / 2``. Elimination computes it: the cost of the first weight, then of
-the second with the first gone, and so on. For any positive definite ``F`` a pivot is at least
-``1 / F_jj``. Every pivot is held to this bound, whatever rounding does.
+``w_Q^T ([F^-1]_QQ)^-1 w_Q / 2``. Elimination computes this cost: that of the first weight, then
+that of the second weight once the first is gone, and so on. For any positive definite ``F`` a pivot
+is at least ``1 / F_jj``. Every pivot is raised to this bound if rounding takes it below.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 
 from mfac_jax import algebra
 
-# In groups of at most this many weights, the weights are eliminated one by one, for a batch of
-# groups at once. Larger groups are factored.
+# Groups of at most this many weights are eliminated weight by weight, all groups of a batch at the
+# same time. Larger groups are factored.
 _LARGEST_ELIMINATED = 16
 
 
@@ -26,7 +26,7 @@ class GroupBlocks:
 
     Attributes:
         matrix: ``[F^-1]_QQ``; (``*b``, g, g).
-        floor: ``1 / F_jj``, the least value of a pivot; (``*b``, g).
+        floor: ``1 / F_jj``, the lower bound of a pivot; (``*b``, g).
     """
 
     matrix: Float[Array, "*b g g"]
@@ -61,7 +61,7 @@ class WideGroups(GroupBlocks):
 
         w_Q^T ([F^-1]_QQ)^-1 w_Q = lambda (|w_Q|^2 + u^T (A - G_Q G_Q^T)^-1 u).
 
-    Inside ``jit`` a matrix that nobody asks for is never computed.
+    Inside ``jit``, ``matrix`` is computed only if it is used.
 
     Attributes:
         matrix: as in :class:`GroupBlocks`.

@@ -1,17 +1,17 @@
 """The inverse of the damped Fisher of given gradients, whole or in blocks.
 
-Whole, with ``A = n lambda I + G G^T = L L^T``, everything follows from G and L:
+The whole inverse follows from G and ``A = n lambda I + G G^T = L L^T``:
 
     F^-1 v = (v - G^T A^-1 G v) / lambda
     F^-1 G^T a = n G^T A^-1 a
 
-Beside scans of the rows there is n x n work only. In blocks, each block is inverted on its cheaper
-side (:mod:`mfac_jax.inverse._factored`). Nothing d-sized is stored unless
-:meth:`FisherInverse.whiten` is called.
+It takes scans of the rows and n x n work. In blocks, each block is inverted on its cheaper side
+(:mod:`mfac_jax.inverse._factored`). Nothing d-sized is stored unless :meth:`FisherInverse.whiten`
+is called.
 
 The paper's recursion (its equations 3 to 6) computes the rows of ``W = L^-1 G`` one by one: its
-``h_i / sqrt(n + g_i . h_i)`` is row i of ``W`` over ``sqrt(lambda)``. One Cholesky
-factorization does that work as matrix products.
+``h_i / sqrt(n + g_i . h_i)`` is row i of ``W / sqrt(lambda)``. One Cholesky factorization does
+that work as matrix products.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class FisherInverse:
         blocks: the blocks of the Fisher.
         gram: ``G G^T`` over the mask; (n, n). None in blocks.
         factor: ``L`` of ``A = n lambda I + G G^T``; None in blocks.
-        whitened: ``W = L^-1 G``, or in blocks their inverses, run by run. None until
-            :meth:`whiten`.
+        whitened: ``W = L^-1 G``; in blocks, the inverses of the blocks, run by run. None until
+            :meth:`whiten` stores them.
     """
 
     rows: GradientRows
@@ -78,14 +78,14 @@ class FisherInverse:
         blocks: Partition,
         gram: Float[Array, "n n"] | None = None,
     ) -> FisherInverse:
-        """The inverse of arguments that are checked already.
+        """Makes the inverse without checking the arguments.
 
         Args:
             rows: ``G``.
             mask: which coordinates take part.
             damping: ``lambda``.
-            blocks: the blocks of the Fisher. The mask must be false at coordinates in no block;
-                results there have no meaning.
+            blocks: the blocks of the Fisher. The mask must be false at coordinates outside all
+                blocks; results there have no meaning.
             gram: ``G G^T`` over the mask, if it is known.
         """
         if is_scanned(rows, blocks):
@@ -101,16 +101,16 @@ class FisherInverse:
         blocks: Partition,
         gram: Float[Array, "n n"] | None = None,
     ) -> FisherInverse:
-        """:meth:`of` one block, by an n x n factor whatever the size of the block."""
+        """:meth:`of` for one block of any size, always with an n x n factor."""
         gram = rows.gram(mask) if gram is None else gram
         return cls(rows, mask, damping, blocks, gram, _whole.factor(gram, damping))
 
     def ihvp(self, vector: PyTree) -> PyTree:
-        """``F^-1 v``. Whole, in two scans: O(d n).
+        """``F^-1 v``. The whole inverse takes two scans, O(d n).
 
         In float32 the part of ``v`` inside the span of the gradients loses about
-        ``eps |g|^2 / lambda`` to cancellation, whole and in blocks of B > n. For a combination
-        of the gradients themselves use :meth:`combination`.
+        ``eps |g|^2 / lambda`` to cancellation, in the whole inverse and in blocks of B > n. For
+        a combination of the gradients themselves use :meth:`combination`.
 
         Args:
             vector: ``v``, a tree like the parameters or one flat vector (d,).
@@ -136,11 +136,11 @@ class FisherInverse:
     def combination(self, coefficients: Float[ArrayLike, " n"]) -> PyTree:
         """``F^-1 G^T a = n G^T A^-1 a``, without a subtraction and hence without cancellation.
 
-        Whole, in one scan: O(d n + n^2). Gradients that are equal share their coefficient
+        The whole inverse takes one scan, O(d n + n^2). Equal gradients share a coefficient
         (:func:`mfac_jax.algebra.share_between_equal_rows`).
 
         Args:
-            coefficients: ``a``; (n,), one a gradient.
+            coefficients: ``a``; (n,), one for each gradient.
 
         Returns:
             ``F^-1 G^T a``, a tree like the parameters.
@@ -151,7 +151,7 @@ class FisherInverse:
         n = self.rows.num_rows
         if jnp.shape(coefficients) != (n,):
             raise ValueError(
-                f"coefficients must have shape ({n},), one a gradient; "
+                f"coefficients must have shape ({n},), one for each gradient; "
                 f"got {jnp.shape(coefficients)}."
             )
         a = jnp.asarray(coefficients, self.rows.dtype)
@@ -164,9 +164,9 @@ class FisherInverse:
     def compensate(self, vector: PyTree) -> PyTree:
         """``G_K^T (n lambda I + G_K G_K^T)^-1 G v`` for the coordinates K where the mask is true.
 
-        When weights ``v`` outside of K go, this change of the weights of K compensates for
-        them: it minimises ``delta^T F delta`` over ``delta_K`` for ``delta = delta_K - v``.
-        Nothing is subtracted.
+        Let ``v`` be weights outside of K that are removed. This change of the weights in K
+        compensates for them: it minimises ``delta^T F delta`` over ``delta_K`` for
+        ``delta = delta_K - v``. It is computed without a subtraction.
 
         Args:
             vector: ``v``, a tree like the parameters.
@@ -189,12 +189,11 @@ class FisherInverse:
         return self._where_in(self.rows.combine(solved))
 
     def diagonal(self) -> PyTree:
-        """``diag(F^-1)``, a tree like the parameters. O(d n min(n, B)), or O(d n) whitened.
+        """``diag(F^-1)``, a tree like the parameters. O(d n min(n, B)); O(d n) if whitened.
 
-        No entry is below ``1 / F_jj``, its lower bound for any positive definite ``F``,
-        whatever rounding does. It is ``1 / lambda`` where the mask is false, and at coordinates
-        that are in no block. For many gradients
-        the memory is a fraction of theirs.
+        An entry is never below ``1 / F_jj``, its lower bound for any positive definite ``F``,
+        even after rounding. It is ``1 / lambda`` where the mask is false and at coordinates
+        outside all blocks. For many gradients, the computation needs a fraction of their memory.
         """
         if self.factor is None:
             diagonal = of_blocks.Diagonal(self.rows.implementation)
@@ -217,23 +216,23 @@ class FisherInverse:
         """Applies a function to the blocks ``[F^-1]_QQ`` of groups of coordinates Q.
 
         Args:
-            groups: whole: the groups, as a partition. In blocks: how many neighbours in a block
-                make a group, a divisor of the size of every block. None for a group of all
-                coordinates of a block.
+            groups: for the whole inverse, the groups as a partition. In blocks, the number of
+                neighbours that make a group; it divides the size of every block. None makes
+                every block one group.
             function: ``function(group_blocks, *parts, *constants)``. ``group_blocks`` is a
                 :class:`GroupBlocks` of a batch of groups. Each of ``parts`` holds the part of
-                one vector, (``*b``, g). The function returns a number a coordinate,
+                one vector, (``*b``, g). The function returns one number for each coordinate,
                 (``*b``, g). It is hashable, and groups may be padded, as in
                 :meth:`mfac_jax.rows.ColumnRows.map_blocks`.
             vectors: trees like the parameters.
-            constants: arrays that every call gets whole.
+            constants: arrays that every call receives whole.
 
         Returns:
             A tree like the parameters.
 
         Raises:
-            TypeError: ``groups`` is of the kind for the other case.
-            ValueError: a block is no whole number of groups.
+            TypeError: ``groups`` is a partition in blocks, or an int for the whole inverse.
+            ValueError: a block is not a whole number of groups.
         """
         if self.factor is None:
             if isinstance(groups, Partition):
@@ -260,9 +259,9 @@ class FisherInverse:
     def entries(self, rows: ArrayLike, columns: ArrayLike) -> Float[Array, "..."]:
         """Single entries ``(F^-1)_ij``.
 
-        Whole: O(n^2) each, and O(n) after :meth:`whiten`, as in the paper. In blocks: 0 between
-        two blocks, and O(min(n, B)) each; but all blocks are inverted first unless
-        :meth:`whiten` has done so.
+        In the whole inverse an entry costs O(n^2), or O(n) after :meth:`whiten`, as in the paper.
+        In blocks an entry costs O(min(n, B)) and is 0 between two blocks. All blocks are inverted
+        first, unless :meth:`whiten` has stored their inverses.
 
         Args:
             rows: flat coordinates i; any shape.
@@ -303,8 +302,8 @@ class FisherInverse:
     def quadratic_form(self, vector: PyTree) -> Float[Array, ""]:
         """``v^T F^-1 v = |v - G^T c|^2 / lambda + n |c|^2`` with ``c = A^-1 G v``, in two scans.
 
-        A sum of squares is never negative and loses nothing to cancellation. ``v . F^-1 v``
-        does, for ``v`` in the span of the gradients.
+        A sum of squares is never negative and loses nothing to cancellation. The product
+        ``v . F^-1 v`` loses digits if ``v`` lies in the span of the gradients.
 
         Args:
             vector: ``v``, a tree like the parameters or one flat vector (d,).
@@ -338,14 +337,17 @@ class FisherInverse:
     def sample(self, key: Key[Array, ""]) -> PyTree:
         """One draw from N(0, F^-1), a tree like the parameters.
 
-        ``F^-1 (sqrt(lambda) z_d + G^T z_n / sqrt(n))`` for standard normal ``z``; the
-        second part is ``sqrt(n) G^T A^-1 z_n``, free of cancellation.
+        It is ``F^-1 (sqrt(lambda) z_d + G^T z_n / sqrt(n))`` with standard normal ``z_d`` and
+        ``z_n``. The second term is computed as ``sqrt(n) G^T A^-1 z_n``, free of cancellation.
+
+        Args:
+            key: a random key.
         """
         layout, n, dtype = self.rows.layout, self.rows.num_rows, self.rows.dtype
         key_d, key_n = jax.random.split(key)
         z_d = layout.unflatten(jax.random.normal(key_d, (layout.size,), dtype))
         if self.factor is None:
-            # A block of B > n coordinates needs n more numbers, and has B.
+            # A block of B > n coordinates needs n more numbers; it gets B.
             inner = layout.unflatten(jax.random.normal(key_n, (layout.size,), dtype))
             return self._in_blocks("sample", z_d, inner)
         z_n = jax.random.normal(key_n, (n,), dtype)
@@ -354,11 +356,11 @@ class FisherInverse:
         return _whole.sample(z_d, self._where_in(self.rows.combine(solved)), self.damping)
 
     def whiten(self) -> FisherInverse:
-        """The same inverse with ``W = L^-1 G``, or the inverses of all blocks, stored.
+        """The same inverse that also stores ``W = L^-1 G``, or the inverses of all blocks.
 
-        ``W`` has d n numbers, the inverses d min(n, B). Whole, an entry is O(n) then. In
-        blocks, ``ihvp``, ``diagonal``, ``entries``, ``quadratic_form``, ``log_det`` and
-        ``sample`` invert nothing again.
+        ``W`` takes d n numbers, the inverses of blocks take d min(n, B). In the whole inverse an
+        entry then costs O(n). In blocks, ``ihvp``, ``diagonal``, ``entries``,
+        ``quadratic_form``, ``log_det`` and ``sample`` use the stored inverses.
 
         Raises:
             TypeError: the columns of the rows cannot be read.
@@ -375,7 +377,7 @@ class FisherInverse:
         return check_columns(self.whitened, "whitened rows")
 
     def _inverted(self) -> tuple[Inverted, ...]:
-        """All blocks inverted: the stored ones, or new ones."""
+        """The inverses of all blocks: the stored ones, or new ones."""
         if isinstance(self.whitened, tuple):
             return self.whitened
         if self.blocks.order is not None:
@@ -410,13 +412,13 @@ class FisherInverse:
     def _in_blocks(
         self, method: str, *vectors: PyTree, alone: Callable[..., Any] | None = None
     ) -> Any:
-        """A method of inverted blocks for all blocks.
+        """Calls a method of inverted blocks on all blocks.
 
         Args:
             method: the name of the method.
-            vectors: trees, whose parts it is given.
-            alone: a function of the gradients with the same result, for blocks that are not
-                stored.
+            vectors: trees whose parts are the arguments of the method.
+            alone: a function of the gradients with the same result. It is used if no inverses
+                are stored.
         """
         function = of_blocks.Asked(method)
         if isinstance(self.whitened, tuple) and self.whitened:
@@ -440,10 +442,11 @@ def fisher_inverse(
 ) -> FisherInverse:
     """The inverse of ``F = lambda I + G^T G / n``.
 
-    Whole by default: one Gram matrix and one factor, O(d n^2 + n^3). With ``blocks`` it is the
-    inverse of the block-diagonal Fisher; what is asked of it takes O(d n min(n, B)). All of it
-    is jitted. The inverse holds the rows without a copy, but a function under ``jax.jit`` that
-    returns the inverse copies them.
+    By default it is the whole inverse, from one Gram matrix and one factor: O(d n^2 + n^3). With
+    ``blocks`` it is the inverse of the block-diagonal Fisher. Each call of a method then inverts
+    the blocks, O(d n min(n, B)), unless :meth:`FisherInverse.whiten` has stored the inverses. All
+    methods are jitted. The inverse holds the rows without a copy, but a function under ``jax.jit``
+    that returns the inverse copies them.
 
     Args:
         rows: ``G``; n gradients of d entries. Blocks, the diagonal and entries need rows whose
@@ -452,15 +455,15 @@ def fisher_inverse(
         mask: a tree of booleans with the structure of the parameters; gradients count as 0
             where it is false. All true by default.
         blocks: None for one block of all coordinates; an int B for blocks of B
-            consecutive coordinates; ``"leaf"`` for a block a parameter; or a
+            consecutive coordinates; ``"leaf"`` for one block for each parameter; or a
             sequence of block sizes that add up to d.
 
     Returns:
-        The inverse; a pytree, fit for ``jit``.
+        The inverse, a pytree that can cross ``jit``.
 
     Raises:
-        TypeError: ``damping`` is not a number, ``blocks`` is of another kind, or the rows lack a
-            capability.
+        TypeError: ``damping`` is not a number, ``blocks`` has another type, or the columns of
+            the rows are needed and cannot be read.
         ValueError: ``damping`` is not positive, the blocks do not cover d, or the mask does
             not fit.
 
@@ -487,5 +490,5 @@ def fisher_inverse(
 
 
 def is_scanned(rows: GradientRows, blocks: Partition) -> bool:
-    """Whether all is one block of more than n coordinates, which products of the rows answer."""
+    """Whether products of the rows suffice: one block of more than n coordinates holds all."""
     return blocks.is_whole and blocks.runs[0].size > rows.num_rows

@@ -1,4 +1,4 @@
-"""Blocks of neighbouring coordinates whose inverses are stored, run by run."""
+"""Stored inverses of blocks of neighbouring coordinates, run by run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mfac_jax.rows._map import after, flat_vector, placed
 def inverted_blocks(
     rows: ColumnRows, mask: PyTree | None, damping: Float[Array, ""], blocks: Partition
 ) -> tuple[Inverted, ...]:
-    """Inverts every block, one batch a run. O(d n min(n, B))."""
+    """Inverts every block, one batch for each run. O(d n min(n, B))."""
     keep = None if mask is None else rows.layout.flat_mask(mask)
     parts: list[Inverted] = []
     for run in blocks.runs:
@@ -44,7 +44,7 @@ def map_kept(
     *,
     function: Callable[..., Any],
 ) -> Any:
-    """``function(inverted, *parts)`` of every run; see :meth:`ColumnRows.map_blocks`."""
+    """Applies ``function(inverted, *parts)`` to every run; see :meth:`ColumnRows.map_blocks`."""
     flat = [flat_vector(jax.tree.leaves(vector), rows.dtype) for vector in vectors]
     results = []
     for part, run in zip(kept, blocks.runs, strict=True):
@@ -61,7 +61,7 @@ def map_kept(
 def entries(
     kept: tuple[Inverted, ...], blocks: Partition, damping: Float[Array, ""], pairs: Pairs
 ) -> Float[Array, "..."]:
-    """``(F^-1)_ij``: 0 between two blocks."""
+    """``(F^-1)_ij``, which is 0 between two blocks."""
     zero = jnp.zeros_like(damping)
     out = jnp.where(pairs.valid, zero, jnp.full_like(damping, jnp.nan))
     for part, run in zip(kept, blocks.runs, strict=True):

@@ -7,8 +7,8 @@ A block of B coordinates has the gradients ``G_b`` (n, B) and the Fisher
     B > n:   F_b^-1 = (I - W^T W) / lambda,  W = L^-1 G_b,
              L L^T = n lambda I + G_b G_b^T                            (n x n)
 
-On a TPU a kernel reads each block once and keeps it on the chip until its answer is written.
-Elsewhere, and for blocks that the kernel does not take, the plain forms below run.
+On a TPU a kernel reads each block once and keeps it on the chip until its result is written.
+On other platforms, and for blocks that the kernel does not support, the plain forms below run.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def block_inverse_diagonal(
     Args:
         batch: ``G_b`` of every block.
         damping: ``lambda > 0``.
-        implementation: the one that the rows use. ``"xla"`` runs the plain form. The name of
-            a kernel is about the scans, so blocks then run the best that the platform has.
+        implementation: the implementation that the rows use. ``"xla"`` runs the plain form. The
+            name of a kernel concerns the scans, so blocks then run the best implementation of
+            the platform.
 
     Returns:
         The diagonals, positive, in the accumulation dtype of ``batch``.

@@ -1,4 +1,4 @@
-"""The n x n algebra and the element-wise work of the whole inverse, jitted for any caller."""
+"""The n x n algebra and the element-wise work of the whole inverse, jitted for every caller."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def diagonal(
 
     Args:
         inner: the squared norms of the columns of ``W``.
-        squares: those of the columns of ``G``.
+        squares: the squared norms of the columns of ``G``.
         damping: ``lambda``.
         mask: which coordinates take part; None for all.
         num_rows: ``n``.
@@ -112,7 +112,7 @@ def entries(
     Args:
         rows: ``G``.
         whitened: ``W``, if it is stored.
-        factor: of ``A``.
+        factor: the factor of ``A``.
         damping: ``lambda``.
         keep: which coordinates take part; None for all.
         pairs: the indices i and j.
@@ -136,5 +136,5 @@ def entries(
 
 @jax.jit
 def filled(diagonal: PyTree, damping: Float[Array, ""]) -> PyTree:
-    """A diagonal with ``1 / lambda`` at coordinates in no block, where it is 0."""
+    """The diagonal with ``1 / lambda`` where it is 0, that is, outside all blocks."""
     return jax.tree.map(lambda x: jnp.where(x == 0, (1 / damping).astype(x.dtype), x), diagonal)

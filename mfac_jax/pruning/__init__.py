@@ -2,29 +2,28 @@
 
 Vocabulary. A *mask* is a tree of booleans with the structure of the parameters, true
 where a weight is *alive*. *Sparsity* is the fraction of the prunable weights that are
-not. With ``F = lambda I + G^T G / n`` over the alive weights ``w``, Q the weights to
-prune and S those to keep, a change ``delta`` with ``delta_Q = -w_Q`` costs
+pruned. ``F = lambda I + G^T G / n`` is the Fisher over the alive weights ``w``. Q is the set of
+weights to prune, S the set to keep. A change ``delta`` with ``delta_Q = -w_Q`` costs
 
-    1/2 delta^T F delta            (the gradient being small where one prunes).
+    1/2 delta^T F delta            (if the gradient is small).
 
-- :func:`prune` does it all: give a loss, batches and a percentage. :class:`Scope` says what may
-  be pruned, :class:`Gradients` which gradients each step takes, :class:`Search` what it is
-  chosen from;
-- :func:`prune_step` is one step of it, for those who write their own loop, with
-  :func:`sparsity_schedule` for several and :func:`sparse` and :func:`set_mask` to train in
-  between;
+- :func:`prune` does everything: give it a loss, batches and a sparsity. :class:`Scope` says what
+  may be pruned, :class:`Gradients` which gradients each step uses, :class:`Search` which settings
+  each step tries;
+- :func:`prune_step` makes one step, for your own loop. :func:`sparsity_schedule` gives the
+  sparsities of several steps. :func:`sparse` and :func:`set_mask` train between steps;
 - :class:`Unstructured`, :class:`NofM`, :class:`BlocksOf` and :class:`Slices` are the patterns;
   :class:`WithinOutputs` cuts the Fisher into blocks;
 - :func:`prunable` says which leaves may be pruned; the others never move;
-- :func:`saliency`, :func:`obd_saliency` and :func:`magnitude` score weights, the lowest going
-  first;
+- :func:`saliency`, :func:`obd_saliency` and :func:`magnitude` score weights; the lowest scores
+  go first;
 - :func:`mask_to_sparsity` and :func:`mask_to_count` turn scores into a mask;
 - :func:`joint_update`, :func:`reference_update` and :func:`removal` give ``delta``;
-- :func:`save`, :func:`load` and :func:`to_bcoo` hand the result on.
+- :func:`save`, :func:`load` and :func:`to_bcoo` export the result.
 
-Scores and updates of your own are functions of a :class:`Problem`; a pattern of your own derives
-from :class:`Pattern`; a budget of your own is a function of the layers' shapes. All trees are
-like the caller's parameters. Scores, masks and updates take the trees they are given whole.
+Your own score or update is a function of a :class:`Problem`. Your own pattern derives from
+:class:`Pattern`. Your own budget is a function of the layers' shapes. All trees have the structure
+of the parameters. The functions for scores, masks and updates use every leaf they are given.
 
 References: Hassibi, Stork, "Second order derivatives for network pruning: Optimal
 Brain Surgeon", NeurIPS 1992. Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free

@@ -1,10 +1,10 @@
-"""Blocks of the Fisher in pruning: cut output by output, and out of the weights that are alive.
+"""Blocks of the Fisher in pruning: cut output by output, from the alive weights.
 
-Blocks are cut along the order of a :class:`Selection`, in which the weights of an output are
-neighbours, and so are those of a group. Alive weights move to the front and pruned ones to the
-end, so that a block of 128 holds 128 alive weights as long as there are enough. A weight moves
-within its own row only: among all weights, or within its output. The order is data, so a new mask
-compiles nothing.
+Blocks follow the order of a :class:`Selection`, in which the weights of an output are neighbours
+and the weights of a group are neighbours. Alive weights move to the front and pruned ones to the
+end, so a block of 128 holds 128 alive weights as long as there are enough. A weight moves only
+within its own row. A row is all weights, or one output. The order is data, so a new mask compiles
+nothing.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class WithinOutputs:
     """Blocks for the Fisher that hold weights of one output each.
 
     The weights of an output are cut evenly into as few blocks as possible. The weights of two
-    outputs hardly make up for one another, so a block that begins in one and ends in the next is
-    worse. Such blocks, of one size, are used only where no even cut is near. With groups along
-    the outputs, inputs take the place of outputs.
+    outputs hardly compensate for one another, so a block that begins in one output and ends in
+    the next is worse. Such blocks, all of one size, are used only if no even cut needs at most
+    twice the fewest blocks. If groups run along the outputs, inputs take the place of outputs.
 
     Attributes:
-        most: the largest number of weights in a block. A group that is larger is a block.
+        most: the largest number of weights in a block. A larger group is a block of its own.
     """
 
     most: int = 144
@@ -51,11 +51,11 @@ class Cut(NamedTuple):
     """How the Fisher of a selection is cut into blocks.
 
     Attributes:
-        blocks: what the caller asked for.
+        blocks: the argument ``blocks`` of the caller.
         runs: the blocks, as runs of places in the order of the selection, or of coordinates.
-        segments: rows in which alive weights move to the front, as ``(rows, width)``, one
-            segment after another; empty if weights do not move.
-        is_ordered: whether ``runs`` are of places in the order of the selection.
+        segments: the rows in which alive weights move to the front. Each segment is
+            ``(rows, width)``. Empty if weights do not move.
+        is_ordered: whether ``runs`` count places in the order of the selection.
     """
 
     blocks: Blocks | WithinOutputs
@@ -65,10 +65,11 @@ class Cut(NamedTuple):
 
 
 def cut(blocks: Blocks | WithinOutputs, selection: Selection) -> Cut:
-    """How a step cuts the Fisher into blocks, once they are known to fit.
+    """Checks ``blocks`` and says how a step cuts the Fisher.
 
-    Weights move only if groups go whole and have one size. In N:M patterns groups keep some of
-    their weights. Slices have a size of their own in each leaf. Blocks of given sizes stay.
+    Weights move only if groups go whole and all groups have one size. In N:M patterns, groups
+    keep some of their weights. Slices have a different size in each leaf. If the caller gives
+    block sizes, weights do not move.
 
     Raises:
         TypeError: ``blocks`` is of another kind.
@@ -103,7 +104,7 @@ def _within_outputs(blocks: WithinOutputs, selection: Selection, moves: bool) ->
 
 
 def _even(total: int, width: int, most: int, group: int) -> Sequence[int]:
-    """The sizes of blocks of whole groups, for ``total`` weights, ``width`` of them an output.
+    """The sizes of blocks of whole groups, for ``total`` weights with ``width`` in each output.
 
     Args:
         total: the number of weights of a leaf.
@@ -116,7 +117,7 @@ def _even(total: int, width: int, most: int, group: int) -> Sequence[int]:
     for parts in range(fewest, 2 * fewest + 1):
         if units % parts == 0:
             return [group * units // parts] * (total // width * parts)
-    # No even cut is near: blocks of one size, across the ends of outputs.
+    # No even cut: blocks of one size that cross the ends of outputs.
     count, rest = divmod(total, most * group)
     return [most * group] * count + [rest] * (rest > 0)
 
@@ -158,9 +159,9 @@ def _alive_first(
 def alive_first(
     alive: Bool[Array, " d"], segments: tuple[tuple[int, int], ...], group: int
 ) -> Int[Array, " d"]:
-    """All places, in each row those of groups with an alive weight first.
+    """All places, reordered in each row: groups with an alive weight come first.
 
-    Otherwise places keep their order.
+    Apart from that, places keep their order.
 
     Args:
         alive: which weights are alive, at each place.
@@ -170,7 +171,7 @@ def alive_first(
     here = jnp.any(alive.reshape(-1, group), axis=1).astype(jnp.int32)
     until = jnp.cumsum(here, dtype=jnp.int32)
     before = until - here
-    # Of every group, the first group of its row and their number.
+    # For every group: the first group of its row, and the number of groups in the row.
     firsts: list[Array] = []
     widths: list[Array] = []
     start = 0

@@ -1,4 +1,4 @@
-"""Budgets: how many weights go, in all or in each layer."""
+"""Budgets: how many weights go, in all layers together or in each layer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def erdos_renyi_kernel(sparsity: float, shapes: Shapes) -> Sequence[float]:
         full |= above
 
 
-# The global budget gives no layer a number of its own.
+# The global budget sets no number for a single layer.
 BUDGETS: dict[str, Callable[..., Sequence[float]] | None] = {
     "global": None,
     "uniform": uniform,
@@ -57,9 +57,9 @@ class Target(NamedTuple):
     """How much is pruned after a step.
 
     Attributes:
-        counts: the number of pruned weights, or what they cost together; one number for all
-            prunable leaves, or one for each.
-        costs: what a weight of each prunable leaf counts for.
+        counts: the number of pruned weights, or their total cost; one number for all prunable
+            leaves together, or one for each leaf.
+        costs: the cost of a weight in each prunable leaf.
     """
 
     counts: Int[Array, "*layers"]
@@ -67,11 +67,10 @@ class Target(NamedTuple):
 
 
 def check_wanted(sparsity: ArrayLike | PyTree, scope: Scope, selection: Selection) -> None:
-    """Checks sparsity, budget and costs, as far as that needs no mask.
+    """Checks sparsity, budget and costs, as far as possible without a mask.
 
     Raises:
-        TypeError: something else than a number is given for one, or the budget is neither a
-            name nor a function.
+        TypeError: a value is not a number, or the budget is neither a name nor a function.
         ValueError: a number lies outside its range, a tree does not fit, or budget and costs
             do not go together.
     """
@@ -97,11 +96,11 @@ def target_of(
         scope: the budget, the costs, and whether layers may vanish.
         selection: the prunable weights and their groups.
         mask: which weights of the prunable leaves are alive so far.
-        is_last: whether this is the last step. Before the last, a leaf may have more pruned
-            weights than its share; then no more of it go.
+        is_last: whether this is the last step. Before the last step, a leaf may already have
+            more pruned weights than its budget; it then loses no more.
 
     Returns:
-        The target. It can be met, and is not below what is pruned already.
+        The target. It can be met, and it is not below what is pruned already.
 
     Raises:
         TypeError: as :func:`check_wanted`, or ``sparsity`` is traced and must be known.
@@ -154,7 +153,9 @@ def _fractions(sparsity: ArrayLike | PyTree, selection: Selection) -> list[float
     for path, kept, fraction in leaves:
         _checks.unit_interval(fraction, f"sparsity{path}")
         if not kept and fraction != 0:
-            raise ValueError(f"sparsity{path} must be 0, for it is not pruned; got {fraction}.")
+            raise ValueError(
+                f"sparsity{path} must be 0, because this leaf is not pruned; got {fraction}."
+            )
         if kept:
             chosen.append(float(fraction))
     return chosen
@@ -165,7 +166,7 @@ def _costs(scope: Scope, selection: Selection, is_number: bool) -> tuple[int, ..
     if costs is None:
         return (1,) * len(selection.sizes)
     if scope.budget != "global" or not is_number:
-        raise ValueError("costs go with one sparsity and budget='global'.")
+        raise ValueError("costs need one number as sparsity and budget='global'.")
     if jax.tree.structure(costs) != layout.treedef:
         raise ValueError(
             "costs must have the structure of the parameters: "
@@ -178,7 +179,7 @@ def _costs(scope: Scope, selection: Selection, is_number: bool) -> tuple[int, ..
 
 
 def layer_counts(sparsity: Any, scope: Scope, selection: Selection) -> Int[np.ndarray, " layers"]:
-    """How many weights of each prunable leaf a budget of layers prunes.
+    """How many weights a budget for layers prunes in each prunable leaf.
 
     Counts are rounded so that they add up to ``round(sparsity * d)``.
 
@@ -211,7 +212,7 @@ def layer_counts(sparsity: Any, scope: Scope, selection: Selection) -> Int[np.nd
 def _rounded(wanted: np.ndarray, sizes: np.ndarray, total: int) -> Int[np.ndarray, " layers"]:
     """Whole numbers near ``wanted``, at most ``sizes``, that add up to ``total``.
 
-    The largest rests round up first.
+    The largest remainders round up first.
     """
     counts = np.minimum(np.floor(wanted + 1e-9), sizes).astype(np.int64)
     while (missing := total - counts.sum()) != 0:
@@ -225,12 +226,12 @@ def _rounded(wanted: np.ndarray, sizes: np.ndarray, total: int) -> Int[np.ndarra
 
 @dataclass(frozen=True)
 class _KnownTarget:
-    """A target whose numbers are known, to be checked.
+    """Checks a target whose numbers are known.
 
     Attributes:
         counts: see :class:`Target`.
-        costs: see there.
-        sparsity: what the caller gave, for messages.
+        costs: see :class:`Target`.
+        sparsity: the caller's argument, for messages.
         selection: the prunable weights and their groups.
     """
 
@@ -240,7 +241,7 @@ class _KnownTarget:
     selection: Selection
 
     def check_possible(self, mask: Sequence[Array]) -> None:
-        """Checks that nothing must be revived, and that the pattern lets so much go."""
+        """Checks that no weight must be revived, and that the pattern can prune this much."""
         already = np.asarray(pruned_of_leaves(mask))
         if self.selection.pattern.goes_whole:
             self._check_whole_groups(mask)
@@ -265,7 +266,7 @@ class _KnownTarget:
                 )
             if count > largest:
                 raise ValueError(
-                    f"{self.selection.pattern} lets at most {largest} of {total} {unit}{here} go, "
+                    f"{self.selection.pattern} prunes at most {largest} of {total} {unit}{here}, "
                     f"got sparsity={self.sparsity} ({count} {unit})."
                 )
 
@@ -274,18 +275,18 @@ class _KnownTarget:
         for leaf, name, groups in zip(mask, selection.names, selection.groups, strict=True):
             if groups.size <= 1 or not leaf.size:
                 continue
-            # In NumPy, which works at once even while a caller is traced.
+            # NumPy computes immediately, even while a caller is traced.
             flat = np.asarray(leaf).reshape(-1)
             rows = (flat if groups.order is None else flat[groups.order]).reshape(-1, groups.size)
             torn = int(np.sum(rows.any(axis=1) & ~rows.all(axis=1)))
             if torn:
                 raise ValueError(
-                    f"{selection.pattern} takes groups as a whole, but of {torn} groups of "
-                    f"params{name} a part is pruned already."
+                    f"{selection.pattern} prunes whole groups, but {torn} groups of params{name} "
+                    "are pruned in part already."
                 )
 
     def check_layers_stay(self) -> None:
-        """Checks that no leaf loses all of its weights. In an N:M pattern none can."""
+        """Checks that no leaf loses all of its weights. In an N:M pattern no leaf can."""
         if not self.selection.pattern.goes_whole:
             return
         sizes = np.asarray(self.selection.sizes)

@@ -1,4 +1,4 @@
-"""Which weights of a group go in an N:M pattern."""
+"""Chooses which weights of a group go in an N:M pattern."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def num_choices(n: int, m: int) -> int:
 
 
 def _choices(n: int, m: int) -> Bool[np.ndarray, "c m"]:
-    """All sets of ``m - n`` of ``m`` weights, a row each: true for weights in the set."""
+    """All sets of ``m - n`` of ``m`` weights, one in each row: true for weights in the set."""
     table = np.zeros((math.comb(m, n), m), bool)
     for row, taken in zip(table, itertools.combinations(range(m), m - n), strict=True):
         row[list(taken)] = True
@@ -31,10 +31,10 @@ def _choices(n: int, m: int) -> Bool[np.ndarray, "c m"]:
 def cheapest_choice(
     blocks: GroupBlocks, weights: Float[Array, "*b m"], alive: Bool[Array, "*b m"], n: int
 ) -> Float[Array, "*b m"]:
-    """Scores of the ``m - n`` weights that cost least together, inf for the others.
+    """Scores of the ``m - n`` weights that cost least together; inf for the other weights.
 
-    Choices that contain all weights pruned already are compared by their exact cost. The
-    weights of the cheapest share its cost evenly.
+    Only choices that contain every pruned weight are possible. They are compared by their exact
+    cost. The alive weights of the cheapest choice share its cost evenly.
     """
     inverse, floor = blocks.matrix, blocks.floor
     table = _choices(n, weights.shape[-1])
@@ -56,7 +56,10 @@ def cheapest_choice(
 def lowest_in_groups(
     scores: Float[Array, "k m"], alive: Bool[Array, "k m"], count: int
 ) -> Float[Array, "k m"]:
-    """The ``count`` lowest scores of every group, pruned weights first; inf for the others."""
+    """The ``count`` lowest scores of every group, inf for the others.
+
+    Pruned weights come before all others.
+    """
     key = jnp.where(alive, scores, jnp.full_like(scores, -jnp.inf))
     rank = jnp.argsort(jnp.argsort(key, axis=1), axis=1)
     return jnp.where(rank < count, scores, jnp.full_like(scores, jnp.inf))

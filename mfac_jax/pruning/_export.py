@@ -1,4 +1,4 @@
-"""Pruned parameters for others: files, and JAX's own sparse arrays."""
+"""Exports pruned parameters: to files, and to JAX's own sparse arrays."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _MASK = "mask/"
 def save(path: str | os.PathLike[str], params: PyTree, mask: PyTree) -> None:
     """Writes parameters and mask to a file, ``.npz`` or ``.safetensors``.
 
-    Every array goes by its path in the tree, slashes between the keys; the mask of an array by
-    the same name after ``mask/``. Pruned weights are written as zeros.
+    The name of an array is its path in the tree, with slashes between the keys. The name of its
+    mask is ``mask/`` and the same path. Pruned weights are written as zeros.
 
     Args:
-        path: where to; an existing file is replaced.
+        path: the file to write; an existing file is replaced.
         params: the parameters, a tree of real floating-point arrays.
-        mask: a tree of booleans like it, true where a weight is alive.
+        mask: a tree of booleans like ``params``, true where a weight is alive.
 
     Raises:
         TypeError: a leaf is not real floating point, or the mask is not boolean.
-        ValueError: the mask does not fit, the suffix is another, or two arrays would go by one
+        ValueError: the mask does not fit, the suffix is unknown, or two arrays have the same
             name.
-        ImportError: safetensors is wanted and not installed.
+        ImportError: the suffix is ``.safetensors``, and safetensors is not installed.
     """
     path = _checked(path)
     layout = Layout(params)
@@ -41,13 +41,13 @@ def save(path: str | os.PathLike[str], params: PyTree, mask: PyTree) -> None:
     arrays: dict[str, np.ndarray] = {}
     for name, leaf, alive in zip(_names(params), jax.tree.leaves(params), masks, strict=True):
         if {name, _MASK + name} & arrays.keys():
-            raise ValueError(f"two arrays would go by the name {name!r} or {_MASK + name!r}.")
+            raise ValueError(f"two arrays would have the name {name!r} or {_MASK + name!r}.")
         arrays[name] = np.where(alive, leaf, np.zeros((), jnp.result_type(leaf)))
         arrays[_MASK + name] = np.asarray(alive)
     if path.suffix == ".npz":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, array in arrays.items():
-                # What NumPy has no name for (bfloat16) goes exactly into float32.
+                # NumPy has no name for bfloat16; float32 holds its values exactly.
                 known = array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, known, allow_pickle=False)
@@ -65,10 +65,10 @@ def load(path: str | os.PathLike[str], params: PyTree) -> tuple[PyTree, PyTree]:
         params: the parameters, or anything with their structure and shapes.
 
     Returns:
-        Parameters, in the dtypes of ``params``, and mask.
+        The parameters, in the dtypes of ``params``, and the mask.
 
     Raises:
-        ValueError: an array is missing or has another shape, or the suffix is another.
+        ValueError: an array is missing or has another shape, or the suffix is unknown.
         ImportError: as :func:`save`.
     """
     path = _checked(path)
@@ -99,12 +99,12 @@ def load(path: str | os.PathLike[str], params: PyTree) -> tuple[PyTree, PyTree]:
 def to_bcoo(params: PyTree, mask: PyTree) -> PyTree:
     """The alive weights as :class:`jax.experimental.sparse.BCOO` arrays.
 
-    Leaves without a pruned weight stay as they are, and so do scalars. Not for use under
-    ``jit``: how many weights there are is part of an array's shape.
+    Leaves without a pruned weight stay dense, and so do scalars. The function cannot run under
+    ``jit``: the number of alive weights is part of an array's shape.
 
     Args:
         params: the parameters, a tree of real floating-point arrays.
-        mask: a tree of booleans like it.
+        mask: a tree of booleans like ``params``.
 
     Returns:
         A tree like ``params``.

@@ -1,7 +1,7 @@
 """Which parameters may be pruned, by their path in the tree.
 
-A path is the keys from the root to a leaf with slashes between them, whatever the
-tree is made of: ``"params/Dense_0/kernel"`` (Flax Linen), ``"linear/kernel/value"``
+A path consists of the keys from the root to a leaf, with slashes between them. It looks the same
+for every kind of tree: ``"params/Dense_0/kernel"`` (Flax Linen), ``"linear/kernel/value"``
 (Flax NNX), ``"layers/0/weight"`` (Equinox), ``"w1"`` (a dictionary).
 """
 
@@ -18,7 +18,7 @@ from mfac_jax._layout import Layout, PyTree
 
 PathFilter = str | Callable[[str, Any], bool] | None
 
-# In NNX an array is the value of a variable. The path then ends in a key that says nothing.
+# In NNX an array is the value of a variable. Its path then ends in a key without meaning.
 _BOXES = {"value", "raw_value"}
 _BIAS_WORDS = {"bias", "biases"}
 _SCALES = {"b", "scale", "gamma", "beta", "mean", "var"}
@@ -26,23 +26,23 @@ _NORM_WORDS = {"norms", "bn", "gn", "ln", "normalization", "normalisation"}
 
 
 def prunable(params: PyTree, path_filter: PathFilter = None) -> PyTree:
-    """Which leaves of ``params`` may be pruned.
+    """Says which leaves of ``params`` may be pruned.
 
     Args:
         params: the parameters, or anything with their shapes and dtypes.
         path_filter: a regular expression to search for in the path, or a function
-            ``(path, leaf) -> bool``. By default a leaf may be pruned if it has two
-            axes or more and its path does not name a bias, or the scale or module of
-            a normalisation. The name matters because stacked layers and convolutions can
-            have biases of several axes.
+            ``(path, leaf) -> bool``. By default a leaf may be pruned if it has at least two
+            axes and its path does not name a bias, or the scale or module of a
+            normalisation. The name matters because biases of stacked layers and of
+            convolutions can have several axes.
 
     Returns:
         A tree of Python booleans with the structure of ``params``.
 
     Raises:
-        TypeError: ``path_filter`` is neither, or returns something else than a bool;
-            or a leaf is not real floating point.
-        ValueError: the expression is malformed, or nothing is selected.
+        TypeError: ``path_filter`` has another type or does not return a bool, or a leaf is
+            not real floating point.
+        ValueError: the expression is malformed, or no leaf is selected.
 
     Example:
         >>> import jax.numpy as jnp
@@ -96,7 +96,7 @@ def _is_weight(path: str, leaf: Any) -> bool:
         keys.pop()
     if keys and (keys[-1].rstrip("0123456789") in _SCALES or _BIAS_WORDS & set(_words(keys[-1]))):
         return False
-    # The leaf and the module it sits in; further up, "norm" may name a whole tower.
+    # Only the leaf and its module; further up, "norm" may name a whole tower.
     for word in (word for key in keys[-2:] for word in _words(key)):
         if word in _NORM_WORDS or word.endswith("norm"):
             return False
@@ -104,5 +104,5 @@ def _is_weight(path: str, leaf: Any) -> bool:
 
 
 def _words(key: str) -> list[str]:
-    """The words of a name in any style: ``LayerNorm_0`` is layer, norm."""
+    """The words of a name in any style: ``LayerNorm_0`` gives layer and norm."""
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", key)]

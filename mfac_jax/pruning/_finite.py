@@ -1,4 +1,4 @@
-"""Errors that name the leaf with NaN or Inf in it."""
+"""Checks for NaN and Inf; the errors name the leaf."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def check_finite(tree: PyTree, paths: Sequence[str], name: str) -> None:
 def check_finite_gradients(rows: GradientRows) -> None:
     """Checks that gradients are finite and can be squared.
 
-    Leaves that are not prunable count as well: products with the gradients read all of them.
+    Leaves that are not prunable are checked as well: products with the gradients read all leaves.
 
     Raises:
-        FloatingPointError: one is not; the error names the first such leaf.
+        FloatingPointError: a gradient fails; the error names the first such leaf.
     """
-    # NaN and Inf survive a sum with coefficients of one sign. Because the coefficients differ,
-    # large gradients do not cancel.
+    # A sum with coefficients of one sign keeps NaN and Inf. Because the coefficients differ, large
+    # gradients do not cancel.
     coefficients = np.arange(1, rows.num_rows + 1) / rows.num_rows
     sums = rows.combine(jnp.asarray(coefficients.astype(rows.dtype)))
     check_finite(_squared(sums), rows.layout.paths, "the squared gradients of params")

@@ -1,11 +1,11 @@
-"""The gradients of a pruning run: where they come from, and which are kept.
+"""The gradients of a pruning run: their source, and which of them are kept.
 
-A step's own gradients are few. Those of earlier steps were taken nearby, with fewer weights pruned,
-and say much the same about the curvature. Only their size differs, since gradients grow with the
-loss; so they are scaled to the newest ones.
+A step has few gradients of its own. Gradients of earlier steps were taken nearby, with fewer
+weights pruned, and describe nearly the same curvature. Only their size differs, because gradients
+grow with the loss. They are therefore scaled to the newest ones.
 
-Each step's gradients are rows of their own, stacked. All rows exist from the first step on, so
-that every step runs the same programs. Rows that are not filled yet are zero.
+Each step's gradients are separate rows, which are stacked. All rows exist from the first step, so
+every step runs the same programs. Rows without gradients are zero.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ Fill = Callable[[WritableRows], WritableRows]
 
 @dataclass(frozen=True)
 class Gradients:
-    """Where :func:`prune` takes the gradients of each step from.
+    """The gradients that :func:`prune` uses in each step.
 
     Attributes:
-        count: how many each step takes.
-        per_example: one gradient an example in place of one a batch.
-        given: the gradients of the first step, if they exist already; taken at ``params``, all
-            leaves. With them several sparsities can share one set of gradients. They are used
-            as they are, in their own storage, and never copied or changed.
-        history: how many earlier steps' gradients are used as well; each takes as much memory
-            again, from the first step on.
+        count: the number of gradients that each step takes.
+        per_example: take one gradient for each example instead of one for each batch.
+        given: the gradients of the first step, taken at ``params``, for all leaves. Several
+            sparsities can share them. They are used in their own storage, and never copied or
+            changed. By default the first step computes its gradients.
+        history: the number of earlier steps whose gradients are used as well. Each needs the
+            memory of ``count`` gradients, from the first step.
         storage: how gradients are stored; see :class:`mfac_jax.rows.Dense`.
     """
 
@@ -72,11 +72,11 @@ class Gradients:
             )
 
     def check(self, params: PyTree) -> None:
-        """Checks that the gradients that are given are those of ``params``.
+        """Checks that ``given`` holds gradients of ``params``.
 
         Raises:
-            ValueError: they are of other parameters.
-            FloatingPointError: they have NaN or Inf in them.
+            ValueError: the gradients belong to other parameters.
+            FloatingPointError: a gradient has NaN or Inf in it.
         """
         if self.given is not None:
             self.given.layout.check(params, "params")
@@ -84,10 +84,10 @@ class Gradients:
 
 
 class History:
-    """Keeps the gradients of some steps; those of a new step replace the oldest.
+    """Keeps the gradients of the latest steps; a new step replaces the oldest.
 
     Attributes:
-        rows: all gradients that are kept, the older ones scaled.
+        rows: all kept gradients; older ones are scaled.
         grams: the Gram matrices of these rows.
     """
 
@@ -105,7 +105,7 @@ class History:
         """Adds the gradients of a step.
 
         Args:
-            fill: writes them into the rows that it is given, which are donated.
+            fill: ``fill(rows)`` writes the gradients into ``rows``, which are donated.
             alive: the mask of all parameters.
         """
         slot = self._taken % self._num_parts
@@ -115,7 +115,7 @@ class History:
             self._parts = [first, *(self._empty() for _ in range(self._num_parts - 1))]
         else:
             oldest = self._parts[slot]
-            if oldest is self._gradients.given:  # the caller's own
+            if oldest is self._gradients.given:  # belongs to the caller
                 oldest = self._empty()
             self._parts[slot] = fill(check_writable(oldest, "the history of gradients"))
         self._taken += 1
@@ -150,9 +150,9 @@ class History:
 
 
 def _levels(gram: Float[np.ndarray, "m m"], newest: int, num_parts: int) -> Float[np.ndarray, " p"]:
-    """The scales at which all parts have the mean square of the newest."""
+    """The scales that give every part the mean square of the newest part."""
     squares = np.diagonal(gram).reshape(num_parts, -1).sum(axis=1)
-    # A step without any gradient sets no level, nor has one.
+    # A part whose gradients are all zero has no level and sets none.
     has_level = (squares > 0) & (squares[newest] > 0)
     ratios = np.divide(squares[newest], squares, out=np.ones_like(squares), where=has_level)
     return np.sqrt(ratios)

@@ -1,16 +1,16 @@
 """Exact greedy Optimal Brain Surgeon inside blocks: one weight at a time.
 
-In every block at once, the weight whose removal costs least goes, the others make up for
-it exactly, and the inverse loses its row and column:
+All blocks work at the same time. In each, the weight whose removal costs least goes. The other
+weights compensate for it exactly, and the inverse loses its row and column:
 
     q = argmin w_q^2 / (2 [F^-1]_qq)
     w      <-  w - F^-1 e_q w_q / [F^-1]_qq
     F^-1   <-  F^-1 - F^-1 e_q e_q^T F^-1 / [F^-1]_qq
 
-until the block is empty. The score of a weight is what its removal cost. The mask then cuts the
-records of all blocks at one level. O(d B^2).
+until the block is empty. The score of a weight is the cost of its removal. The mask then cuts the
+scores of all blocks at one level. O(d B^2).
 
-Unlike the saliency of single weights, such a score takes into account what went before. In a block
+Unlike the saliency of single weights, this score depends on the earlier removals. In a block,
 scores never fall from one removal to the next, so a cut keeps the order.
 """
 
@@ -25,8 +25,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax.inverse import GroupBlocks
 
-# The inverses of the blocks that are worked on at once hold this many numbers: 4 MiB, which stay
-# in the cache of a CPU while weights go one by one.
+# The inverses of the blocks in one batch hold this many numbers: 4 MiB, which stay in the cache of
+# a CPU during the removals.
 _ENTRIES = 2**20
 
 
@@ -34,11 +34,11 @@ class _Block(NamedTuple):
     """A block from which weights go one by one.
 
     Attributes:
-        inverse: ``F^-1`` of the weights that are left; near 0 in the rows and columns of those
-            that are gone.
-        weights: the weights, updated.
+        inverse: ``F^-1`` of the remaining weights; near 0 in the rows and columns of removed
+            weights.
+        weights: the updated weights.
         left: which weights can still go.
-        scores: what the removals have cost; inf for weights that are not removed.
+        scores: the cost of each removal; inf for weights that are not removed.
         last: the cost of the last removal.
     """
 
@@ -58,16 +58,16 @@ def greedy_records(
     size: int = 1,
     quota: int | None = None,
 ) -> Float[Array, "b B"]:
-    """What each removal costs when weights go greedily.
+    """The cost of each removal when weights go greedily.
 
     Args:
         inverse: ``F^-1`` of every block, over its alive weights.
         weights: their weights.
         alive: which weights are alive; the others score 0.
-        floor: ``1 / F_jj``, which no pivot is below.
-        size: weights of a group.
-        quota: how many weights of a group may go, one by one. By default a group goes as
-            a whole, and each of its weights scores what the group costs.
+        floor: ``1 / F_jj``, the lower bound of a pivot.
+        size: the number of weights in a group.
+        quota: the number of weights of a group that may go, one by one. By default a group
+            goes whole, and each of its weights scores the cost of the group.
 
     Returns:
         The scores; inf for weights that may not go.
@@ -140,7 +140,7 @@ def _remove_all(
 def _eliminate(
     block: _Block, q: Int[Array, ""], floor: Float[Array, " B"], where: Bool[Array, ""]
 ) -> _Block:
-    """Removes weight ``q`` if ``where`` is true; the others make up for it."""
+    """Removes weight ``q`` if ``where`` is true; the other weights compensate for it."""
     row = block.inverse[q]
     pivot = jnp.maximum(row[q], floor[q])
     column = jnp.where(where, row / pivot, jnp.zeros_like(row))
@@ -158,5 +158,5 @@ def _diagonal_blocks(matrix: Float[Array, "B B"], size: int) -> Float[Array, "k 
 
 
 def _at_least(cost: Float[Array, ""], last: Float[Array, ""]) -> Float[Array, ""]:
-    """The cost, or the least score above the last one, so that a cut keeps the order."""
+    """The cost, raised to just above the last score if it is lower, so a cut keeps the order."""
     return jnp.maximum(cost, last * (1 + 2 * jnp.finfo(last.dtype).eps))

@@ -1,9 +1,9 @@
-"""From scores to a mask in which exactly the wanted number of weights is pruned.
+"""Turns scores into a mask that prunes an exact number of weights.
 
-The k lowest scores are found by the k-th value. Floats map to integers of the same order, and
-each bit of the threshold takes one count over the weights. Equal scores are told apart by their
-coordinates, bit by bit as well. Counts are sums of integers. So leaves are never put together, or
-gathered where they are sharded, and no count is rounded.
+The k lowest scores lie below a threshold. Floats map to integers of the same order, and each bit
+of the threshold takes one count over the weights. Coordinates break ties between equal scores,
+also bit by bit. Counts are sums of integers. Leaves are therefore never concatenated, sharded
+leaves are never gathered, and no count is rounded.
 """
 
 from __future__ import annotations
@@ -38,20 +38,19 @@ def mask_to_sparsity(scores: PyTree, mask: PyTree, sparsity: ArrayLike) -> PyTre
 
     Args:
         scores: a tree of real arrays with d entries in all; low scores go first.
-        mask: a tree of booleans with their structure, true where a weight is alive.
-            What is pruned stays so.
-        sparsity: the fraction to be pruned after the step, in [0, 1]. The count is computed in
+        mask: a tree of booleans with the structure of ``scores``, true where a weight is
+            alive. Pruned weights stay pruned.
+        sparsity: the fraction that is pruned after the step, in [0, 1]. The count is computed in
             double precision. A traced sparsity is clipped to [0, 1] (NaN is 0) and rounded to
             24 binary places, for which the count is exact.
 
     Returns:
         The new mask. Weights of equal scores go in the order of their coordinates. Scores that
-        are not finite go last. If more weights are pruned already, it is ``mask``.
+        are not finite go last. If more weights are pruned already, the result is ``mask``.
 
     Raises:
-        ValueError: ``sparsity`` is a number outside [0, 1] or one below what ``mask``
-            has pruned already (where that is known: outside ``jit``); or the trees
-            do not fit.
+        ValueError: ``sparsity`` lies outside [0, 1], or, outside ``jit``, below what ``mask``
+            has pruned already; or the trees do not fit.
         TypeError: ``sparsity`` is not a number, scores are not real floating point,
             or the mask is not boolean.
 
@@ -72,18 +71,19 @@ def mask_to_count(scores: PyTree, mask: PyTree, count: ArrayLike) -> PyTree:
     """Prunes the lowest scores until ``count`` weights are pruned in all.
 
     Args:
-        scores: as in :func:`mask_to_sparsity`, like ``mask``.
-        mask: see there.
-        count: how many are to be pruned after the step, 0 .. d; an int or an integer
+        scores: as in :func:`mask_to_sparsity`.
+        mask: as in :func:`mask_to_sparsity`.
+        count: the number of pruned weights after the step, 0 .. d; an int or an integer
             scalar array, which may be traced.
 
     Returns:
-        The new mask, as there.
+        The new mask, as from :func:`mask_to_sparsity`.
 
     Raises:
-        ValueError: ``count`` is out of range or below what is pruned already (where
-            that is known), or the trees do not fit.
-        TypeError: ``count`` is not an integer, or as there.
+        ValueError: ``count`` is out of range or, outside ``jit``, below what is pruned already;
+            or the trees do not fit.
+        TypeError: ``count`` is not an integer, scores are not real floating point, or the mask
+            is not boolean.
     """
     layout = Layout(scores, "scores")
     layout.check_mask(mask)
@@ -95,10 +95,10 @@ def mask_to_count(scores: PyTree, mask: PyTree, count: ArrayLike) -> PyTree:
 
 
 def pruned_count(sparsity: ArrayLike, total: int) -> Int[Array, ""]:
-    """``round(sparsity * total)``, halves to even, rounded once.
+    """``round(sparsity * total)`` with one rounding, halves to even.
 
-    Float32 does not hold every count above 2^24. A traced sparsity is therefore written as
-    ``q / 2^24`` and multiplied with ``total`` in integers, 12 bits at a time.
+    Float32 cannot hold every count above 2^24. A traced sparsity is therefore written as
+    ``q / 2^24`` and multiplied by ``total`` in integers, 12 bits at a time.
     """
     _checks.unit_interval(sparsity, "sparsity")
     if total > MOST_WEIGHTS:
@@ -130,7 +130,7 @@ def num_pruned(mask: PyTree) -> Int[Array, ""]:
 
 def pruned_of_leaves(mask: Sequence[Array]) -> list[int]:
     """How many entries of each leaf of a known mask are false."""
-    # A known mask is counted at once, even while a caller is traced.
+    # Counts a known mask immediately, even while a caller is traced.
     with jax.ensure_compile_time_eval():
         return [int(count) for count in jax.device_get(_pruned_of_leaves(tuple(mask)))]
 
@@ -141,10 +141,10 @@ def _pruned_of_leaves(mask: tuple[Array, ...]) -> list[Int[Array, ""]]:
 
 
 def check_not_revived(mask: PyTree, layout: Layout, target: ArrayLike, name: str) -> None:
-    """Checks that a known target does not lie below what a known mask has pruned.
+    """Checks that a known target is not below what a known mask has pruned.
 
     Raises:
-        ValueError: it does.
+        ValueError: the target is below it.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in [target, *jax.tree.leaves(mask)]):
         return
@@ -167,13 +167,13 @@ def _mask_to_count(
 
     Args:
         scores: a tree of real arrays.
-        mask: a tree of booleans like them.
-        count: the most that all pruned entries may count for; or the same for each leaf.
-        costs: what an entry of each leaf counts for; 1 by default.
+        mask: a tree of booleans like ``scores``.
+        count: the largest total cost of pruned entries; or one such number for each leaf.
+        costs: the cost of an entry of each leaf; 1 by default.
 
     Returns:
-        The mask. Entries go in the order of their scores, and of coordinates where scores are
-        equal, as long as ``count`` is not exceeded.
+        The mask. Entries go in the order of their scores, and in the order of coordinates if
+        scores are equal, as long as the total does not exceed ``count``.
     """
     layout = Layout(scores, "scores")
     if not layout.size:
@@ -194,10 +194,10 @@ def _above_count(
     count: Int[Array, "*layers"],
     costs: tuple[int, ...],
 ) -> list[Array]:
-    """Which entries stay: those above a threshold, by their key and then by their place.
+    """Which entries stay: those above a threshold, ordered by key and then by place.
 
-    No two entries have the same key and place. The threshold is found bit by bit, first the bits
-    of the key, then those of the place. Nothing is sorted or added up in order.
+    No two entries have the same key and place. The threshold is found bit by bit: first the bits
+    of the key, then the bits of the place. Nothing is sorted, and no prefix sum is needed.
     """
     sizes = [key.size for key in keys]
     unsigned = keys[0].dtype
@@ -231,7 +231,7 @@ def _above_count(
             jnp.where(of_key, first | (jnp.ones((), unsigned) << shift.astype(unsigned)), first),
             jnp.where(of_key, second, second | (jnp.uint32(1) << shift.astype(jnp.uint32))),
         )
-        # Entries of the threshold's own key go one by one, in the order of their places.
+        # Entries whose key equals the threshold go one by one, in the order of their places.
         gone = total(below(*higher))
         fits = jnp.where(of_key, gone < count, gone <= count)
         return jnp.where(fits, higher[0], first), jnp.where(fits, higher[1], second)
@@ -250,23 +250,22 @@ def choose(
     costs: tuple[int, ...],
     keep_layers: bool,
 ) -> tuple[PyTree, Bool[Array, ""]]:
-    """The new mask: groups of lowest score go, in all layers together or in each.
+    """The new mask: the groups of lowest score go, in all layers together or in each layer.
 
     Args:
-        scores: a tree like the parameters. The weights of a group that goes whole have one
+        scores: a tree like the parameters. The weights of a group that goes whole share one
             score.
-        mask: the mask so far, like the parameters. A group is alive as long as one of its
-            weights is.
-        counts: the most that all pruned weights may count for; or the same for each prunable
-            leaf. Groups go as long as it is not exceeded.
+        mask: the mask so far, like the parameters. A group is alive if one of its weights is.
+        counts: the largest total cost of pruned weights; or one such number for each prunable
+            leaf. Groups go as long as the total does not exceed it.
         selection: which leaves are prunable, and the groups in them.
-        costs: what a weight of each prunable leaf counts for.
+        costs: the cost of a weight in each prunable leaf.
         keep_layers: whether the best group of every leaf stays, even if ``counts`` (of a traced
-            sparsity) would take it.
+            sparsity) would remove it.
 
     Returns:
-        The new mask, false in leaves that are not prunable; and whether the scores of all
-        weights that go are finite. Groups of equal scores go in the order of the pattern.
+        The new mask, false in leaves that are not prunable; and whether all weights that go
+        have finite scores. Groups of equal scores go in the order of the pattern.
     """
     whole = selection.pattern.goes_whole
     kept, good = _choose(
@@ -293,7 +292,7 @@ def _choose(
     keep_layers: bool,
 ) -> tuple[tuple[Array, ...], Bool[Array, ""]]:
     orders = orders or (None,) * len(groups)
-    # Leaves whose weights go one by one keep their shape, and with it their sharding.
+    # Leaves whose weights go one by one keep their shape, and therefore their sharding.
     values = [
         leaf if g == 1 or not leaf.size else in_groups(leaf, order, g)[:, 0]
         for leaf, order, g in zip(scores, orders, groups, strict=True)
@@ -322,7 +321,7 @@ def _choose(
 
 
 def _keep_best(scores: Float[Array, "*k"], alive: Bool[Array, "*k"]) -> Float[Array, "*k"]:
-    """The scores, that of the best group set to infinity so that it goes last."""
+    """The scores, with infinity for the best group, which then goes last."""
     if not scores.size:
         return scores
     best = jnp.argmax(jnp.where(alive, scores, jnp.full_like(scores, -jnp.inf)))
@@ -333,12 +332,12 @@ def _keep_best(scores: Float[Array, "*k"], alive: Bool[Array, "*k"]) -> Float[Ar
 def _order_key(
     scores: Float[Array, "*shape"], alive: Bool[Array, "*shape"]
 ) -> UInt[Array, "*shape"]:
-    """Integers in the order of the scores; 0 for what is pruned, the top for non-finite."""
+    """Integers in the order of the scores: 0 for pruned weights, the largest for NaN and Inf."""
     bits = jnp.finfo(scores.dtype).bits
     unsigned = jnp.uint64 if bits == 64 else jnp.uint32
     top = jnp.full_like(scores, jnp.inf)
     scores = jnp.where(jnp.isfinite(scores), scores, top)
-    # Both zeros are one score.
+    # -0.0 and 0.0 are the same score.
     scores = jnp.where(scores == 0, jnp.zeros_like(scores), scores)
     raw = lax.bitcast_convert_type(scores, unsigned)
     sign = unsigned(1 << (bits - 1))

@@ -1,7 +1,7 @@
 """Patterns: which weights can only go together.
 
-A pattern cuts every leaf into *groups* of weights. It answers what pruning asks of them: which
-weights a group has, how many of them may go, and what they cost.
+A pattern cuts every leaf into *groups* of weights. It says which weights a group has, how many of
+them may go, and how much they cost.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Groups(NamedTuple):
     Attributes:
         size: the number of weights of a group.
         order: the places of all weights in the flattened leaf, group after group; (k,). None
-            if that is their order in the leaf.
-        num_outputs: how many parts of equal length ``order`` has, each of whole groups.
-            :class:`WithinOutputs` cuts no block across the end of a part. A part is an output
-            where possible, because the weights that one output sums over make up for one
+            if the weights already lie in this order.
+        num_outputs: the number of equal parts of ``order``, each of whole groups.
+            :class:`WithinOutputs` cuts no block across the end of a part. If possible, a part
+            is an output, because the weights that one output sums over compensate for one
             another.
     """
 
@@ -48,12 +48,12 @@ class Groups(NamedTuple):
 class Pattern(abc.ABC):
     """Which weights can only go together.
 
-    A pattern of your own is a frozen dataclass that derives from this class. It must have
-    :meth:`groups`. By default a group goes as a whole, for what all of its weights cost
-    together. Override the other members where yours differs:
+    Your own pattern is a frozen dataclass that derives from this class. It must define
+    :meth:`groups`. By default a group goes whole, and its score is the cost of all its weights
+    together. Override the other members if your pattern differs:
 
-    - :attr:`group_size`, if groups have the same size in every leaf. Then blocks of the Fisher
-      may be smaller than a leaf.
+    - :attr:`group_size`, if groups have the same size in every leaf. Blocks of the Fisher may
+      then be smaller than a leaf.
     - :attr:`removable`, :meth:`combine` and :meth:`cost`, if only some weights of a group may
       go.
 
@@ -93,15 +93,15 @@ class Pattern(abc.ABC):
 
     @property
     def greedy_quota(self) -> int | None:
-        """How many weights of a group greedy removal takes, one by one.
+        """The number of weights that greedy removal takes from a group, one by one.
 
-        None if groups go whole, or if greedy removal does not know the rule of the pattern.
+        None if groups go whole, or if greedy removal cannot follow the rule of the pattern.
         """
         return None
 
     @property
     def is_greedy(self) -> bool:
-        """Whether greedy removal keeps to the pattern: by whole groups or by the quota."""
+        """Whether greedy removal can follow the pattern, by whole groups or by the quota."""
         own = type(self).combine is not Pattern.combine or type(self).cost is not Pattern.cost
         return self.greedy_quota is not None or (self.goes_whole and not own)
 
@@ -111,8 +111,8 @@ class Pattern(abc.ABC):
 
         Args:
             shape: the shape of the leaf.
-            output_axis: the axis of the outputs as the caller gave it. It may be negative, or
-                no axis of the leaf.
+            output_axis: the axis of the outputs as the caller gave it. It may be negative, and
+                the leaf may lack it.
             name: the path of the leaf, such as ``"['kernel']"``, for messages.
 
         Raises:
@@ -131,7 +131,7 @@ class Pattern(abc.ABC):
 
     @property
     def goes_whole(self) -> bool:
-        """Whether all weights of a group go at once: whether :attr:`removable` is 1."""
+        """Whether a group goes whole, that is, whether :attr:`removable` is 1."""
         return self.removable == 1
 
     def combine(
@@ -140,12 +140,12 @@ class Pattern(abc.ABC):
         """Scores of groups from scores of single weights.
 
         Args:
-            scores: the scores of the weights, a group a row.
+            scores: the scores of the weights, one group in each row.
             alive: which weights are alive.
 
         Returns:
-            The scores by which weights go, lowest first: the sum over the group by default,
-            for each of its weights. Inf keeps a weight from going.
+            The scores by which weights go, lowest first. By default each weight gets the sum
+            over its group. A weight with score inf does not go.
         """
         del alive
         return jnp.broadcast_to(jnp.sum(scores, axis=1, keepdims=True), scores.shape)
@@ -157,12 +157,12 @@ class Pattern(abc.ABC):
 
         Args:
             blocks: ``[F^-1]_QQ`` of a batch of groups.
-            weights: ``w_Q``, 0 where no weight is alive.
+            weights: ``w_Q``; 0 for weights that are not alive.
             alive: which weights are alive.
 
         Returns:
-            The scores, as in :meth:`combine`: by default the least rise of the quadratic model
-            when the group goes, ``1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q``, for each of its weights.
+            The scores, as in :meth:`combine`. By default each weight gets the least rise of the
+            quadratic model when its group goes, ``1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q``.
         """
         del alive
         cost = blocks.inverse_quadratic_form(weights) / 2
@@ -171,7 +171,7 @@ class Pattern(abc.ABC):
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):
-    """Every weight on its own: the default."""
+    """Every weight can go on its own. This is the default pattern."""
 
     @property
     def group_size(self) -> int:
@@ -186,16 +186,16 @@ class Unstructured(Pattern):
 
 @dataclass(frozen=True)
 class NofM(Pattern):
-    """Of every ``m`` neighbours, ``n`` stay or more: no step prunes more than ``m - n``.
+    """At least ``n`` of every ``m`` neighbours stay: no step prunes more than ``m - n``.
 
     ``NofM(2, 4)`` is the 2:4 pattern of sparse matrix units.
 
     Attributes:
-        n: weights that stay in each ``m``.
-        m: neighbours that make a group.
-        axis: the axis they are neighbours along. By default the axis of the inputs, along
-            which products are summed: the one before the axis of the outputs if that is the
-            last, as in Flax, and otherwise the one after it.
+        n: the number of weights that stay in each group.
+        m: the number of neighbours in a group.
+        axis: the axis along which they are neighbours. By default the axis of the inputs, along
+            which products are summed. It comes before the axis of the outputs if that is the
+            last axis, as in Flax, and after it otherwise.
     """
 
     n: int
@@ -237,7 +237,7 @@ class NofM(Pattern):
     def cost(
         self, blocks: GroupBlocks, weights: Float[Array, "*b g"], alive: Bool[Array, "*b g"]
     ) -> Float[Array, "*b g"]:
-        """The cost of the ``m - n`` weights that cost least together; inf for the others."""
+        """The cost of the ``m - n`` weights that cost least together; inf for the other weights."""
         if num_choices(self.n, self.m) <= MOST_CHOICES:
             return cheapest_choice(blocks, weights, alive, self.n)
         size, shape = self.m, weights.shape
@@ -256,8 +256,8 @@ class BlocksOf(Pattern):
     """``size`` neighbours go together.
 
     Attributes:
-        size: neighbours that make a group.
-        axis: the axis they are neighbours along; by default the axis of the inputs, as in
+        size: the number of neighbours in a group.
+        axis: the axis along which they are neighbours; by default the axis of the inputs, as in
             :class:`NofM`.
     """
 
@@ -311,8 +311,8 @@ def check_pattern(pattern: object) -> None:
     """Checks that ``pattern`` is a pattern.
 
     Raises:
-        TypeError: it is not, or it is not hashable.
-        ValueError: groups do not go whole, and the pattern does not say what goes.
+        TypeError: ``pattern`` is not a pattern, or is not hashable.
+        ValueError: groups do not go whole, and the pattern does not say which weights go.
     """
     if not isinstance(pattern, Pattern):
         raise TypeError(
@@ -327,13 +327,13 @@ def check_pattern(pattern: object) -> None:
         ) from error
     if not pattern.goes_whole and not pattern.has_own_rule:
         raise ValueError(
-            f"{pattern!r} lets {pattern.removable} of a group go, so it must say which weights "
-            "these are: expected it to override combine and cost."
+            f"{pattern!r} prunes a fraction {pattern.removable} of a group, so it must say which "
+            "weights go: expected it to override combine and cost."
         )
 
 
 def groups_of(pattern: Pattern, shape: tuple[int, ...], output_axis: int, name: str) -> Groups:
-    """The groups of a leaf, once they are known to hold every weight once.
+    """The groups of a leaf; checks that they hold every weight exactly once.
 
     Args:
         pattern: the pattern.
@@ -342,7 +342,7 @@ def groups_of(pattern: Pattern, shape: tuple[int, ...], output_axis: int, name: 
         name: the path of the leaf.
 
     Raises:
-        ValueError: the pattern does not fit the leaf, or its groups do not make up the leaf.
+        ValueError: the pattern does not fit the leaf, or its groups do not cover the leaf.
     """
     groups, total = pattern.groups(shape, output_axis, name), math.prod(shape)
     if not total:
@@ -377,7 +377,7 @@ def _neighbours(
     pattern: NofM | BlocksOf, size: int, shape: tuple[int, ...], output_axis: int, name: str
 ) -> Groups:
     rank = len(shape)
-    if pattern.axis is None:  # that of the inputs
+    if pattern.axis is None:  # the axis of the inputs
         axis = _output_axis(name, shape, output_axis)
         axis = axis - 1 if axis == rank - 1 else axis + 1
         if not 0 <= axis < rank:
@@ -397,7 +397,7 @@ def _neighbours(
 
 
 def _output_first(shape: tuple[int, ...], output_axis: int, name: str) -> list[int]:
-    """The axes in the order of PyTorch: outputs, inputs, then the places of a convolution."""
+    """The axes in PyTorch's order: outputs, inputs, then the window of a convolution."""
     axes = list(range(len(shape)))
     if len(axes) > 1:
         axes.insert(0, axes.pop(_output_axis(name, shape, output_axis)))
@@ -407,7 +407,7 @@ def _output_first(shape: tuple[int, ...], output_axis: int, name: str) -> list[i
 
 
 def _order(shape: tuple[int, ...], axes: Sequence[int]) -> Int[np.ndarray, " k"] | None:
-    """The places of the weights with the axes in this order; None if it is their own."""
+    """The places of the weights with the axes in this order; None if the order is unchanged."""
     if list(axes) == sorted(axes):
         return None
     places = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)

@@ -1,4 +1,4 @@
-"""The problem of a pruning step, of which scores and updates are functions."""
+"""The problem of a pruning step: the argument of every score and update."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mfac_jax.rows import BlockRun, GradientRows, Partition
 
 
 class Grams:
-    """``G G^T`` over masks, each computed once."""
+    """``G G^T`` over several masks; each matrix is computed once."""
 
     def __init__(self, rows: GradientRows) -> None:
         self.rows = rows
         self._found: list[tuple[PyTree, Float[Array, "n n"]]] = []
 
     def of(self, mask: PyTree) -> Float[Array, "n n"]:
-        """The matrix over a mask. Masks are the same if their leaves are the same objects."""
+        """The matrix over a mask. Two masks are the same if their leaves are the same objects."""
         leaves = jax.tree.leaves(mask)
         for known, gram in self._found:
             if all(a is b for a, b in zip(jax.tree.leaves(known), leaves, strict=True)):
@@ -35,27 +35,27 @@ class Grams:
         return gram
 
     def add(self, mask: PyTree, gram: Float[Array, "n n"]) -> None:
-        """Keeps a matrix that is known already."""
+        """Keeps a matrix that was computed elsewhere."""
         self._found.append((mask, gram))
 
 
 class Problem:
-    """Weights, gradients, a damping and blocks: what scores and updates are functions of.
+    """Weights, gradients, a damping and blocks: the argument of every score and update.
 
-    All trees are like the caller's parameters, with the weights in the caller's own places. What
-    a score or an update asks for is computed once.
+    All trees have the structure of the caller's parameters, and every weight is in its own place.
+    Each property is computed once, at its first use.
 
     Attributes:
         params: the parameters.
         mask: which weights are alive before the step; false in leaves that are not prunable.
         rows: the gradients.
         damping: ``lambda`` of the Fisher; scalar.
-        selection: which leaves are prunable, and the groups in them; for the library's own scores
-            and no part of the interface.
-        cut: how the Fisher is cut into blocks; likewise.
+        selection: which leaves are prunable, and the groups in them. Not part of the interface:
+            only the library's own scores use it.
+        cut: how the Fisher is cut into blocks. Not part of the interface.
 
     Example:
-        The score ``"mfac"`` of single weights, as a function of one's own:
+        The score ``"mfac"`` of single weights, as your own function:
 
         >>> import jax
         >>> import jax.numpy as jnp
@@ -90,7 +90,7 @@ class Problem:
 
     @functools.cached_property
     def weights(self) -> PyTree:
-        """The alive weights in the accumulation dtype, 0 elsewhere."""
+        """The alive weights, in the accumulation dtype; 0 elsewhere."""
         return self.gone(self.selection.nothing)
 
     @functools.cached_property
@@ -104,7 +104,7 @@ class Problem:
         return self.inverse_over(self.mask)
 
     def inverse_over(self, mask: PyTree) -> FisherInverse:
-        """The inverse of the Fisher over other weights, in the same blocks."""
+        """The inverse of the Fisher over the weights of another mask, in the same blocks."""
         gram = self._grams.of(mask) if is_scanned(self.rows, self.blocks) else None
         return FisherInverse.of(self.rows, mask, self.damping, self.blocks, gram)
 
@@ -114,20 +114,19 @@ class Problem:
         return self.inverse.diagonal()
 
     def gone(self, kept: PyTree) -> PyTree:
-        """The alive weights that are not kept, 0 elsewhere."""
+        """The alive weights that are not in ``kept``; 0 elsewhere."""
         return _left_out(self.params, self.mask, kept, dtype=self.rows.dtype)
 
     def combine(self, scores: PyTree) -> PyTree:
-        """Scores of groups from scores of single weights, as the pattern combines them."""
+        """Scores of groups: the pattern combines the scores of single weights."""
         return self.selection.combine(scores, self.mask)
 
     def map_groups(self, function: Callable[..., Array]) -> PyTree:
-        """``function(blocks, weights, alive)`` of all groups, with their ``[F^-1]_QQ``.
+        """Applies ``function(blocks, weights, alive)`` to all groups and their ``[F^-1]_QQ``.
 
         Args:
-            function: such as :meth:`Pattern.cost`, in a hashable object that compares equal to
-                others that do the same; see
-                :meth:`mfac_jax.inverse.FisherInverse.group_blocks`.
+            function: a function such as :meth:`Pattern.cost`. It is hashable. Functions that do
+                the same compare equal; see :meth:`mfac_jax.inverse.FisherInverse.group_blocks`.
 
         Returns:
             A tree like the parameters.
@@ -150,7 +149,7 @@ class Problem:
         return self.cut.blocks is None and self.pattern.group_size is None
 
     def _map_leaves(self, function: Callable[..., Array]) -> PyTree:
-        """:meth:`map_groups` with a block a leaf, whose groups have a size of their own."""
+        """:meth:`map_groups` with one block for each leaf, if each leaf has its own group size."""
         total = jax.tree.map(jnp.zeros_like, self.weights)
         for i, size in enumerate(self.selection.group_sizes):
             if not self.selection.sizes[i]:
@@ -168,7 +167,7 @@ class Problem:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _left_out(params: PyTree, mask: PyTree, kept: PyTree, *, dtype: jnp.dtype) -> PyTree:
-    """The weights that are in ``mask`` but not in ``kept``, 0 elsewhere."""
+    """The weights that are in ``mask`` but not in ``kept``; 0 elsewhere."""
 
     def of_leaf(weight: Array, alive: Array, stays: Array) -> Array:
         return jnp.where(alive & ~stays, weight.astype(dtype), jnp.zeros((), dtype))

@@ -1,4 +1,4 @@
-"""Pruning in one call: gradients, steps and a report, every update judged by the loss."""
+"""Pruning in one call: gradients, steps and a report. The loss judges every update."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Pruned(NamedTuple):
 
     Attributes:
         params: the parameters, 0 where pruned.
-        mask: a tree of booleans like them, true where a weight is alive.
-        report: what was done, and what it cost.
+        mask: a tree of booleans like ``params``, true where a weight is alive.
+        report: all steps, with their losses and times, and the sparsity of each layer.
     """
 
     params: PyTree
@@ -63,12 +63,13 @@ def prune(
     fine_tune: FineTune | None = None,
     progress: bool = True,
 ) -> Pruned:
-    """Prunes a network: a percentage is all it takes.
+    """Prunes a network to a given sparsity, in several steps.
 
-    Each step takes gradients at the present weights, beside those of the step before. It tries
-    every setting of ``search`` and takes the one with the least loss on calibration batches,
-    because the quadratic model behind an update oversteps where gradients are few and cannot
-    see it. Then it tries descents: short steps of the weights that stay, down the loss.
+    Each step takes gradients at the present weights and adds those of the step before. It tries
+    every setting of ``search`` and takes the one with the least loss on calibration batches.
+    The quadratic model behind an update cannot decide this: with few gradients it oversteps and
+    does not notice. Then the step tries descents, which move the remaining weights a short way
+    down the loss.
 
     Args:
         params: the parameters, a tree of real floating-point arrays.
@@ -77,23 +78,23 @@ def prune(
         batches: training data, an iterable of batches; see
             :func:`mfac_jax.collect_gradients`. Each step continues where the last one stopped
             and restarts the data when they run out. An iterator's batches are kept in memory so
-            that they can be replayed; a list, or an object whose ``__iter__`` starts afresh, is
+            that they can be replayed; a list, or an object whose ``__iter__`` restarts, is
             not copied.
-        sparsity: the fraction of prunable weights to prune in the end, or a tree of fractions
+        sparsity: the final fraction of prunable weights that are pruned, or a tree of fractions
             like ``params``; see :func:`prune_step`.
-        steps: how many steps there are, each of which leaves the same fraction of what is
-            alive; 1 is one-shot pruning. Or the sparsities after each step, rising to
-            ``sparsity``, for example from :func:`sparsity_schedule`.
+        steps: the number of steps; every step keeps the same fraction of the alive weights, and
+            1 is one-shot pruning. Or the sparsity after each step, rising to ``sparsity``, for
+            example from :func:`sparsity_schedule`.
         scope: what may be pruned, and in which pattern.
         gradients: how many gradients each step takes, how they are stored, and how many earlier
-            steps' are used as well.
-        search: what each step is chosen from, and by which batches.
+            steps contribute theirs.
+        search: which settings and descents each step tries, and on which batches.
         mask: initial mask; everything is alive by default.
-        fine_tune: ``fine_tune(params, mask) -> params``, called after every step: training
-            with :func:`sparse`, for example. State that training moves, such as the statistics
-            of normalisation layers, belongs into ``params``, where the loss sees it; exclude
+        fine_tune: ``fine_tune(params, mask) -> params``, called after every step, for example
+            training with :func:`sparse`. Put state that training changes, such as the
+            statistics of normalisation layers, into ``params``, where the loss sees it. Exclude
             it from pruning by ``Scope(path_filter=...)``.
-        progress: show a progress bar, if there is a terminal or notebook to show it.
+        progress: whether to show a progress bar in a terminal or notebook.
 
     Returns:
         The pruned parameters, the mask and a report.
@@ -101,9 +102,9 @@ def prune(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: as :func:`prune_step` and :func:`mfac_jax.collect_gradients`; or there are
-            no calibration batches or settings. Nothing has been done then.
+            no calibration batches or settings. The error comes before any work.
         FloatingPointError: a weight, the loss on the calibration batches, a gradient, every loss
-            after a step, or the loss after ``fine_tune`` is not finite.
+            of a step, or the loss after ``fine_tune`` is not finite.
 
     Example:
         >>> import jax
@@ -178,11 +179,11 @@ def _finite(loss: float, name: str) -> float:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is pruned, and how much of it after each step.
+    """What may be pruned, and how much is pruned after each step.
 
     Attributes:
         selection: the prunable leaves.
-        given: the mask of all parameters as it was given; None if everything is alive.
+        given: the caller's mask of all parameters; None if everything is alive.
         targets: how much is pruned after each step.
         keep_layers: whether no leaf may lose all of its weights.
     """
@@ -201,7 +202,7 @@ class _Plan:
         scope: Scope,
         mask: PyTree | None,
     ) -> _Plan:
-        """The plan of checked arguments; see :func:`prune`."""
+        """Checks the arguments of :func:`prune` and makes the plan."""
         selection = scope.select(params)
         layout = selection.layout
         if mask is not None:
@@ -226,18 +227,18 @@ class _Plan:
         return _masked(params, self.given), alive
 
     def whole(self, alive: PyTree) -> PyTree:
-        """The mask of all parameters, with that of the prunable leaves."""
+        """The mask of all parameters, given the mask of the prunable leaves."""
         others = initial_mask(alive) if self.given is None else self.given
         return self.selection.tree(self.selection.leaves(alive), others)
 
     def fine_tuned(self, fine_tune: FineTune, params: PyTree, alive: PyTree) -> PyTree:
-        """What ``fine_tune`` makes of the parameters, 0 where pruned."""
+        """The parameters that ``fine_tune`` returns, 0 where pruned."""
         mask, layout = self.whole(alive), self.selection.layout
         leaves = layout.check(fine_tune(params, mask), "the parameters from fine_tune")
         return _masked(jax.tree.unflatten(layout.treedef, leaves), mask)
 
     def layers(self, alive: PyTree) -> tuple[LayerReport, ...]:
-        """The prunable leaves at the end."""
+        """The report of each prunable leaf."""
         selection = self.selection
         counts = pruned_of_leaves(selection.leaves(alive))
         columns = zip(selection.names, selection.sizes, counts, strict=True)
@@ -251,10 +252,10 @@ def _masked(params: PyTree, mask: PyTree) -> PyTree:
 
 @dataclass(frozen=True)
 class _PrunableLoss:
-    """A loss in which what is not prunable counts as constant.
+    """A loss in which leaves that are not prunable are constants.
 
-    Nobody asks for those gradients, which would take their share of the time. Equal to another
-    of the same function and leaves, so that its compiled form is found again.
+    Their gradients are not used and would cost time. Two losses of the same function and leaves
+    are equal, so they share one compiled program.
     """
 
     loss_fn: LossFn
@@ -295,7 +296,7 @@ def _report(
 
 
 class _Stream:
-    """Batches that continue from one ``iter`` to the next and restart at the end."""
+    """Batches for several loops: each ``iter`` continues where the last stopped."""
 
     def __init__(self, batches: Iterable[PyTree]):
         check_batches(batches, "batches")

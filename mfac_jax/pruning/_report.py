@@ -1,4 +1,4 @@
-"""What pruning did, as a table and a picture."""
+"""The report of a pruning run, as tables and as a figure."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from mfac_jax.pruning._search import Trial
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step.
+    """The report of one pruning step.
 
     Attributes:
-        num_pruned: weights that are pruned after it.
-        num_weights: prunable weights.
+        num_pruned: the number of pruned weights after the step.
+        num_weights: the number of prunable weights.
         tried: all trials of the step.
-        chosen: the index of the trial that was taken.
+        chosen: the index of the chosen trial.
         loss_before: the loss on the calibration batches before the step.
-        loss_after: the loss after it.
-        loss_tuned: the loss after fine-tuning, if there was any.
+        loss_after: the loss after the step.
+        loss_tuned: the loss after fine-tuning; None without fine-tuning.
         predicted_loss_increase: ``1/2 delta^T F delta`` of the update before it is scaled, with
-            the Fisher whole or in blocks, as it was taken.
-        damping: ``lambda`` of the update that was taken.
-        update_norm: how far the weights that stay were moved, before scaling.
-        removed_norm: the size of what was pruned.
-        degrees_of_freedom: ``sum k_i / (k_i + n lambda)``, the directions in which the whole
-            Fisher outweighs the damping: near n, an update by the whole Fisher fits every gradient
-            and may overstep. Of one in blocks it says less.
-        gradient_seconds: time for the gradients.
-        seconds: time for all of the step.
-        peak_memory: bytes, the most that this process (on a CPU) or the device has used so
-            far; None if it is unknown.
+            the Fisher of the chosen setting, whole or in blocks.
+        damping: ``lambda`` of the chosen update.
+        update_norm: ``|delta_S|``, the norm of the change of the weights that stay, before
+            scaling.
+        removed_norm: ``|w_Q|``, the norm of the pruned weights.
+        degrees_of_freedom: ``sum k_i / (k_i + n lambda)``, the number of directions in which the
+            whole Fisher outweighs the damping. If it is near n, an update by the whole Fisher
+            fits every gradient and may overstep. For an update in blocks it says less.
+        gradient_seconds: the time for the gradients.
+        seconds: the time for the whole step.
+        peak_memory: the largest memory that this process (on a CPU) or the device has used so
+            far, in bytes; None if it is unknown.
     """
 
     num_pruned: int
@@ -62,7 +63,7 @@ class StepReport:
 
 
 class LayerReport(NamedTuple):
-    """A prunable leaf: its path, its weights, and how many are pruned."""
+    """A prunable leaf: its path, its number of weights, and how many of them are pruned."""
 
     path: str
     num_weights: int
@@ -104,7 +105,10 @@ class PruneReport:
         return "\n\n".join(tables) + (f"\n\npeak memory {peak / 2**20:.0f} MiB" if peak else "")
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """A picture of the steps and of the layers, as a PNG file.
+        """Draws the steps and the layers into a PNG file.
+
+        Args:
+            path: the file to write.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -131,7 +135,7 @@ class PruneReport:
 
 
 def peak_memory() -> int | None:
-    """The most memory so far, in bytes: of the device, or of this process on a CPU."""
+    """The largest memory in use so far, in bytes: of the device, or of this process on a CPU."""
     device = jax.devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats is not None and "peak_bytes_in_use" in stats:

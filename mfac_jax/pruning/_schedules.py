@@ -23,23 +23,24 @@ def sparsity_schedule(
     """The sparsity after each of ``steps`` pruning steps, from ``initial`` to ``final``.
 
     Args:
-        final: the sparsity in the end, in [0, 1]; 1 in one step, or in other kinds than
-            ``"geometric"``, which would get there at once.
-        steps: how many steps there are.
-        kind:
-            - ``"geometric"``: every step leaves the same fraction of what is alive, as in the
+        final: the sparsity after the last step, in [0, 1]. A geometric schedule of several
+            steps cannot reach 1.
+        steps: the number of steps.
+        kind: the shape of the schedule.
+
+            - ``"geometric"``: every step keeps the same fraction of the alive weights, as in the
               paper's recomputations: ``1 - s_t = (1 - s_0) ((1 - s_T) / (1 - s_0))^(t/T)``;
-            - ``"cubic"``: ``s_T + (s_0 - s_T) (1 - t/T)^3``, fast at first (Zhu, Gupta, "To
-              prune, or not to prune", 2017), usual in gradual pruning;
-            - ``"linear"``: the same number of weights in every step.
+            - ``"cubic"``: ``s_T + (s_0 - s_T) (1 - t/T)^3``, fast at first and common in gradual
+              pruning (Zhu, Gupta, "To prune, or not to prune", 2017);
+            - ``"linear"``: every step prunes the same number of weights.
         initial: the sparsity before the first step.
 
     Returns:
         The sparsities; the last is ``final`` exactly.
 
     Raises:
-        ValueError: a sparsity lies outside [0, 1], they fall, ``kind`` is unknown, or a geometric
-            schedule of several steps would end at 1.
+        ValueError: a sparsity lies outside [0, 1], ``final`` is below ``initial``, ``kind`` is
+            unknown, or a geometric schedule of several steps would end at 1.
         TypeError: ``steps`` is not an int, or a sparsity is not a number.
 
     Example:
@@ -82,15 +83,15 @@ def schedule_of(
     """The sparsity after each step of :func:`mfac_jax.pruning.prune`: numbers, or trees of them.
 
     Args:
-        sparsity: in the end; well-formed.
-        steps: how many, of a geometric schedule; or the sparsities after each step.
-        scope: what a weight of each leaf costs.
+        sparsity: the sparsity after the last step; already checked.
+        steps: the number of steps of a geometric schedule; or the sparsity after each step.
+        scope: the cost of a weight of each leaf.
         selection: the prunable leaves.
-        mask: which weights of these are alive so far.
+        mask: which weights of the prunable leaves are alive so far.
 
     Raises:
-        TypeError: ``steps`` is neither.
-        ValueError: as :func:`sparsity_schedule`, or sparsities that are given do not rise to
+        TypeError: ``steps`` is neither a number nor a sequence.
+        ValueError: as :func:`sparsity_schedule`, or the given sparsities do not rise to
             ``sparsity``.
     """
     is_number = jax.tree_util.all_leaves([sparsity])

@@ -1,7 +1,7 @@
-"""What may be pruned, and how: as a value, and for given parameters.
+"""What may be pruned and how: a :class:`Scope`, and its :class:`Selection` on given parameters.
 
 Scores, masks and updates are trees in the caller's own coordinates. Only blocks of the Fisher and
-groups of a pattern need another order, which a :class:`Selection` keeps as an index.
+groups of a pattern need another order. A :class:`Selection` keeps this order as an index.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ class Scope:
     Attributes:
         path_filter: which leaves may be pruned; see :func:`prunable`.
         pattern: which weights can only go together: :class:`Unstructured`,
-            :class:`NofM`, :class:`BlocksOf`, :class:`Slices` or a :class:`Pattern` of your own.
-        budget: where ``sparsity`` holds, if it is one number: ``"global"``, in all leaves
-            together; ``"uniform"``, in each; ``"erk"``, in each by the Erdos-Renyi kernel; or a
-            function ``(sparsity, shapes) -> sparsities`` with one number a prunable leaf, whose
-            mean over all weights is ``sparsity``.
-        costs: a tree of positive ints like the parameters: what a weight of each leaf costs,
-            for example in multiplications. Sparsity is then the fraction of the cost, and
-            weights are ranked by score over cost. With the global budget only.
+            :class:`NofM`, :class:`BlocksOf`, :class:`Slices` or your own :class:`Pattern`.
+        budget: how one number ``sparsity`` is spread over the leaves. ``"global"`` holds it over
+            all leaves together. ``"uniform"`` holds it in each leaf. ``"erk"`` spreads it by the
+            Erdos-Renyi kernel. A function ``(sparsity, shapes) -> sparsities`` returns one
+            number for each prunable leaf; their mean over all weights is ``sparsity``.
+        costs: a tree of positive ints like the parameters: the cost of a weight in each leaf,
+            for example in multiplications. Sparsity is then the pruned fraction of the cost,
+            and weights are ranked by score over cost. Costs need the global budget.
         allow_empty_layers: whether a leaf may lose all of its weights.
-        output_axis: the axis of the outputs in leaves of several axes: -1 in Flax, 0 where
-            kernels are as in PyTorch or Equinox.
+        output_axis: the axis of the outputs in leaves of several axes: -1 in Flax, 0 in PyTorch
+            and Equinox.
     """
 
     path_filter: PathFilter = None
@@ -84,7 +84,7 @@ def check_scope(scope: object) -> None:
     """Checks that ``scope`` is a :class:`Scope`.
 
     Raises:
-        TypeError: it is not.
+        TypeError: ``scope`` has another type.
     """
     if not isinstance(scope, Scope):
         raise TypeError(f"scope must be a Scope, got {type(scope).__name__}.")
@@ -108,32 +108,32 @@ class Selection:
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """What the prunable leaves are called."""
+        """The paths of the prunable leaves."""
         return [path for path, kept in zip(self.layout.paths, self.keep, strict=True) if kept]
 
     @functools.cached_property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Those of the prunable leaves."""
+        """The shapes of the prunable leaves."""
         return [shape for shape, kept in zip(self.layout.shapes, self.keep, strict=True) if kept]
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
-        """How many weights each prunable leaf has."""
+        """The number of weights of each prunable leaf."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
     @property
     def num_weights(self) -> int:
-        """How many weights all prunable leaves have."""
+        """The number of weights of all prunable leaves together."""
         return sum(self.sizes)
 
     @functools.cached_property
     def group_sizes(self) -> tuple[int, ...]:
-        """How many weights a group has in each prunable leaf."""
+        """The number of weights of a group in each prunable leaf."""
         return tuple(groups.size for groups in self.groups)
 
     @property
     def has_groups(self) -> bool:
-        """Whether a group of several weights is there."""
+        """Whether any group has several weights."""
         return any(size != 1 for size in self.group_sizes)
 
     def leaves(self, tree: PyTree) -> tuple[Array, ...]:
@@ -142,24 +142,24 @@ class Selection:
         return tuple(jnp.asarray(leaf) for leaf, kept in pairs if kept)
 
     def leaf_values(self, tree: PyTree) -> list[Any]:
-        """What a tree like the parameters holds for the prunable leaves, as it is."""
+        """The values of a tree at the prunable leaves, unconverted."""
         pairs = zip(jax.tree.leaves(tree), self.keep, strict=True)
         return [value for value, kept in pairs if kept]
 
     def tree(self, leaves: Sequence[Array], others: PyTree) -> PyTree:
-        """A tree like the parameters with these prunable leaves, the other ones as they are."""
+        """A tree like the parameters: ``leaves`` where prunable, ``others`` elsewhere."""
         new = iter(leaves)
         pairs = zip(jax.tree.leaves(others), self.keep, strict=True)
         whole = [next(new) if kept else leaf for leaf, kept in pairs]
         return jax.tree.unflatten(self.layout.treedef, whole)
 
     def mask(self, leaves: Sequence[Array]) -> PyTree:
-        """A mask of the prunable leaves as one of all parameters; the other ones are not in it."""
+        """A mask of all parameters: ``leaves`` where prunable, false elsewhere."""
         return self.tree(leaves, self.nothing)
 
     @functools.cached_property
     def nothing(self) -> PyTree:
-        """The mask of all parameters with no weight in it."""
+        """The mask of all parameters that is false everywhere."""
         leaves = [jax.device_put(np.zeros(shape, bool)) for shape in self.layout.shapes]
         return jax.tree.unflatten(self.layout.treedef, leaves)
 
@@ -185,14 +185,14 @@ class Selection:
 
     @functools.cached_property
     def leaf_orders(self) -> tuple[Int[Array, " k"] | None, ...]:
-        """Of each prunable leaf, the places of its weights, group after group."""
+        """The places of the weights in each prunable leaf, group after group."""
         return tuple(
             None if groups.order is None else jax.device_put(groups.order.astype(np.int32))
             for groups in self.groups
         )
 
     def partition_into_groups(self, leaf: int | None = None) -> Partition:
-        """All groups as blocks of coordinates, or those of one leaf."""
+        """The groups of all leaves, or of one leaf, as blocks of coordinates."""
         chosen = range(len(self.sizes)) if leaf is None else [leaf]
         firsts = np.cumsum((0, *self.sizes)).tolist()
         order = self.order if leaf is None else self.order[firsts[leaf] : firsts[leaf + 1]]
@@ -205,14 +205,14 @@ class Selection:
         return Partition(jax.device_put(order), runs)
 
     def mask_of_leaf(self, mask: PyTree, leaf: int) -> PyTree:
-        """A mask of all parameters with nothing but one prunable leaf in it."""
+        """``mask`` on one prunable leaf, false in all other leaves."""
         place = [i for i, kept in enumerate(self.keep) if kept][leaf]
         leaves = jax.tree.leaves(self.nothing)
         leaves[place] = jax.tree.leaves(mask)[place]
         return jax.tree.unflatten(self.layout.treedef, leaves)
 
     def combine(self, scores: PyTree, alive: PyTree) -> PyTree:
-        """Scores of groups, as trees of weights, from scores of single weights."""
+        """Scores of groups from scores of single weights; both are trees like the parameters."""
         if not self.has_groups:
             return scores
         combined = _combine(
@@ -226,7 +226,7 @@ class Selection:
 
 
 def in_groups(leaf: Array, order: Int[Array, " k"] | None, size: int) -> Array:
-    """The weights of a leaf, a group a row."""
+    """The weights of a leaf, one group in each row."""
     flat = leaf.reshape(-1)
     return (flat if order is None else flat[order]).reshape(-1, max(size, 1))
 

@@ -1,13 +1,13 @@
-"""Scores: what the loss is expected to rise by when a weight or a group of weights goes.
+"""Scores: the expected rise of the loss when a weight or a group of weights goes.
 
 Optimal Brain Surgeon scores a weight by ``w_q^2 / (2 [F^-1]_qq)``, the least rise of
-the quadratic model over all updates of the other weights. Optimal Brain Damage, by
-``w_q^2 F_qq / 2``, leaves the others where they are. Magnitude is the baseline.
+the quadratic model over all updates of the other weights. Optimal Brain Damage scores it by
+``w_q^2 F_qq / 2``, the rise if no other weight moves. Magnitude is the baseline.
 
 A score is a function ``score(problem) -> scores`` of a :class:`mfac_jax.pruning.Problem`. It
 returns a tree like the parameters; the lowest scores go first. The pattern combines the scores of
-single weights to those of groups. A function that does so itself says so: its attribute
-``of_groups`` is true. Those with a name are in :data:`SCORES`.
+single weights into scores of groups. A function that scores groups itself has a true attribute
+``of_groups``. :data:`SCORES` holds the scores that have a name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mfac_jax.rows import Blocks, GradientRows, check_columns
 
 ScoreFn = Callable[[Problem], PyTree]
 
-# Greedy removal works on the inverse of a block as a B x B matrix, for B up to this.
+# Greedy removal keeps the B x B inverse of a block, for B up to this size.
 LARGEST_GREEDY = 2048
 
 
@@ -50,10 +50,10 @@ def saliency(
 
     Args:
         params: ``w``; a tree of real floating-point arrays.
-        rows: ``G``; their gradients.
+        rows: ``G``; the gradients of ``params``.
         damping: ``lambda > 0``; a number or a scalar array.
-        mask: a tree of booleans like ``params``; the Fisher is restricted to the
-            alive weights, where it is true. All by default.
+        mask: a tree of booleans like ``params``, true where a weight is alive. The Fisher is
+            restricted to alive weights. Everything is alive by default.
         blocks: which blocks the Fisher has; see :func:`mfac_jax.fisher_inverse`.
 
     Returns:
@@ -83,10 +83,10 @@ def saliency(
 def obd_saliency(
     params: PyTree, rows: GradientRows, damping: ArrayLike, *, mask: PyTree | None = None
 ) -> PyTree:
-    """``w_q^2 F_qq / 2`` of every weight: what its removal costs if no other moves. O(d n).
+    """``w_q^2 F_qq / 2`` of every weight: the cost of removing it if no other moves. O(d n).
 
-    It takes the arguments of :func:`saliency` except the blocks, which do not change the
-    diagonal of ``F``. Results and errors have the same form.
+    The arguments, results and errors are those of :func:`saliency`. There are no blocks, because
+    they do not change the diagonal of ``F``.
 
     Reference: LeCun, Denker, Solla, "Optimal brain damage", NeurIPS 1989.
     """
@@ -100,7 +100,7 @@ def obd_saliency(
 
 
 def magnitude(params: PyTree, *, mask: PyTree | None = None) -> PyTree:
-    """``|w|`` of every weight, 0 where ``mask`` is false: the baseline.
+    """``|w|`` of every weight, 0 where ``mask`` is false. This score is the baseline.
 
     Raises:
         TypeError: a leaf is not real floating point, or the mask is not boolean.
@@ -154,9 +154,9 @@ class Score:
 
     Attributes:
         function: ``function(problem) -> scores``.
-        check: ``check(selection, cut)``, which raises a ValueError if blocks and pattern do not
+        check: ``check(selection, cut)`` raises a ValueError if the blocks or the pattern do not
             fit the score.
-        of_groups: whether the scores are those of groups.
+        of_groups: whether the function scores groups.
     """
 
     function: ScoreFn
@@ -198,7 +198,7 @@ def _mfac_score(problem: Problem) -> PyTree:
 
 @dataclass(frozen=True)
 class _Cost:
-    """:meth:`Pattern.cost` as a value: equal patterns give equal functions, compiled once."""
+    """:meth:`Pattern.cost` as a value: equal patterns share one compiled program."""
 
     pattern: Pattern
 
@@ -217,7 +217,7 @@ def _greedy_score(problem: Problem) -> PyTree:
 
 @dataclass(frozen=True)
 class _Records:
-    """The records of greedy removal in a batch of blocks; see :func:`greedy_records`."""
+    """The scores of greedy removal in a batch of blocks; see :func:`greedy_records`."""
 
     size: int
     quota: int | None
@@ -236,7 +236,7 @@ def _check_groups_in_blocks(selection: Selection, cut: Cut) -> None:
     pattern, size = selection.pattern, selection.pattern.group_size
     if size is None and not (cut.blocks is None or cut.blocks == "leaf"):
         raise ValueError(
-            f"the groups of {pattern} lie in no smaller block than a leaf: "
+            f"the groups of {pattern} do not fit into blocks smaller than a leaf: "
             f"expected blocks=None or blocks='leaf', got blocks={cut.blocks!r}."
         )
     if size is not None and any(run.size % size for run in cut.runs):
@@ -271,20 +271,20 @@ SCORES: dict[str, Score] = {
 
 
 def as_score(score: str | ScoreFn) -> ScoreFn:
-    """A score by its name, or the caller's own.
+    """The built-in score of a name, or the caller's own function.
 
     Raises:
-        TypeError: it is neither a name nor a function.
-        ValueError: there is none of that name.
+        TypeError: ``score`` is neither a name nor a function.
+        ValueError: no score has this name.
     """
     return _checks.named(score, "score", SCORES)
 
 
 def check_score(score: ScoreFn, selection: Selection, cut: Cut) -> None:
-    """Checks that score, blocks and pattern go together.
+    """Checks that the blocks and the pattern fit the score.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they do not fit.
     """
     check = getattr(score, "check", None)
     if check is not None:
@@ -295,8 +295,8 @@ def scores_of(score: ScoreFn, problem: Problem) -> PyTree:
     """The scores of groups, a tree like the parameters.
 
     Raises:
-        ValueError: a score of the caller's own returns another structure or shape.
-        TypeError: it returns something else than real numbers.
+        ValueError: the caller's own score returns another structure or shape.
+        TypeError: it does not return real numbers.
     """
     found = score(problem)
     layout = problem.rows.layout
@@ -306,5 +306,5 @@ def scores_of(score: ScoreFn, problem: Problem) -> PyTree:
 
 
 def name_of(value: Any) -> str:
-    """What a score, an update or a budget goes by in reports."""
+    """The name of a score or an update in reports."""
     return value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)

@@ -1,7 +1,7 @@
-"""The search of a pruning step: several settings are tried, and the measured loss decides.
+"""The search of a pruning step: it tries several settings, and the measured loss decides.
 
-The quadratic model behind an update oversteps where gradients are few for many weights, and cannot
-see it. The loss of the network on calibration batches can.
+With few gradients for many weights, the quadratic model behind an update oversteps and does not
+notice. The loss of the network on calibration batches shows it.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from mfac_jax.rows import Blocks, partition
 
 
 class Setting(NamedTuple):
-    """One way to make a step; the arguments of :func:`prune_step` of these names.
+    """One way to make a step; see the arguments of :func:`prune_step`.
 
     Attributes:
-        score: which weights go: a name, or a function of your own.
-        update: how the others make up for it: a name, or a function of your own.
-        blocks: of the Fisher.
-        damping: ``lambda``; if ``relative`` is true, a multiple of the mean of the diagonal of
-            ``G^T G / n``.
-        scales: factors for the update, each of which is tried.
-        relative: whether ``damping`` is a multiple.
+        score: which weights go: a name, or your own function.
+        update: how the other weights compensate: a name, or your own function.
+        blocks: the blocks of the Fisher.
+        damping: ``lambda``; if ``relative`` is true, ``lambda`` is ``damping`` times the mean of
+            the diagonal of ``G^T G / n``.
+        scales: factors for the update; each is tried.
+        relative: whether ``damping`` is relative.
     """
 
     score: str | ScoreFn
@@ -61,14 +61,14 @@ class Setting(NamedTuple):
 
 
 class Descent(NamedTuple):
-    """A step of the weights that stay, after their update, down the loss itself.
+    """A step of the remaining weights down the loss, after their update.
 
-    The optimizer's own direction, ``-F^-1`` times the mean of the step's gradients; see
-    :func:`mfac_jax.mfac`, which has arguments of these names.
+    Its direction is that of the optimizer, ``-F^-1`` times the mean of the step's gradients. The
+    attributes are those of :func:`mfac_jax.mfac`.
 
     Attributes:
         relative_damping: ``lambda`` as a fraction of the trace of the undamped Fisher.
-        learning_rate: what the direction is multiplied by.
+        learning_rate: the factor of the direction.
     """
 
     relative_damping: float
@@ -76,13 +76,13 @@ class Descent(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A setting that was tried, and the loss on the calibration batches (NaN if there is none).
+    """A setting that was tried, and its loss on the calibration batches.
 
     Attributes:
         setting: the setting.
         scale: the factor for its update.
-        loss: the loss after it.
-        descent: the descent after it, if there was one.
+        loss: the loss after the trial; NaN if the step is not finite.
+        descent: the descent after the update; None without a descent.
     """
 
     setting: Setting
@@ -103,27 +103,29 @@ class Trial(NamedTuple):
         )
 
 
-# What the paper's code does, the Fisher whole; and nothing at all.
+# The setting of the paper's code with the whole Fisher, and magnitude without an update.
 _REFERENCE = Setting("mfac", "reference", None, 1e-5)
 _NOTHING = Setting("magnitude", "none", None, 1e-5)
-# Blocks of at most this many weights are well determined by the gradients of two steps, and a small
-# damping suits them.
+# The gradients of two steps determine blocks of at most this many weights well, so a small damping
+# suits them.
 _BLOCK = 144
 _RELATIVE_DAMPING = 0.03
-# Short steps, nearly along the gradient or well preconditioned: with mini-batches the Fisher is
-# smaller than the Hessian, about as many times as a batch has examples.
+# Short steps, nearly along the gradient or well preconditioned. With batches of B examples the
+# Fisher is about B times smaller than the Hessian.
 DESCENTS = (Descent(0.3, 0.1), Descent(0.3, 0.3), Descent(0.003, 0.03))
 
 
 def default_settings(pattern: Pattern = Unstructured()) -> tuple[Setting, ...]:  # noqa: B008
-    """What :func:`prune` chooses from in each step, unless it is told.
+    """The settings that :func:`prune` tries in each step by default.
 
     Args:
         pattern: the pattern to prune in.
 
     Returns:
-        Exact masks and joint updates inside the blocks of outputs, at two dampings; what the
-        paper's code does with the whole Fisher; and magnitude without an update.
+        Greedy masks and joint updates inside the blocks of outputs, at two dampings; the setting
+        of the paper's code with the whole Fisher; and magnitude without an update. For patterns
+        without a common group size, or with very large groups, joint updates in a block for
+        each leaf replace the first two.
     """
     size = pattern.group_size
     if size is None or size > LARGEST_GREEDY or not pattern.is_greedy:
@@ -135,16 +137,15 @@ def default_settings(pattern: Pattern = Unstructured()) -> tuple[Setting, ...]: 
 
 @dataclass(frozen=True)
 class Search:
-    """What :func:`prune` chooses from in each step.
+    """The settings and descents that :func:`prune` tries in each step.
 
     Attributes:
-        settings: the settings to try; by default :func:`default_settings`, among them the
-            paper's own with the whole Fisher, and no update at all.
+        settings: the settings to try; :func:`default_settings` by default.
         descents: the descents to try after the best setting; () for none.
-        calibration: the batches that the loss is measured on; by default the first of
-            ``batches``. Gradients may come from these as well when ``batches`` restarts. Never
-            give test data.
-        num_calibration: how many of these batches are used.
+        calibration: the batches that measure the loss; by default the first batches of
+            ``batches``. When ``batches`` restarts, gradients may come from the same batches.
+            Never give test data.
+        num_calibration: the number of calibration batches.
     """
 
     settings: Sequence[Setting] | None = None
@@ -164,7 +165,7 @@ class Search:
         """The settings, each with its blocks.
 
         Raises:
-            ValueError: a setting does not go with the pattern.
+            ValueError: a setting does not fit the pattern.
         """
         settings = self.settings
         if settings is None:
@@ -211,16 +212,16 @@ def _checked_descents(descents: Sequence[Descent]) -> tuple[Descent, ...]:
 
 
 class Step(NamedTuple):
-    """A step that has been chosen; ``tried[chosen]`` is how.
+    """The chosen step, ``tried[chosen]``.
 
     Attributes:
-        params: the parameters after it.
-        mask: the mask after it, false in leaves that are not prunable.
-        info: what the update does.
-        tried: all that was tried.
-        chosen: which of it was taken.
+        params: the parameters after the step.
+        mask: the mask after the step, false in leaves that are not prunable.
+        info: the size of the update, and the rise of the loss that the model predicts for it.
+        tried: all trials.
+        chosen: the index of the chosen trial.
         damping: ``lambda`` of the update.
-        freedom: the degrees of freedom of the whole Fisher under that damping.
+        freedom: the degrees of freedom of the whole Fisher under this damping.
     """
 
     params: PyTree
@@ -233,10 +234,11 @@ class Step(NamedTuple):
 
 
 class Searcher:
-    """Tries every setting of a step, and every descent after the best.
+    """Tries every setting of a step, and every descent after the best setting.
 
-    The Fisher is an average over the gradients that are there: 1 / ``filled`` times the average
-    over all rows. The latter, with ``filled`` times the damping, gives the same masks and updates.
+    The Fisher is an average over the filled rows, which is 1 / ``filled`` times the average over
+    all rows. The average over all rows, with ``filled`` times the damping, gives the same masks
+    and updates.
     """
 
     def __init__(
@@ -269,8 +271,8 @@ class Searcher:
         """The best step.
 
         Args:
-            settings: what to try, each with its blocks.
-            descents: what to try after the best of them.
+            settings: the settings to try, each with its blocks.
+            descents: the descents to try after the best setting.
             target: how many weights go.
             keep_layers: whether the best group of every leaf stays.
 
@@ -306,10 +308,10 @@ class Searcher:
     def _try(
         self, setting: Setting, pieces: Cut, target: Target, keep_layers: bool
     ) -> _Found | None:
-        """The best of the scales of a setting, if its loss is finite."""
+        """The best scale of a setting; None if no loss is finite."""
         problem = self._problem(setting, pieces)
         score = as_score(setting.score)
-        key = (id(score), id(problem))  # neither needs to be hashable
+        key = (id(score), id(problem))  # a score or a problem need not be hashable
         if key not in self._masks:
             self._masks[key] = new_mask(problem, score, target, keep_layers=keep_layers)
         mask, good = self._masks[key]
@@ -342,7 +344,7 @@ class Searcher:
         return self._problems[key]
 
     def _descend(self, best: _Found, descents: Sequence[Descent]) -> tuple[PyTree, int]:
-        """The best of descents after a setting, or the setting alone; and which it is."""
+        """The parameters after the best descent, or without one; and the index of that trial."""
         params, chosen = best.params, best.trial
         directions: dict[float, PyTree] = {}
         for descent in descents:
@@ -361,9 +363,9 @@ class Searcher:
     def _direction(self, mask: PyTree, relative_damping: float) -> PyTree:
         """``F^-1 g`` over the weights that stay, for the mean ``g`` of the step's gradients.
 
-        At the minimum of the quadratic model over the weights that stay, what is left of its
-        gradient is that of the loss, ``g``. Its next step is the optimizer's, and since ``g`` is a
-        mean of the rows, nothing is subtracted.
+        At the minimum of the quadratic model over the weights that stay, the remaining gradient
+        is ``g``, the gradient of the loss. The next step is a step of the optimizer. ``g`` is a
+        mean of the rows, so nothing is subtracted.
         """
         history, rows = self._history, self._history.rows
         gram = history.grams.of(mask)
@@ -375,15 +377,15 @@ class Searcher:
 
 
 class _Found(NamedTuple):
-    """A setting that has been tried.
+    """The result of a setting.
 
     Attributes:
-        params: after its step.
-        mask: after it.
-        delta: its update.
-        problem: what it started from.
-        loss: on the calibration batches.
-        trial: its place among all that was tried.
+        params: the parameters after the step.
+        mask: the mask after the step.
+        delta: the update.
+        problem: the problem before the step.
+        loss: the loss on the calibration batches.
+        trial: the index of the trial.
     """
 
     params: PyTree
@@ -398,7 +400,7 @@ def _loss_key(found: _Found) -> tuple[float, int]:
     return found.loss, found.trial
 
 
-# Numbers that only steer the search are computed on the host, where they compile nothing.
+# Numbers that only steer the search are computed on the host, which needs no compilation.
 def _trace(gram: Float[np.ndarray, "n n"]) -> float:
     """The trace of ``G^T G / n``."""
     return float(np.trace(gram, dtype=np.float64)) / len(gram)
@@ -409,7 +411,7 @@ def _or_one(scale: float) -> float:
 
 
 def _degrees_of_freedom(gram: Float[np.ndarray, "n n"], damping: float) -> float:
-    """``sum k_i / (k_i + n lambda)`` over the eigenvalues of ``K``: directions that count."""
+    """``sum k_i / (k_i + n lambda)`` over the eigenvalues ``k_i`` of ``K``."""
     eigenvalues = np.maximum(np.linalg.eigvalsh(gram), 0).astype(np.float64)
     return float(np.sum(eigenvalues / (eigenvalues + len(gram) * damping)))
 
@@ -420,6 +422,6 @@ def _loss(loss_fn: LossFn, params: PyTree, batch: PyTree) -> Array:
 
 
 def mean_loss(loss_fn: LossFn, params: PyTree, *, batches: Sequence[PyTree]) -> float:
-    """The mean over the batches, which are taken to be of one size."""
+    """The mean loss over the batches, which count equally."""
     losses = jax.device_get([_loss(loss_fn, params, batch) for batch in batches])
     return float(np.mean(np.asarray(losses, np.float64)))

@@ -20,7 +20,7 @@ class SparseState(NamedTuple):
 
     Attributes:
         mask: a tree of booleans like the parameters, true where a weight is alive.
-        inner_state: of the optimizer that is wrapped.
+        inner_state: the state of the wrapped optimizer.
     """
 
     mask: PyTree
@@ -30,16 +30,17 @@ class SparseState(NamedTuple):
 def sparse(
     inner: optax.GradientTransformation, mask: PyTree | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains with ``inner``, and keeps pruned weights at zero.
+    """Trains with ``inner`` and keeps pruned weights at zero.
 
-    Gradients are masked before ``inner`` sees them, and the update of a pruned weight is what
-    takes it to 0: momentum, weight decay or noise cannot bring it back. The mask is part of
-    the state, so that it can be saved with it and changed without a new compilation
-    (:func:`set_mask`). Wrap the whole chain, not a part of it.
+    Gradients are masked before ``inner`` sees them. The update of a pruned weight sets the
+    weight to 0, so momentum, weight decay or noise cannot revive it. The mask is part of the
+    state. It is saved with the state, and :func:`set_mask` changes it without a new compilation.
+    Wrap the whole chain, not a part of it.
 
     Args:
-        inner: any optimizer, :func:`mfac_jax.mfac` among them.
-        mask: what is alive at first, a tree of booleans like the parameters; all by default.
+        inner: any optimizer, such as :func:`mfac_jax.mfac`.
+        mask: initial mask, a tree of booleans like the parameters; everything is alive by
+            default.
 
     Returns:
         The optimizer; its ``update`` needs the parameters.
@@ -82,14 +83,14 @@ def sparse(
 
 
 def set_mask(state: PyTree, mask: PyTree) -> PyTree:
-    """The optimizer's state with another mask, after a pruning step.
+    """Sets a new mask in the optimizer's state, after a pruning step.
 
-    Windows of gradients in it, those of :func:`mfac_jax.mfac_precondition`, are restricted to
-    the new mask, so that what is pruned has no part in the Fisher any more. They may be of some
-    of the parameters only (``optax.masked``, ``optax.multi_transform``).
+    The windows of gradients of :func:`mfac_jax.mfac_precondition` are restricted to the new mask,
+    so pruned weights leave the Fisher. A window may hold only some of the parameters
+    (``optax.masked``, ``optax.multi_transform``).
 
     Args:
-        state: the state of :func:`sparse`, or one that holds such states.
+        state: the state of :func:`sparse`, or a state that contains such states.
         mask: a tree of booleans like the parameters.
 
     Returns:
@@ -97,8 +98,8 @@ def set_mask(state: PyTree, mask: PyTree) -> PyTree:
 
     Raises:
         TypeError: the mask is not boolean.
-        ValueError: there is no state of :func:`sparse` in ``state``, or the mask does not fit
-            the one that is there or a window.
+        ValueError: ``state`` contains no state of :func:`sparse`, or the mask does not fit the
+            old mask or a window.
     """
     found = []
 
@@ -125,21 +126,21 @@ def set_mask(state: PyTree, mask: PyTree) -> PyTree:
 
 
 def _restrict(held: window.Window, mask: PyTree) -> window.Window:
-    """The window, of some parameters or all, under the mask of all."""
+    """Restricts a window, of some or all parameters, to the mask of all parameters."""
     of_path = dict(zip(_layout_of(mask).paths, jax.tree.leaves(mask), strict=True))
     layout = held.rows.layout
     strange = [path for path in layout.paths if path not in of_path]
     if strange:
         raise ValueError(
-            f"a window of gradients in the state is of parameters{strange[0]}, which the mask "
-            f"does not have: expected some of {', '.join(of_path)}."
+            f"a window of gradients in the state has the leaf {strange[0]}, which the mask "
+            f"lacks: expected some of {', '.join(of_path)}."
         )
     own = [of_path[path] for path in layout.paths]
     return window.restrict(held, jax.tree.unflatten(layout.treedef, own))
 
 
 def _layout_of(tree: PyTree) -> Layout:
-    """The layout of parameters that ``tree``, of any dtypes, is like."""
+    """The layout of parameters with the structure and shapes of ``tree``, which has any dtypes."""
     return Layout(
         jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.float32), tree)
     )
@@ -152,7 +153,7 @@ def _mask_like(params: PyTree, mask: PyTree | None) -> PyTree:
 
 
 def _where_alive(mask: Array, update: Array, weight: Array) -> Array:
-    """The update, or what takes a pruned weight to zero; in a dtype that can say so exactly."""
+    """The update; ``-w`` for a pruned weight, in a dtype that holds it exactly."""
     dtype = np.promote_types(update.dtype, jnp.asarray(weight).dtype)
     return jnp.where(mask, update.astype(dtype), -jnp.asarray(weight).astype(dtype))
 

@@ -29,16 +29,16 @@ class PruneInfo(NamedTuple):
 
     Attributes:
         accepted: whether the step was taken. A step is refused if its update has NaN or Inf
-            in it, or if it would prune a weight whose score is not finite: then parameters
-            and mask are as before. Under ``jit``, where nothing can be raised, that is what
-            happens with weights and gradients that are not finite. Scalar bool.
-        num_pruned: weights that are pruned after the step; scalar int32.
-        num_alive: those that are not; scalar int32.
-        predicted_loss_increase: ``1/2 delta^T F delta`` for the update before it is scaled,
-            the damping included; scalar.
-        undamped_loss_increase: the part of it without damping, ``|G delta|^2 / (2 n)``.
-        update_norm: ``|delta_S|``, how far the weights that stay are moved; scalar.
-        removed_norm: ``|w_Q|``, the size of what is pruned; scalar.
+            in it, or if it would prune a weight whose score is not finite. The parameters and
+            the mask then stay as before. Under ``jit``, which cannot raise errors, weights or
+            gradients that are not finite lead to a refused step. Scalar bool.
+        num_pruned: the number of pruned weights after the step; scalar int32.
+        num_alive: the number of alive weights after the step; scalar int32.
+        predicted_loss_increase: ``1/2 delta^T F delta`` of the update before it is scaled,
+            with the damping; scalar.
+        undamped_loss_increase: the same without the damping, ``|G delta|^2 / (2 n)``; scalar.
+        update_norm: ``|delta_S|``, the norm of the change of the weights that stay; scalar.
+        removed_norm: ``|w_Q|``, the norm of the pruned weights; scalar.
     """
 
     accepted: Bool[Array, ""]
@@ -65,46 +65,47 @@ def prune_step(
 ) -> tuple[PyTree, PyTree, PruneInfo]:
     """Prunes to ``sparsity`` and updates the weights that stay.
 
-    Only the leaves in ``scope`` take part: sparsity is a fraction of their weights, the Fisher
-    and its blocks are those of these leaves, and all other leaves stay as they are. Programs are
-    compiled once for all sparsities and dampings. The function can also be called under ``jit``.
+    Only the leaves in ``scope`` take part. Sparsity is a fraction of their weights, the Fisher
+    and its blocks cover these leaves, and all other leaves are unchanged. One compilation serves
+    all sparsities and dampings. The function can also be called under ``jit``.
 
     Args:
         params: the parameters, a tree of real floating-point arrays.
         mask: the mask so far, from :func:`initial_mask` or an earlier step.
-        rows: the gradients of ``params``, all leaves of it.
+        rows: the gradients of ``params``, for all leaves.
         sparsity: the fraction of prunable weights that are pruned after the step,
-            exactly ``round(sparsity * d)`` of them; see :func:`mask_to_sparsity`. Or a
-            tree of numbers like ``params``, one a leaf, 0 for leaves that may not be pruned.
-            Groups of several weights go while the number is not exceeded.
+            exactly ``round(sparsity * d)`` weights; see :func:`mask_to_sparsity`. Or a tree of
+            numbers like ``params``, one for each leaf; it is 0 for leaves that may not be pruned.
+            Groups of several weights go as long as the count is not exceeded.
         damping: ``lambda > 0`` of the Fisher; a number or a scalar array.
         score: which weights go.
 
-            - ``"mfac"``: those of least :func:`saliency`, groups by that of all their
-              weights together, ``1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q``;
-            - ``"greedy"``: one after another in every block, the others making up for each
-              before the next is chosen; needs ``blocks``. Better masks, O(d B^2);
-            - ``"obd"``: those of least :func:`obd_saliency`;
-            - ``"magnitude"``: the smallest;
-            - a function ``score(problem)``, see :class:`Problem`, that returns a tree like
-              ``params``: the lowest go first.
-        update: ``"joint"`` for :func:`joint_update`, ``"reference"`` for
-            :func:`reference_update`, ``"none"`` for none; or a function
+            - ``"mfac"``: the weights of least :func:`saliency`. The saliency of a group is that
+              of all its weights together, ``1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q``;
+            - ``"greedy"``: one weight after another in every block. After each, the other
+              weights compensate before the next is chosen. It needs ``blocks``, gives better
+              masks and costs O(d B^2);
+            - ``"obd"``: the weights of least :func:`obd_saliency`;
+            - ``"magnitude"``: the smallest weights;
+            - a function ``score(problem)`` of a :class:`Problem` that returns a tree like
+              ``params``; the lowest scores go first.
+        update: how the weights that stay compensate: ``"joint"`` for :func:`joint_update`,
+            ``"reference"`` for :func:`reference_update`, ``"none"`` for no update; or a function
             ``update(problem, kept)`` that returns the changes of the weights that stay, a tree
             like ``params``.
-        blocks: which blocks the Fisher has: None for one of all prunable weights, an
-            int for blocks of that size, ``"leaf"`` for one a parameter,
+        blocks: the blocks of the Fisher: None for one block of all prunable weights, an int for
+            blocks of that size, ``"leaf"`` for one block in each parameter,
             :class:`WithinOutputs` for blocks that do not cross the end of an output, or sizes
-            that add up to the number of prunable weights. In a leaf of several axes weights
-            are numbered output by output, and so that the weights of a group are neighbours.
-            Pruned weights make room: blocks of one size, and those within outputs, are cut out
-            of the alive ones (but in N:M patterns, and where sizes are given).
-        step_scale: what the update of the weights that stay is multiplied by.
+            that add up to the number of prunable weights. Leaves of several axes are numbered
+            output by output, with the weights of a group as neighbours. Blocks of one size and
+            blocks within outputs are cut from the alive weights. (Pruned weights keep their
+            places in N:M patterns and in blocks of given sizes.)
+        step_scale: the factor of the update of the weights that stay.
         scope: what may be pruned, and in which pattern.
 
     Returns:
-        The new parameters in their dtypes, 0 where pruned; the new mask, in which
-        nothing that was pruned is revived; and a :class:`PruneInfo`.
+        The new parameters in their dtypes, 0 where pruned; the new mask, which revives no
+        pruned weight; and a :class:`PruneInfo`.
 
     Raises:
         TypeError: a leaf is not real floating point, the mask is not boolean, or an
@@ -114,8 +115,8 @@ def prune_step(
             layers allow, ``damping`` is not positive, a name is unknown, the blocks do not
             cover the prunable weights, the filter selects nothing, the pattern does not fit a
             leaf, or a part of a group that goes whole is pruned already.
-        FloatingPointError: a prunable weight or a gradient has NaN or Inf in it, which keeps
-            the step from being taken (not under ``jit``: see :class:`PruneInfo`).
+        FloatingPointError: the step is refused because a prunable weight or a gradient has NaN
+            or Inf in it. Under ``jit`` there is no error; see :class:`PruneInfo`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -165,7 +166,7 @@ def prune_step(
 def new_mask(
     problem: Problem, score: ScoreFn, target: Target, *, keep_layers: bool
 ) -> tuple[PyTree, Bool[Array, ""]]:
-    """The weights that stay, and whether the scores of all that goes are finite."""
+    """The mask of the weights that stay, and whether all weights that go have finite scores."""
     return choose(
         scores_of(score, problem),
         problem.mask,
@@ -177,7 +178,7 @@ def new_mask(
 
 
 def info_of(problem: Problem, kept: PyTree, delta: PyTree) -> PruneInfo:
-    """The size of an update, and the rise of the loss that the model predicts for it."""
+    """The norms of an update, and the rise of the loss that the model predicts for it."""
     selection = problem.selection
     curvature = curvature_along(delta, problem.rows, problem.blocks)
     return _info(selection.leaves(kept), selection.leaves(delta), curvature, problem.damping)
@@ -214,7 +215,7 @@ def _take(
     info: PruneInfo,
     good: Bool[Array, ""],
 ) -> tuple[PyTree, PyTree, PruneInfo]:
-    """The new weights and mask if all is finite, the old ones if not."""
+    """The new weights and mask if everything is finite, otherwise the old ones."""
     old, old_mask = selection.leaves(params), selection.leaves(mask)
     new_leaves, mask_leaves, info = _take_leaves(
         old, old_mask, selection.leaves(kept), selection.leaves(delta), scale, info, good
@@ -251,7 +252,7 @@ def move(
     """The parameters with ``scale delta`` added to the weights that stay, 0 where pruned.
 
     Returns:
-        The parameters, and whether all prunable ones are finite.
+        The parameters, and whether all prunable leaves are finite.
     """
     leaves, finite = _moved(
         selection.leaves(params), selection.leaves(kept), selection.leaves(delta), scale

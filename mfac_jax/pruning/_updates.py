@@ -1,4 +1,4 @@
-"""Updates: how the weights that stay make up for those that go.
+"""Updates: how the weights that stay compensate for the weights that go.
 
 Q is the set of weights to prune and S the set to keep. Both are alive before the step, and
 ``F = lambda I + G^T G / n`` is the Fisher over the alive weights. Every update has
@@ -16,8 +16,8 @@ and ``x = v / lambda``. Neither subtracts anything.
 
 An update is a function ``update(problem, kept) -> changes`` of a
 :class:`mfac_jax.pruning.Problem` and a mask of the weights that stay. It returns a tree like the
-parameters: what is added to the weights that stay. The rest of the tree is not used. Those with
-a name are in :data:`UPDATES`.
+parameters, whose entries are added to the weights that stay. Its other entries are not used.
+:data:`UPDATES` holds the updates that have a name.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def joint_update(
 
     Args:
         params: ``w``; a tree of real floating-point arrays.
-        rows: ``G``; their gradients.
+        rows: ``G``; the gradients of ``params``.
         damping: ``lambda > 0``; a number or a scalar array.
-        mask: which weights are alive, a tree of booleans like ``params``; the others
+        mask: which weights are alive, a tree of booleans like ``params``; other weights
             count as 0.
-        new_mask: which of them stay alive.
-        blocks: which blocks the Fisher has; see :func:`mfac_jax.fisher_inverse`.
+        new_mask: which alive weights stay alive.
+        blocks: the blocks of the Fisher; see :func:`mfac_jax.fisher_inverse`.
 
     Returns:
         ``delta``, a tree like ``params`` in the accumulation dtype of the rows; it is
@@ -97,12 +97,12 @@ def reference_update(
 ) -> PyTree:
     """The update of the paper's code: single-weight updates added up.
 
-    It takes the arguments of :func:`joint_update`, with the same form of result and the same
-    errors. If one weight is pruned (in each block), the two are equal.
+    The arguments, results and errors are those of :func:`joint_update`. If one weight is pruned
+    (in each block), the two updates are equal.
 
     Reference: Frantar, Kurtic, Alistarh, NeurIPS 2021, section 4.1, and the pruner of
-    the published code. That one cuts its blocks out of the alive weights, as
-    :func:`prune_step` does. Here blocks hold alive and pruned weights as they lie.
+    the published code. That pruner cuts its blocks from the alive weights, as
+    :func:`prune_step` does. Here blocks hold consecutive weights, alive and pruned.
     """
     alive, kept = _masks(params, rows, mask, new_mask)
     gone = _gone(params, alive, kept, dtype=rows.dtype)
@@ -191,7 +191,7 @@ def _half_sum(
 def _masks(
     params: PyTree, rows: GradientRows, mask: PyTree, new_mask: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """The alive weights and those of them that stay, as full trees."""
+    """The masks of the alive weights and of the weights that stay, as full trees."""
     check_rows(rows)
     layout = rows.layout
     layout.check(params, "params")
@@ -213,7 +213,7 @@ def _gone(params: PyTree, alive: PyTree, kept: PyTree, *, dtype: jnp.dtype) -> P
 
 @jax.jit
 def as_delta(changes: PyTree, gone: PyTree, kept: PyTree) -> PyTree:
-    """``delta``: the changes of the weights that stay, and the removal of those that go."""
+    """``delta``: the changes of the weights that stay, and ``-w`` for the weights that go."""
     return jax.tree.map(lambda m, g, k: jnp.where(k, m.astype(g.dtype), -g), changes, gone, kept)
 
 
@@ -233,18 +233,18 @@ def _reference(problem: Problem, kept: PyTree) -> PyTree:
 
 
 def _none(problem: Problem, kept: PyTree) -> PyTree:
-    return problem.gone(kept)  # which is 0 on the weights that stay
+    return problem.gone(kept)  # 0 on the weights that stay
 
 
 UPDATES: dict[str, UpdateFn] = {"joint": _joint, "reference": _reference, "none": _none}
 
 
 def as_update(update: str | UpdateFn) -> UpdateFn:
-    """An update by its name, or the caller's own.
+    """The built-in update of a name, or the caller's own function.
 
     Raises:
-        TypeError: it is neither a name nor a function.
-        ValueError: there is none of that name.
+        TypeError: ``update`` is neither a name nor a function.
+        ValueError: no update has this name.
     """
     return _checks.named(update, "update", UPDATES)
 
@@ -253,8 +253,8 @@ def delta_of(update: UpdateFn, problem: Problem, kept: PyTree) -> PyTree:
     """``delta`` for the weights that stay, a tree like the parameters.
 
     Raises:
-        ValueError: an update of the caller's own returns another structure or shape.
-        TypeError: it returns something else than real numbers.
+        ValueError: the caller's own update returns another structure or shape.
+        TypeError: it does not return real numbers.
     """
     layout = problem.rows.layout
     name = getattr(update, "__name__", type(update).__name__)

@@ -1,11 +1,11 @@
 """Gradient rows: how ``m`` gradients of ``d`` entries are stored.
 
-The algorithms see rows through three capabilities. All rows answer products
-(:class:`GradientRows`). Some can be written (:class:`WritableRows`), and the columns of some can
-be read (:class:`ColumnRows`); an algorithm asks for these two only where it needs them.
+Rows have three capabilities. All rows compute products (:class:`GradientRows`). Some rows can be
+written (:class:`WritableRows`). The columns of some rows can be read (:class:`ColumnRows`). An
+algorithm requires writing or columns only if it needs them.
 
-A :class:`Storage` makes rows. A new way to store gradients is a new storage with rows of its
-own; nothing else in the library changes.
+A :class:`Storage` makes rows. A new way to store gradients is a new storage with its own class of
+rows; nothing else in the library changes.
 """
 
 from mfac_jax._layout import Layout

@@ -1,8 +1,8 @@
-"""What the algorithms ask of stored gradients, in three capabilities.
+"""The interface of stored gradients, in three capabilities.
 
-Products (:class:`GradientRows`) are what every kind of rows answers. Writing
-(:class:`WritableRows`) and access to columns (:class:`ColumnRows`) are asked for only where an
-algorithm needs them, by :func:`check_writable` and :func:`check_columns`.
+All rows compute products (:class:`GradientRows`). Writing (:class:`WritableRows`) and access to
+columns (:class:`ColumnRows`) are optional. An algorithm that needs one of them calls
+:func:`check_writable` or :func:`check_columns`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from mfac_jax._layout import Layout, PyTree
 from mfac_jax.rows._map import map_columns
 from mfac_jax.rows._partition import Partition, pieces_of
 
-# Rows that are multiplied with all of other rows at a time: few beside the gradients, enough for
-# a matrix product.
+# The number of rows that are multiplied at a time by all other rows. They take little memory beside
+# the gradients and are enough for a matrix product.
 _ROWS_AT_A_TIME = 16
 
 Writable = TypeVar("Writable", bound="WritableRows")
@@ -36,7 +36,7 @@ class GradientRows(abc.ABC):
     Attributes:
         layout: the parameters that the gradients belong to.
         num_rows: ``m``; rows not yet written are zero.
-        implementation: which implementation the kernels use; None, the default, for the best
+        implementation: which implementation the kernels use; None, the default, selects the best
             one on each platform.
     """
 
@@ -47,7 +47,7 @@ class GradientRows(abc.ABC):
     @property
     @abc.abstractmethod
     def dtype(self) -> jnp.dtype:
-        """The accumulation dtype, which is also that of every n x n quantity."""
+        """The accumulation dtype, which is also the dtype of every n x n quantity."""
 
     @abc.abstractmethod
     def dots(self, vector: PyTree) -> Float[Array, " m"]:
@@ -61,20 +61,26 @@ class GradientRows(abc.ABC):
         vector: PyTree | None = None,
         scale: Float[Array, ""] | None = None,
     ) -> PyTree:
-        """``G^T c``, or ``v - G^T c``, times ``scale``; in one pass."""
+        """``scale G^T c``, or ``scale (v - G^T c)``, in one pass.
+
+        Args:
+            coefficients: ``c``.
+            vector: ``v``, a tree like the parameters; without it the result is ``scale G^T c``.
+            scale: the factor of the result; 1 by default.
+        """
 
     @abc.abstractmethod
     def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
-        """``G G^T``, over the coordinates where ``mask`` is true if there is one."""
+        """``G G^T``, over the coordinates where ``mask`` is true; over all without a mask."""
 
     def products(self, other: GradientRows, mask: PyTree | None = None) -> Float[Array, "m k"]:
-        """``G H^T`` with the rows ``H`` of other gradients of the same parameters.
+        """``G H^T`` for other gradients ``H`` of the same parameters.
 
-        Rows that cannot be traced by ``jit`` need a form of their own.
+        Rows that ``jit`` cannot trace must override this method.
 
         Args:
             other: ``H``.
-            mask: a tree of booleans like the parameters; the products are over the coordinates
+            mask: a tree of booleans like the parameters; the products run over the coordinates
                 where it is true.
         """
         return _products(self, other, None if mask is None else jax.tree.leaves(mask))
@@ -86,7 +92,7 @@ class GradientRows(abc.ABC):
             matrix: ``M``.
             lower: whether ``M`` is lower triangular, which can save time.
         """
-        # Dense rows are a subclass of the classes of this module.
+        # Imported here because DenseRows derives from the classes of this module.
         from mfac_jax.rows._dense import DenseRows
 
         del lower
@@ -94,20 +100,24 @@ class GradientRows(abc.ABC):
 
 
 class WritableRows(GradientRows):
-    """Rows that gradients can be written into."""
+    """Rows that can be written."""
 
     @abc.abstractmethod
     def put(
         self: Writable, row: Int[Array, ""], gradient: PyTree
     ) -> tuple[Writable, Float[Array, " m"], Bool[Array, ""]]:
-        """Writes a gradient and multiplies all rows with it.
+        """Writes a gradient and multiplies all rows by it.
 
-        A gradient that is not finite or too large (:func:`is_small_enough`) is rejected:
-        the rows do not change, and the products mean nothing.
+        A gradient that is not finite or is too large (:func:`is_small_enough`) is rejected:
+        the rows do not change, and the products have no meaning.
+
+        Args:
+            row: the row to write.
+            gradient: a tree like the parameters.
 
         Returns:
-            The new rows; ``G g`` of the new rows and of ``g`` as it is stored; and whether the
-            gradient was accepted.
+            The new rows; ``G g`` of the new rows with the stored ``g``; and whether the gradient
+            was accepted.
         """
 
     @abc.abstractmethod
@@ -122,19 +132,19 @@ class WritableRows(GradientRows):
 
     @abc.abstractmethod
     def restrict(self: Writable, mask: PyTree) -> Writable:
-        """Sets the coordinates to zero where ``mask`` is false, in every row."""
+        """Sets the coordinates where ``mask`` is false to zero, in every row."""
 
     def write_rows(
         self: Writable, first: int | Int[Array, ""], gradients: PyTree, count: int | Int[Array, ""]
     ) -> tuple[Writable, Bool[Array, " k"]]:
         """Writes the first ``count`` of k stacked gradients to ``rows[first : first + count]``.
 
-        Outside ``jit`` these rows are donated, so use the returned ones.
+        Outside ``jit`` these rows are donated, so use the returned rows.
 
         Args:
             first: the first row, at least 0.
             gradients: a tree like the parameters with leaves ``(k, *shape)``.
-            count: how many; at most k.
+            count: the number of gradients to write; at most k.
 
         Returns:
             The new rows, and which gradients were accepted; (k,).
@@ -143,11 +153,11 @@ class WritableRows(GradientRows):
 
 
 class ColumnRows(GradientRows):
-    """Rows whose columns can be read, some at a time."""
+    """Rows whose columns can be read."""
 
     @abc.abstractmethod
     def take(self, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
-        """These coordinates of every row."""
+        """The given coordinates of every row."""
 
     def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
         """The coordinates ``start .. start + size - 1`` of every row."""
@@ -162,24 +172,24 @@ class ColumnRows(GradientRows):
     ) -> Any:
         """Applies ``function`` to all blocks of a partition, some at a time.
 
-        The rows drive the loop, because they know how their columns are best read.
+        The rows drive the loop, because they know how to read their columns efficiently.
 
         Args:
             partition: the blocks.
             function: ``function(batch, *parts, *constants)``. ``batch`` holds the gradients of
                 b blocks of one size, (b, n, B). Each of ``parts`` holds the part of one
-                vector, (b, B). The function returns a number a coordinate, (b, B), or a number
-                a block, (b,), or a tuple of such results. It is hashable. Functions that do the
-                same compare equal, so that they are compiled once. A block may be padded by
-                coordinates where the gradients and vectors are 0 (or false), and a batch by
-                blocks of such coordinates.
+                vector, (b, B). The function returns one number for each coordinate, (b, B), or
+                one for each block, (b,), or a tuple of such results. It is hashable. Functions
+                that do the same compare equal, so that they compile once. A block may be padded
+                with coordinates where the gradients and vectors are 0 (or false), and a batch
+                with blocks of such coordinates.
             vectors: trees like the parameters, of numbers or booleans.
-            constants: arrays that every call gets whole.
+            constants: arrays that every call receives whole.
 
         Returns:
-            A tree like the parameters for each result with a number a coordinate, 0 (or false)
-            at coordinates that are in no block. An array for each result with a number a
-            block, in the order of the blocks.
+            For a result with one number for each coordinate, a tree like the parameters; it is 0
+            (or false) at coordinates outside all blocks. For a result with one number for each
+            block, an array in the order of the blocks.
         """
         leaves = tuple(_leaves(self.layout, vector) for vector in vectors)
         return _map_blocks(self, partition, leaves, constants, function=function)
@@ -200,7 +210,7 @@ class ColumnRows(GradientRows):
 
 
 def _leaves(layout: Layout, vector: PyTree) -> tuple[Array, ...]:
-    """The leaves of numbers or booleans like the parameters."""
+    """The leaves of a tree of numbers or booleans like the parameters, checked."""
     dtypes = {jnp.result_type(leaf) for leaf in jax.tree.leaves(vector)}
     check = layout.check_mask if dtypes == {jnp.dtype(bool)} else layout.check
     return tuple(map(jnp.asarray, check(vector, "vectors")))
@@ -218,7 +228,7 @@ def _square_sums(
 def _products(
     first: GradientRows, second: GradientRows, mask: list[Array] | None
 ) -> Float[Array, "m k"]:
-    """``G H^T`` by products alone, some rows of the first at a time."""
+    """``G H^T`` from products only, some rows of the first at a time."""
 
     def row(unit: Float[Array, " m"]) -> Float[Array, " k"]:
         leaves = jax.tree.leaves(first.combine(unit))
@@ -271,7 +281,7 @@ def check_rows(rows: Any) -> GradientRows:
     """Checks that ``rows`` are gradient rows, and returns them.
 
     Raises:
-        TypeError: they are not.
+        TypeError: ``rows`` has another type.
     """
     if not isinstance(rows, GradientRows):
         raise TypeError(
@@ -289,7 +299,7 @@ def check_columns(rows: Any, what: str) -> ColumnRows:
         what: what needs the columns, for the error.
 
     Raises:
-        TypeError: the columns cannot be read, or ``rows`` are no rows.
+        TypeError: the columns cannot be read, or ``rows`` are not gradient rows.
     """
     if not isinstance(check_rows(rows), ColumnRows):
         raise TypeError(
@@ -307,7 +317,7 @@ def check_writable(rows: Any, what: str) -> WritableRows:
         what: what needs to write, for the error.
 
     Raises:
-        TypeError: gradients cannot be written, or ``rows`` are no rows.
+        TypeError: gradients cannot be written, or ``rows`` are not gradient rows.
     """
     if not isinstance(check_rows(rows), WritableRows):
         raise TypeError(

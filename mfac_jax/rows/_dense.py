@@ -1,4 +1,4 @@
-"""Rows that keep every number, in one block or in a block a parameter."""
+"""Rows that keep every number, in one block or in one block for each parameter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mfac_jax import kernels
 from mfac_jax._layout import PyTree
 from mfac_jax.rows._base import ColumnRows, WritableRows, is_small_enough
 
-# The width of a tile is a multiple of this, as the vector units of GPUs and TPUs want it.
+# The width of a tile is a multiple of this, as the vector units of GPUs and TPUs require.
 _ALIGNMENT = 128
 
 
@@ -29,12 +29,12 @@ _ALIGNMENT = 128
 class DenseRows(WritableRows, ColumnRows):
     """Every number of every gradient, in the memory of the device.
 
-    Flat packing keeps flattened gradients, cut into tiles of columns that lie in memory one
-    after another. A scan is one launch and reads the block from end to end. The last tile is
+    Flat packing stores flattened gradients, cut into tiles of columns. The tiles lie in memory
+    one after another. A scan is one launch and reads the block from end to end. The last tile is
     padded with zeros.
 
-    Leaf packing keeps a block a parameter. The block can have the parameter's sharding, behind
-    an unsharded axis of rows. A step of the optimizer then never gathers sharded parameters:
+    Leaf packing stores one block for each parameter. The block can have the parameter's sharding,
+    after an unsharded axis of rows. A step of the optimizer then never gathers sharded parameters:
     the devices only exchange the m numbers of a product. (A Gram matrix of sharded leaves does
     gather.)
 
@@ -50,7 +50,7 @@ class DenseRows(WritableRows, ColumnRows):
     """
 
     blocks: PyTree
-    # A Layout: a node of the tree, in whose place optax.tree.map_params and orbax put others.
+    # A Layout. It is a node of the tree, because optax.tree.map_params and orbax replace it.
     layout: Any
     num_rows: int = field(metadata={"static": True})
     packing: str = field(metadata={"static": True})
@@ -181,7 +181,7 @@ class DenseRows(WritableRows, ColumnRows):
             pairs = zip(leaves, self._leaves(), strict=True)
             stored = [leaf.astype(block.dtype) for leaf, block in pairs]
         pieces = self._cut(stored, stored[0].dtype if stored else self.dtype)
-        # Of the pieces: one reduction if they are packed flat, in place of one a parameter.
+        # Squares of the pieces: flat packing needs one reduction, not one for each parameter.
         squares = [jnp.sum(piece.astype(self.dtype) ** 2) for piece in pieces]
         return pieces, is_small_enough(self._total(squares), self.num_rows)
 
@@ -190,7 +190,7 @@ class DenseRows(WritableRows, ColumnRows):
         return functools.reduce(operator.add, wide) if wide else jnp.zeros(shape, self.dtype)
 
 
-# Jitted for callers that are not. Trees are checked before, where errors can show them.
+# Jitted for eager callers. The callers check trees first, because their errors show the trees.
 @jax.jit
 def _dots(rows: DenseRows, leaves: tuple[Array, ...]) -> Float[Array, " m"]:
     pairs = zip(rows._tiles(), rows._cut_vector(leaves), strict=True)
@@ -265,7 +265,7 @@ def _take(rows: DenseRows, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]
 def _take_row_by_row(
     block: Float[Array, "t m k"], coordinates: Int[Array, " j"]
 ) -> Float[Array, "m j"]:
-    """For a CPU: a row of a tile stays in its cache. All rows at once take 2 to 3 times as long."""
+    """For a CPU, whose cache holds a row of a tile. All rows at once take 2 to 3 times as long."""
     tile, column = jnp.divmod(coordinates, block.shape[2])
 
     def take(row: Int[Array, ""]) -> Float[Array, " j"]:
@@ -277,7 +277,7 @@ def _take_row_by_row(
 def _take_at_once(
     block: Float[Array, "t m k"], coordinates: Int[Array, " j"]
 ) -> Float[Array, "m j"]:
-    # The barrier keeps XLA from computing the indices once a row.
+    # The barrier keeps XLA from computing the indices again for every row.
     tile, column = lax.optimization_barrier(jnp.divmod(coordinates, block.shape[2]))
     return block[tile, :, column].T
 
@@ -301,7 +301,7 @@ def _columns_of_tiles(
 
 
 def _as_it_lies(tiles: Float[Array, "t m k"]) -> Float[Array, "t m k"]:
-    """Keeps the tiles in their order: in a loop XLA would copy the whole block to another."""
+    """Keeps the memory order of the tiles: in a loop XLA would copy the whole block to another."""
     return with_layout_constraint(tiles, MemoryLayout((0, 1, 2)))
 
 

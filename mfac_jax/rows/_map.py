@@ -1,4 +1,4 @@
-"""Applying a function to all blocks of columns, some at a time."""
+"""Applies a function to all blocks of columns, some blocks at a time."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from mfac_jax.rows._base import ColumnRows
 
 # A piece of blocks has 2**21 to 2**26 entries of the gradients, 8 to 256 MiB in float32. Between
-# these bounds, blocks with B <= n make four to six pieces: a piece and what is computed from it
-# (a batch of gradients and four or five of matrices) then take less memory than the gradients.
+# these bounds, blocks with B <= n make four to six pieces. A piece and its intermediate results (a
+# batch of gradients and four or five batches of matrices) then take less memory than the gradients.
 # More pieces take longer.
 _MOST_ENTRIES = 2**26
 
-# At most this many pieces are unrolled; more are a loop. In a loop the start of the columns is
-# traced, and leaf packing has to copy them one by one.
+# At most this many pieces are unrolled; more pieces run in a loop. In a loop the start of the
+# columns is traced, and leaf packing has to copy the columns one by one.
 _MOST_PIECES = 8
 
-# Blocks of several sizes are padded to one size, since every size compiles by itself, for up to a
-# second. Padding may add this fraction of the work, which is at most B^3 for a block of B. It may
+# Blocks of several sizes are padded to one size, because every size compiles separately, for up to
+# a second. Padding may add this fraction of the work, which is at most B^3 for a block of B. It may
 # always add _FREE_WORK multiplications, which take some milliseconds.
 _MOST_PADDING = 0.1
 _FREE_WORK = 2**26
@@ -47,9 +47,9 @@ def map_columns(
     Args:
         rows: ``G``.
         partition: the blocks.
-        function: as there.
+        function: as in :meth:`ColumnRows.map_blocks`.
         vectors: the leaves of each vector.
-        constants: as there.
+        constants: as in :meth:`ColumnRows.map_blocks`.
     """
 
     def call(batch: Float[Array, "b n B"], *parts: Shaped[Array, "b B"]) -> Any:
@@ -82,7 +82,7 @@ def flat_vector(leaves: Sequence[Array], dtype: jnp.dtype) -> Shaped[Array, " d"
 
 
 def placed(values: Shaped[Array, " k"], partition: Partition, layout: Layout) -> Array:
-    """A vector of all coordinates with these values at the places of the partition."""
+    """A vector of all coordinates: ``values`` at the places of the partition, 0 elsewhere."""
     order, runs, d = partition.order, partition.runs, layout.size
     if order is not None:
         here = order[_places(runs)] if _has_gaps(runs, order.size) else order
@@ -102,7 +102,7 @@ def _places(runs: Sequence[BlockRun]) -> Int[np.ndarray, " k"]:
 
 
 def _piece_size(num_rows: int, run: BlockRun) -> int:
-    """How many blocks a piece has."""
+    """The number of blocks in a piece."""
     fewest, most = (
         max(entries // (num_rows * run.size), 1) for entries in (PIECE_ENTRIES, _MOST_ENTRIES)
     )
@@ -135,7 +135,7 @@ def _map_neighbours(
                 here = min(count, run.count - first)
                 results.append(piece(run.start + first * run.size, here, run.size))
             continue
-        # A loop, so that only one piece is in memory at a time.
+        # A loop keeps only one piece in memory at a time.
         starts = run.start + count * run.size * jnp.arange(pieces)
         found = lax.map(functools.partial(piece, count=count, size=run.size), starts)
         results.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found))
@@ -151,7 +151,7 @@ def _map_scattered(
     function: Callable[..., Any],
     vectors: Sequence[Shaped[Array, " d"]],
 ) -> list[Any]:
-    """Maps blocks whose columns are taken one by one: padded to few sizes, a loop a size."""
+    """Maps blocks whose columns are taken one by one; one loop for each padded size."""
     n, places = rows.num_rows, order.size
     results: dict[int, Any] = {}
 
@@ -170,7 +170,7 @@ def _map_scattered(
         here = [runs[i] for i in members]
         total = sum(run.count for run in here)
         pieces = -(-total // _piece_size(n, BlockRun(0, total, size)))
-        # The first place and the size of every block. The last piece is padded by blocks of
+        # The first place and the size of every block. The last piece is padded with blocks of
         # size 0.
         starts = np.concatenate([run.start + run.size * np.arange(run.count) for run in here])
         sizes = np.concatenate([np.full(run.count, run.size) for run in here])
@@ -201,9 +201,10 @@ def _cut(results: Any, first: int, run: BlockRun) -> Any:
 
 
 def _of_like_size(runs: tuple[BlockRun, ...], num_rows: int) -> list[list[int]]:
-    """Groups the runs that are padded to one size, that of the first run of a group.
+    """Groups the runs that are padded to one size, the size of the first run of a group.
 
-    No block of at most n coordinates is padded to more, since the two are worked on differently.
+    A block of at most n coordinates is never padded to more than n, because blocks on the two
+    sides of n are computed differently.
     """
 
     def work(i: int, size: int) -> int:
@@ -224,7 +225,7 @@ def _of_like_size(runs: tuple[BlockRun, ...], num_rows: int) -> list[list[int]]:
 
 
 def after(batch: Float[Array, "b n B"], results: PyTree) -> Float[Array, "b n B"]:
-    """``batch``, but only once ``results`` exist.
+    """``batch``, available only once ``results`` exist.
 
     XLA for the CPU runs independent factorizations of batches at the same time. In jax 0.10
     they can then wait for one another forever.

@@ -1,4 +1,4 @@
-"""Cutting the coordinates into blocks."""
+"""Partitions of the coordinates into blocks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BlockRun(NamedTuple):
 
     @property
     def width(self) -> int:
-        """How many coordinates the run has."""
+        """The number of coordinates in the run."""
         return self.count * self.size
 
 
@@ -41,8 +41,8 @@ class Partition:
     """Blocks of coordinates; a pytree.
 
     Attributes:
-        order: the coordinate at each place, each at most once; (k,). None if places are
-            coordinates. The order is data, so a new order compiles nothing.
+        order: the coordinate at each place; (k,), without repetition. None if the place of a
+            coordinate is its number. The order is data, so a new order compiles nothing.
         runs: the blocks as runs of equal size, in ascending order of places (static). Places
             between two runs are in no block.
     """
@@ -52,12 +52,12 @@ class Partition:
 
     @property
     def is_whole(self) -> bool:
-        """Whether there is one block only."""
+        """Whether there is only one block."""
         return len(self.runs) == 1 and self.runs[0].count == 1
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks there are."""
+        """The number of blocks."""
         return sum(run.count for run in self.runs)
 
     @property
@@ -67,7 +67,7 @@ class Partition:
 
 
 def runs_of(sizes: Sequence[int], start: int = 0) -> tuple[BlockRun, ...]:
-    """Runs of blocks of these sizes, one after another, without those of size 0."""
+    """Runs of consecutive blocks of these sizes, without blocks of size 0."""
     found = []
     for size, group in groupby(size for size in sizes if size):
         found.append(BlockRun(start, len(list(group)), size))
@@ -83,10 +83,10 @@ def pieces_of(size: int, num_rows: int) -> Partition:
 
 
 def check_size(layout: Layout) -> None:
-    """Checks that coordinates can be numbered by int32.
+    """Checks that int32 can number the coordinates.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: there are too many coordinates.
     """
     if layout.size > _MOST_COORDINATES:
         raise ValueError(
@@ -100,14 +100,14 @@ def partition(layout: Layout, blocks: Blocks) -> Partition:
     Args:
         layout: the parameters.
         blocks: None for one block of all coordinates; an int B for blocks of B
-            coordinates, the last one smaller if need be; ``"leaf"`` for a block a
-            parameter; or the block sizes, in order, that add up to d.
+            coordinates, where the last block may be smaller; ``"leaf"`` for one block for each
+            parameter; or the block sizes in order, which add up to d.
 
     Returns:
         The partition, in the order of the coordinates, without blocks of size 0.
 
     Raises:
-        TypeError: ``blocks`` is none of these.
+        TypeError: ``blocks`` has another type.
         ValueError: a size is below 1 or the sizes do not add up to d.
     """
     d = layout.size

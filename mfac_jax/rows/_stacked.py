@@ -1,4 +1,4 @@
-"""Several sets of rows, one under another, without a copy."""
+"""Several sets of rows as one, without a copy."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class StackedRows(ColumnRows):
     """The rows ``s_p g`` for all rows ``g`` of each part p.
 
     Attributes:
-        parts: rows of the same parameters, in any storage. The columns of the stack can
-            be read if those of every part can.
-        scales: ``s``, one a part; (p,).
+        parts: rows of the same parameters, in any storage. The columns of the stack can be read
+            if the columns of every part can.
+        scales: ``s``, one for each part; (p,).
         layout: the parameters that the gradients belong to (static).
         num_rows: the number of rows of all parts together (static).
-        implementation: that of the parts; None if they differ (static).
+        implementation: the implementation of the parts; None if they differ (static).
     """
 
     parts: tuple[GradientRows, ...]
@@ -39,17 +39,17 @@ class StackedRows(ColumnRows):
         """Stacks the parts in their order.
 
         Args:
-            parts: one part or more.
-            scales: ``s``, one a part.
+            parts: at least one part.
+            scales: ``s``, one for each part.
 
         Raises:
-            TypeError: a part is no gradient rows.
+            TypeError: a part is not gradient rows.
             ValueError: two parts differ in the names or shapes of their parameters, or
                 there are not as many scales as parts.
         """
         if not parts or jnp.shape(scales) != (len(parts),):
             raise ValueError(
-                "stacked rows need one scale for each of one part or more, "
+                "stacked rows need at least one part and one scale for each part, "
                 f"got {len(parts)} parts and scales of shape {jnp.shape(scales)}."
             )
         first = check_rows(parts[0])
@@ -133,7 +133,7 @@ def _finished(
     *,
     dtype: jnp.dtype,
 ) -> PyTree:
-    """``G^T c``, or ``v - G^T c``, times ``scale``, from the combinations of the parts."""
+    """``scale G^T c`` or ``scale (v - G^T c)``, from the combinations of the parts."""
     columns = zip(*map(jax.tree.leaves, parts), strict=True)
     out = [functools.reduce(jnp.add, [x.astype(dtype) for x in column]) for column in columns]
     if vector is not None:
@@ -148,7 +148,7 @@ def _finished(
 def _put_together(
     scales: Float[Array, " p"], own: tuple[Array, ...], beside: tuple[Array, ...]
 ) -> Float[Array, "m m"]:
-    """The Gram matrix from the blocks on its diagonal and those below it, row by row."""
+    """The Gram matrix from its diagonal blocks and, row by row, the blocks below them."""
     rows = []
     below = iter(beside)
     left = 0

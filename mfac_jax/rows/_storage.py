@@ -1,4 +1,4 @@
-"""A storage: a value that says how gradients are stored, and makes the rows."""
+"""A storage: a value that says how gradients are stored and makes the rows."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mfac_jax.rows._dense import DenseRows, tiles_of, tiling
 PACKINGS = ("flat", "leaf")
 DTYPES = ("float32", "bfloat16", "float64")
 
-# What names of packings mean where a storage is expected.
+# Packings by name, for the error if a name is passed as a storage.
 _PACKINGS_BY_NAME = {"flat": "flat", "leaf": "leaf", "per_leaf": "leaf"}
 
 
 class Storage(abc.ABC):
     """A way to store gradients: a small immutable value that makes rows.
 
-    Every entry point that stores gradients takes one as ``storage=``.
+    Every entry point that stores gradients takes a storage as ``storage=``.
     """
 
     @abc.abstractmethod
@@ -36,20 +36,20 @@ class Storage(abc.ABC):
         """``num_rows`` zero rows for gradients of ``params``.
 
         Args:
-            params: arrays, or anything with a shape and dtype, of the parameters.
+            params: the parameters, or anything with their shapes and dtypes.
             num_rows: ``m``, at least 1.
         """
 
     def hold(self, gradients: PyTree, params: PyTree) -> GradientRows:
-        """Stores gradients that exist already.
+        """Stores existing gradients.
 
         Args:
             gradients: a tree like the parameters with leaves ``(n, *shape)``.
             params: the parameters, or anything with their shapes and dtypes.
 
         Raises:
-            FloatingPointError: the rows reject a gradient, which has NaN or Inf in it or is
-                too large to square. Not inside ``jit``.
+            FloatingPointError: the rows reject a gradient because it has NaN or Inf in it or is
+                too large to square. Inside ``jit`` there is no error.
         """
         count = len(jax.tree.leaves(gradients)[0])
         rows, accepted = self.empty(params, count).write_rows(
@@ -68,18 +68,19 @@ class Dense(Storage):
     """Stores every number of every gradient in the memory of the device.
 
     Attributes:
-        dtype: the dtype of stored gradients: float32, bfloat16 or float64. By default float64
-            for float64 parameters and float32 for all others. Gradients that exist already
-            keep their dtype by default.
-        packing: ``"flat"``, one block for all parameters, is fastest. ``"leaf"``, a block a
-            parameter, has the sharding of the parameter if that is a ``NamedSharding``.
-        implementation: which implementation the kernels use, ``"xla"``, ``"mosaic_gpu"`` or
+        dtype: the dtype of stored gradients: float32, bfloat16 or float64. By default it is
+            float64 for float64 parameters and float32 for all others, and existing gradients
+            keep their dtype.
+        packing: ``"flat"`` stores one block for all parameters and is fastest. ``"leaf"`` stores
+            one block for each parameter, with the sharding of the parameter if that is a
+            ``NamedSharding``.
+        implementation: which implementation the kernels use: ``"xla"``, ``"mosaic_gpu"`` or
             ``"mosaic_tpu"``; by default the best one on each platform. See
             :mod:`mfac_jax.kernels`.
 
     Raises:
         TypeError: ``dtype`` is not a dtype.
-        ValueError: an attribute has another value, or two of them exclude each other.
+        ValueError: an attribute has an unknown value, or two attributes exclude each other.
 
     Example:
         >>> import jax.numpy as jnp
@@ -118,7 +119,7 @@ class Dense(Storage):
         """``num_rows`` zero rows for gradients of ``params``.
 
         Args:
-            params: arrays, or anything with a shape and dtype, of the parameters.
+            params: the parameters, or anything with their shapes and dtypes.
             num_rows: ``m``.
 
         Raises:
@@ -140,10 +141,10 @@ class Dense(Storage):
         return DenseRows(blocks, layout, m, self.packing, self.implementation)
 
     def hold(self, gradients: PyTree, params: PyTree) -> DenseRows:
-        """Stores gradients that exist already; see :meth:`Storage.hold`.
+        """Stores existing gradients; see :meth:`Storage.hold`.
 
-        NaN and Inf are stored as they are. Flat packing stores gradients of several dtypes in
-        the widest of them.
+        NaN and Inf are stored too. If the gradients have several dtypes, flat packing uses the
+        widest one.
         """
         layout = Layout(params)
         leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(gradients)]
@@ -169,15 +170,15 @@ def as_rows(
 
     Args:
         gradients: a tree with leaves ``(n, *shape)``, or one array ``(n, d)``.
-        params: the parameters. They are needed when ``gradients`` is one (n, d) array for a
-            tree of parameters. By default the tree of one row of ``gradients``.
+        params: the parameters. They are needed if ``gradients`` is one (n, d) array for a tree
+            of parameters. By default they have the structure of one row of ``gradients``.
         storage: how the rows store the gradients.
 
     Returns:
         The rows.
 
     Raises:
-        TypeError: a leaf is not real floating point, or ``storage`` is no storage.
+        TypeError: a leaf is not real floating point, or ``storage`` is not a storage.
         ValueError: leading axes differ, there is no row, or ``params`` do not fit.
 
     Example:
@@ -213,7 +214,7 @@ def as_rows(
 
 
 def _sharding(leaf: Any) -> NamedSharding | None:
-    """The leaf's own sharding behind an unsharded axis of rows, if it has one."""
+    """The leaf's sharding after an unsharded axis of rows; None without a ``NamedSharding``."""
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return None
@@ -224,7 +225,7 @@ def check_storage(storage: Any) -> Storage:
     """Checks that ``storage`` is a storage, and returns it.
 
     Raises:
-        TypeError: it is not.
+        TypeError: ``storage`` has another type.
     """
     if not isinstance(storage, Storage):
         packing = _PACKINGS_BY_NAME.get(storage) if isinstance(storage, str) else None
