@@ -50,6 +50,11 @@ def unit_interval(value: Any, name: str) -> None:
         raise ValueError(f"{name} must lie in [0, 1], got {value}.")
 
 
+def scalar(value: Any, name: str) -> None:
+    """A scalar, whatever its value."""
+    _number(value, name)
+
+
 def _number(value: Any, name: str) -> float | None:
     """The value of a scalar, or None if it is traced."""
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)

@@ -141,7 +141,7 @@ def prune_step(
     rows.layout.check(params, "params")
     masks = rows.layout.check_mask(mask)
     _checks.positive_scalar(damping, "damping")
-    _checks.positive_scalar(step_scale, "step_scale")
+    _checks.scalar(step_scale, "step_scale")
     score, update = as_score(score), as_update(update)
     selection = scope.select(params)
     pieces = cut(blocks, selection)
