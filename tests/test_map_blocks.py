@@ -52,20 +52,22 @@ def test_results_are_those_of_each_block(packing, permuted, entries, free, monke
 
 
 @pytest.mark.parametrize(
-    ("sizes", "groups"),
+    ("sizes", "groups", "n"),
     [
         # Many blocks of 144, and few smaller ones that cost next to nothing as 144.
-        ([(16, 27), (1800, 144), (10, 64)], [[1, 2, 0]]),
+        ([(16, 27), (1800, 144), (10, 64)], [[1, 2, 0]], 256),
         # As many of 16 would take nine hundred times the work.
-        ([(100_000, 16), (100_000, 150)], [[1], [0]]),
+        ([(100_000, 16), (100_000, 150)], [[1], [0]], 256),
         # Little work in all.
-        ([(16, 8), (1, 16)], [[1, 0]]),
-        ([], []),
+        ([(16, 8), (1, 16)], [[1, 0]], 256),
+        # Blocks of at most n coordinates are worked on differently from larger ones.
+        ([(16, 8), (1, 16)], [[1], [0]], 12),
+        ([], [], 256),
     ],
 )
-def test_which_sizes_are_padded_to_one(sizes, groups):
+def test_which_sizes_are_padded_to_one(sizes, groups, n):
     runs = tuple(BlockRun(0, *size) for size in sizes)
-    assert _map._of_like_size(runs) == groups
+    assert _map._of_like_size(runs, n) == groups
 
 
 PARAMS = {"a": jnp.zeros((4, 2)), "none": None, "b": jnp.zeros(15), "c": jnp.zeros((3,))}
