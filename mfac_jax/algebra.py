@@ -225,6 +225,17 @@ def refined_solve(
     return first + jnp.where(factor.floor > 0, jnp.zeros_like(first), step)
 
 
+def shared_solve(
+    factor: Factor, gram: Float[Array, "n n"], shift: Float[Array, ""], rhs: Float[Array, " n"]
+) -> Float[Array, " n"]:
+    """``A^-1 b`` for a product with ``G^T``: :func:`refined_solve`, and equal rows share.
+
+    The arguments are those of :func:`refined_solve`. See :func:`share_between_equal_rows`.
+    """
+    solved = refined_solve(factor, gram, shift, share_between_equal_rows(gram, rhs))
+    return share_between_equal_rows(gram, solved)
+
+
 def residual(
     gram: Float[Array, "n n"],
     shift: Float[Array, ""],

@@ -119,7 +119,7 @@ def newest(
 
     def by_factor() -> tuple[Float[Array, " n"], IncrementalInverse]:
         factor = algebra.factor(gram, shift)
-        return _solve_by_factor(factor, gram, shift, weights), inverse
+        return algebra.shared_solve(factor, gram, shift, weights), inverse
 
     if gram.shape[0] < ON_CPU_FROM:
         solved, after = lax.platform_dependent(cpu=by_factor, default=by_inverse)
@@ -226,7 +226,7 @@ def _rebuild(
 ) -> tuple[Float[Array, " n"], IncrementalInverse]:
     """The solution by a factorization, and ``P`` from the factor."""
     factor = algebra.factor(gram, shift)
-    solution = _solve_by_factor(factor, gram, shift, rhs)
+    solution = algebra.shared_solve(factor, gram, shift, rhs)
 
     # A triangular solve: P is rarely rebuilt, and one call compiles faster than many products.
     def invert() -> Float[Array, "n n"]:
@@ -235,17 +235,6 @@ def _rebuild(
 
     fit = (algebra.smallest_pivot(factor) > _SMALLEST_PIVOT) & (factor.floor == 0)
     return solution, IncrementalInverse(lax.cond(fit, invert, lambda: jnp.zeros_like(gram)), shift)
-
-
-def _solve_by_factor(
-    factor: algebra.Factor,
-    gram: Float[Array, "n n"],
-    shift: Float[Array, ""],
-    rhs: Float[Array, " n"],
-) -> Float[Array, " n"]:
-    shared = algebra.share_between_equal_rows(gram, rhs)
-    solution = algebra.refined_solve(factor, gram, shift, shared)
-    return algebra.share_between_equal_rows(gram, solution)
 
 
 def _product(x: Float[Array, "*k n"], y: Float[Array, " n"]) -> Float[Array, "*k"]:

@@ -312,9 +312,7 @@ def ihvp_combination(
     factor = algebra.factor(window.gram, n * lam)
 
     def solve(rhs: Array) -> Array:
-        shared = algebra.share_between_equal_rows(window.gram, rhs)
-        solved = algebra.refined_solve(factor, window.gram, n * lam, shared)
-        return algebra.share_between_equal_rows(window.gram, solved)
+        return algebra.shared_solve(factor, window.gram, n * lam, rhs)
 
     a = algebra.share_between_equal_rows(window.gram, jnp.asarray(coefficients, rows.dtype))
     c = solve(a)

@@ -22,19 +22,7 @@ def factor(gram: Float[Array, "n n"], damping: Float[Array, ""]) -> algebra.Fact
 
 inverse_lower = jax.jit(algebra.inverse_lower)
 refined_solve = jax.jit(algebra.refined_solve)
-
-
-@jax.jit
-def shared_solve(
-    factor: algebra.Factor,
-    gram: Float[Array, "n n"],
-    shift: Float[Array, ""],
-    rhs: Float[Array, " n"],
-) -> Float[Array, " n"]:
-    """``A^-1 b`` for a product with ``G^T``: equal gradients share a coefficient."""
-    shared = algebra.share_between_equal_rows(gram, rhs)
-    solved = algebra.refined_solve(factor, gram, shift, shared)
-    return algebra.share_between_equal_rows(gram, solved)
+shared_solve = jax.jit(algebra.shared_solve)
 
 
 @jax.jit
