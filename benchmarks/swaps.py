@@ -26,7 +26,7 @@ import report
 from tqdm import tqdm
 
 from mfac_jax import collect_gradients, pruning
-from mfac_jax.pruning._blocks import cut
+from mfac_jax.pruning._blocks import cut_into_blocks
 
 sys.path.insert(0, str(report.ROOT / "examples"))
 
@@ -84,7 +84,8 @@ def measure(data_dir: Path) -> dict[str, Any]:
     network = prune_resnet20.experiments(setup).network
     params = network.params
     selection = SCOPE.select(params)
-    sizes = [run.size for run in cut(BLOCKS, selection).runs for _ in range(run.count)]
+    runs = cut_into_blocks(BLOCKS, selection).runs
+    sizes = [run.size for run in runs for _ in range(run.count)]
     rows = collect_gradients(network.loss, params, network.batches(0, 32), N)
 
     def flat(tree: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The d-sized scans of M-FAC: every operation that touches all of the gradients.
 
 A *block* is an array of ``m`` gradients, cut into ``t`` tiles of columns; its shape is
-``(t, m, *shape)``. Flattened gradients are cut into tiles of at most :data:`MAX_TILE`
+``(t, m, *shape)``. Flattened gradients are cut into tiles of at most 8,192
 columns. The tiles lie in memory one after another, so a scan reads memory from end to end.
 The block of a single parameter is one tile with the shape of the parameter: ``(1, m, *shape)``.
 
@@ -27,27 +27,15 @@ from mfac_jax.kernels._scans import (
     dots,
     write_row,
 )
-from mfac_jax.kernels._xla import (
-    MAX_TILE,
-    accumulation_dtype,
-    column_square_sums,
-    gram,
-    set_row,
-    transform,
-)
-from mfac_jax.kernels.backends import check_implementation
+from mfac_jax.kernels._xla import column_square_sums, gram, transform
 
 __all__ = [
-    "MAX_TILE",
-    "accumulation_dtype",
     "block_ihvp",
     "block_inverse_diagonal",
-    "check_implementation",
     "column_square_sums",
     "combine",
     "dots",
     "gram",
-    "set_row",
     "transform",
     "write_row",
 ]

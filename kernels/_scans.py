@@ -69,14 +69,10 @@ def write_row(
             row, because a kernel would write outside of the block.
         vector: ``g``, cut into tiles like the rows.
         where: if false, the block is unchanged and the dot products have no meaning.
-        implementation: as in :func:`dots`.
+        implementation: as in :func:`dots`, with its errors.
 
     Returns:
         The block, and ``G g`` in the accumulation dtype.
-
-    Raises:
-        ValueError: as :func:`dots`.
-        NotImplementedError: as :func:`dots`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -109,14 +105,10 @@ def combine(
         vector: ``v``; without it the result is ``G^T c`` times ``scale``.
         scale: the factor of the result; 1 by default.
         dtype: the dtype of the result; the accumulation dtype by default.
-        implementation: as in :func:`dots`.
+        implementation: as in :func:`dots`, with its errors.
 
     Returns:
         The combination.
-
-    Raises:
-        ValueError: as :func:`dots`.
-        NotImplementedError: as :func:`dots`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -157,14 +149,10 @@ def block_inverse_diagonal(
         damping: ``lambda > 0``.
         plain: the same function of ``batch`` and ``damping`` in ``jax.numpy``. It runs if no
             kernel can. It is a key of the cache of programs, so every call needs the same object.
-        implementation: as in :func:`dots`.
+        implementation: as in :func:`dots`, with its errors.
 
     Returns:
         The diagonals, positive.
-
-    Raises:
-        ValueError: as :func:`dots`.
-        NotImplementedError: as :func:`dots`.
     """
     operands = {"batch": batch, "damping": damping}
     return _dispatch.run("block_inverse_diagonal", implementation, plain, operands)
@@ -186,14 +174,10 @@ def block_ihvp(
         damping: ``lambda > 0``.
         plain: the same function of ``batch``, ``vectors`` and ``damping``, as in
             :func:`block_inverse_diagonal`.
-        implementation: as in :func:`dots`.
+        implementation: as in :func:`dots`, with its errors.
 
     Returns:
         The products.
-
-    Raises:
-        ValueError: as :func:`dots`.
-        NotImplementedError: as :func:`dots`.
     """
     operands = {"batch": batch, "vectors": vectors, "damping": damping}
     return _dispatch.run("block_ihvp", implementation, plain, operands)

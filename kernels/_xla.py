@@ -59,6 +59,13 @@ def _matrices(block: Float[Array, "t m *shape"]) -> Float[Array, "t m k"]:
     return block.reshape(*block.shape[:2], math.prod(block.shape[2:]))
 
 
+def _flat_columns(arrays: list[Array], block: Float[Array, "t m *shape"]) -> list[Array]:
+    """Arrays (t, *_, *shape) that are cut like ``block``, as (t, *_, k)."""
+    leading = [array.shape[: array.ndim - (block.ndim - 2)] for array in arrays]
+    columns = math.prod(block.shape[2:])
+    return [array.reshape(*lead, columns) for array, lead in zip(arrays, leading, strict=True)]
+
+
 def _has_explicit_axes(block: Array) -> bool:
     """Whether the type spreads the block over a mesh; a dot_general would replicate it."""
     return any(part is not None for part in jax.typeof(block).sharding.spec)
@@ -219,6 +226,37 @@ def _gram_by_tiles(
     return jnp.tril(lower) + jnp.tril(lower, -1).T
 
 
+def products(
+    block: Float[Array, "t m *shape"],
+    other: Float[Array, "t n *shape"],
+    mask: Bool[Array, "t *shape"] | None = None,
+) -> Float[Array, "m n"]:
+    """``G H^T`` for another block ``H`` that is cut alike; over a mask as in :func:`gram`."""
+    masks = [] if mask is None else [mask]
+    return lax.platform_dependent(
+        block, other, *masks, cuda=products_by_chunks, default=_products_by_tiles
+    )
+
+
+def _products_by_tiles(
+    block: Float[Array, "t m *shape"],
+    other: Float[Array, "t n *shape"],
+    mask: Bool[Array, "t *shape"] | None = None,
+) -> Float[Array, "m n"]:
+    acc = accumulation_dtype(np.promote_types(block.dtype, other.dtype))
+
+    def step(total: Array, tile: Array, parts: list[Array]) -> tuple[Array, list[Any]]:
+        beside, *masks = parts
+        for keep in masks:
+            tile = jnp.where(keep[None], tile, jnp.zeros((), tile.dtype))
+        pair = tile.astype(acc), beside.astype(acc).T
+        return total + jnp.dot(*pair, precision="highest"), []
+
+    start = jnp.zeros_like(block, shape=(block.shape[1], other.shape[1]), dtype=acc)
+    masks = [] if mask is None else [mask]
+    return _scan_tiles(step, start, block, [other, *masks])[0]
+
+
 def _lower_parts(start: int, end: int) -> list[tuple[slice, slice]]:
     """Rows and columns of the products that form the lower half of ``G G^T``.
 
@@ -346,14 +384,14 @@ def _scan_tiles(
     """Scans ``step(carry, tile, parts) -> (carry, outputs)`` over the tiles of a block.
 
     A tile is (m, k) in the accumulation dtype; only one tile is widened at a time. ``parts`` are
-    the pieces of ``vectors``, (t, *shape), at the columns of the tile. An output is (k,) for each
-    tile; the outputs of all tiles are returned as (t, *). A block of one wide tile is cut into
-    tiles, and their outputs are concatenated.
+    the pieces of ``vectors``, (t, *_, *shape), at the columns of the tile. An output is (k,) for
+    each tile; the outputs of all tiles are returned as (t, *). A block of one wide tile is cut
+    into tiles, and their outputs are concatenated.
     """
     acc = accumulation_dtype(block.dtype)
     count = block.shape[0]
     matrices = _matrices(block)
-    flat = [vector.reshape(count, -1) for vector in vectors]
+    flat = _flat_columns(vectors, block)
     if count > 1:
         # The loop reads a tile by its number. A scan over the tiles themselves copies each tile
         # once more (15 % of a gram's time).
@@ -371,7 +409,7 @@ def _scan_tiles(
 
     def cut(carry: Any, i: Int[Array, ""]) -> tuple[Any, list[Array]]:
         tile = lax.dynamic_slice_in_dim(matrix, i * MAX_TILE, MAX_TILE, axis=1)
-        parts = [lax.dynamic_slice_in_dim(row, i * MAX_TILE, MAX_TILE) for row in rows]
+        parts = [lax.dynamic_slice_in_dim(row, i * MAX_TILE, MAX_TILE, axis=-1) for row in rows]
         return step(carry, tile.astype(acc), parts)
 
     if full:
@@ -379,7 +417,8 @@ def _scan_tiles(
         outputs.append([o.reshape(1, -1) for o in out])
     if rest or not full:
         start = full * MAX_TILE
-        carry, out = step(carry, matrix[:, start:].astype(acc), [row[start:] for row in rows])
+        rest_of_rows = [row[..., start:] for row in rows]
+        carry, out = step(carry, matrix[:, start:].astype(acc), rest_of_rows)
         outputs.append([o[None] for o in out])
     return carry, [jnp.concatenate(parts, axis=1) for parts in zip(*outputs, strict=True)]
 
@@ -411,6 +450,28 @@ def gram_by_chunks(
         return step(_zeros(block, (m, m)), 0, _matrices(block))
     masks = [] if mask is None else [mask]
     return _chunk_by_chunk(step, _zeros(block, (m, m)), block, *masks)[-1]
+
+
+def products_by_chunks(
+    block: Float[Array, "t m *shape"],
+    other: Float[Array, "t n *shape"],
+    mask: Bool[Array, "t *shape"] | None = None,
+) -> Float[Array, "m n"]:
+    """:func:`products` as a batched product of each chunk of tiles."""
+    dtype = np.promote_types(block.dtype, other.dtype)
+    acc = accumulation_dtype(dtype)
+
+    def step(total: Array, _: int, tiles: Array, beside: Array, *masks: Array) -> Array:
+        for keep in masks:
+            tiles = jnp.where(keep[:, None], tiles, jnp.zeros((), tiles.dtype))
+        contract = (((2,), (2,)), ((0,), (0,)))
+        pair = tiles.astype(dtype), beside.astype(dtype)
+        found = lax.dot_general(*pair, contract, precision="highest", preferred_element_type=acc)
+        return total + jnp.sum(found, axis=0)
+
+    start = jnp.zeros_like(block, shape=(block.shape[1], other.shape[1]), dtype=acc)
+    masks = [] if mask is None else [mask]
+    return _chunk_by_chunk(step, start, block, other, *masks)[-1]
 
 
 def transform_by_chunks(
@@ -455,11 +516,11 @@ def _chunk_by_chunk(
     """All values of ``carry = step(carry, start, tiles, *parts)`` over a few chunks of tiles.
 
     ``tiles`` are (c, m, k), beginning with tile ``start``. ``parts`` are the pieces of
-    ``vectors``, (t, *shape), at the columns of these tiles. A block of one wide tile is cut into
-    tiles.
+    ``vectors``, (t, *_, *shape), at the columns of these tiles. A block of one wide tile is cut
+    into tiles.
     """
     count = block.shape[0]
-    arrays = [_matrices(block), *(vector.reshape(count, -1) for vector in vectors)]
+    arrays = [_matrices(block), *_flat_columns(list(vectors), block)]
     columns = arrays[0].shape[2]
     tiles = count if count > 1 else columns // MAX_TILE
     size = max(-(-tiles // _CHUNKS), 1)

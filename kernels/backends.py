@@ -76,13 +76,26 @@ def register(name: str, platform: str, load: Callable[[], Backend]) -> None:
 
     Args:
         name: the name of the backend for ``implementation=``.
-        platform: the platform of JAX that the kernels are for, such as ``"cuda"``.
+        platform: the platform of JAX that the kernels are for, in lower case, such as ``"cuda"``.
         load: returns the backend. It is called when the backend is first needed, so programs
             for other platforms import none of its modules.
 
     Raises:
-        ValueError: an implementation of this name exists already.
+        TypeError: an argument has the wrong type.
+        ValueError: an implementation of this name exists already, or ``name`` or ``platform`` is
+            empty or not in the right form.
     """
+    for value, what in ((name, "name"), (platform, "platform")):
+        if not isinstance(value, str):
+            raise TypeError(f"{what} must be a str, got {type(value).__name__}.")
+        if not value or value != value.strip():
+            raise ValueError(f"{what} must be a word, got {value!r}.")
+    if platform != platform.lower():
+        raise ValueError(f"platform must be in lower case, such as 'cuda'; got {platform!r}.")
+    if not callable(load):
+        raise TypeError(
+            f"load must be a function that returns the backend, got {type(load).__name__}."
+        )
     if name in names():
         raise ValueError(
             f"name must be new: there is an implementation of this name; got {name!r}."

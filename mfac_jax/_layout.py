@@ -215,8 +215,13 @@ def _require_real(leaf: Any, name: str) -> None:
     except TypeError as error:
         raise TypeError(f"{name} must be an array, got {type(leaf).__name__}.") from error
     if not jnp.issubdtype(dtype, jnp.floating):
+        hint = "Convert it to float32."
+        if name.startswith("params"):
+            hint = (
+                "Integer and complex parameters have no gradient row; leave them out, "
+                "for example with optax.masked."
+            )
         raise TypeError(
             f"{name} must be a real floating-point array, got {dtype.name}{list(np.shape(leaf))}. "
-            "Integer and complex parameters have no gradient row; leave them out, "
-            "for example with optax.masked."
+            f"{hint}"
         )

@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax import _checks, incremental, window
 from mfac_jax._layout import AnyLayout, Layout, PyTree
-from mfac_jax.rows import Dense, Storage, check_storage
+from mfac_jax.rows import Dense, Storage
+from mfac_jax.rows._storage import check_storage
 
 ScalarOrSchedule = ArrayLike | Callable[[Int[Array, ""]], ArrayLike]
 Mask = PyTree | Callable[[PyTree], PyTree]

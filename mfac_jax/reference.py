@@ -26,7 +26,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from mfac_jax import _checks, kernels
+from mfac_jax import _checks
+from mfac_jax.kernels._xla import accumulation_dtype
 
 # The static recursion grows its array of h_i in this many stages, so that a step does not read
 # rows that are still zero. All steps together then do 1/8 more work than necessary.
@@ -250,5 +251,5 @@ def _inside(coefficients: Coefficients, dots: Float[Array, " n"]) -> Float[Array
 
 def _wide(matrix: Array, damping: ArrayLike) -> tuple[Array, Float[Array, ""]]:
     _checks.positive_scalar(damping, "damping")
-    matrix = matrix.astype(kernels.accumulation_dtype(matrix.dtype))
+    matrix = matrix.astype(accumulation_dtype(matrix.dtype))
     return matrix, jnp.asarray(damping).astype(matrix.dtype)

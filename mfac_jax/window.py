@@ -30,7 +30,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax import _checks, algebra, incremental
 from mfac_jax._layout import PyTree
-from mfac_jax.rows import Dense, Storage, WritableRows, check_storage, check_writable
+from mfac_jax.rows import Dense, Storage, WritableRows
+from mfac_jax.rows._base import check_writable
+from mfac_jax.rows._storage import check_storage
 
 _EMPTY = -1
 

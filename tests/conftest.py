@@ -34,6 +34,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--as-users-compile", action="store_true", help="let XLA optimize as it does by default"
     )
+    parser.addoption("--cases", type=int, help="at most so many cases of each parametrized test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the chosen number of cases of each test, evenly spaced over all of them."""
+    most = config.getoption("cases")
+    if most is None:
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    kept = {
+        id(of_test[i * len(of_test) // min(most, len(of_test))])
+        for of_test in cases.values()
+        for i in range(min(most, len(of_test)))
+    }
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import oracles
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mfac_jax.kernels import MAX_TILE
+from mfac_jax.kernels._xla import MAX_TILE
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 

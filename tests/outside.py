@@ -30,7 +30,7 @@ class HalfRows(WritableRows, ColumnRows):
     """Gradients in float16, as one matrix. They count how often they are read."""
 
     matrix: jax.Array
-    layout: Layout = field(metadata={"static": True})
+    layout: Layout
     num_rows: int = field(metadata={"static": True})
     reads: Reads = field(metadata={"static": True})
     dtype = jnp.dtype("float32")
@@ -56,9 +56,9 @@ class HalfRows(WritableRows, ColumnRows):
     def take(self, coordinates):
         return self.read("take")[:, coordinates]
 
-    def map_blocks(self, partition, function, *vectors, constants=()):
+    def map_blocks(self, partition, function, *vectors, **options):
         self.reads.of["map_blocks"] += 1
-        return super().map_blocks(partition, function, *vectors, constants=constants)
+        return super().map_blocks(partition, function, *vectors, **options)
 
     def write(self, row, gradient):
         new = self.layout.flatten(gradient, self.matrix.dtype, "gradient")
@@ -90,6 +90,49 @@ class Half(Storage):
         layout = Layout(params)
         matrix = jnp.zeros((num_rows, layout.size), jnp.float16)
         return HalfRows(matrix, layout, num_rows, self.reads)
+
+
+# -- Rows in host memory --
+@dataclass(frozen=True, eq=False)
+class HostRows(ColumnRows):
+    """Gradients in one NumPy matrix, which ``jit`` cannot trace."""
+
+    matrix: np.ndarray
+    layout: Layout
+    num_rows: int
+    dtype = jnp.dtype("float32")
+    is_traceable = False
+
+    def dots(self, vector):
+        flat = self.layout.flatten(vector, self.dtype, "vector")
+        return jnp.asarray(self.matrix @ np.asarray(flat))
+
+    def combine(self, coefficients, *, vector=None, scale=None):
+        out = jnp.asarray(np.asarray(coefficients) @ self.matrix)
+        out = out if vector is None else self.layout.flatten(vector, self.dtype, "vector") - out
+        return self.layout.unflatten(out if scale is None else scale * out)
+
+    def gram(self, mask=None):
+        g = self.matrix
+        g = g if mask is None else np.where(self.layout.flat_mask(mask), g, 0)
+        return jnp.asarray(g @ g.T)
+
+    def take(self, coordinates):
+        return jnp.asarray(self.matrix[:, np.asarray(coordinates)])
+
+
+@dataclass(frozen=True)
+class Host(Storage):
+    """Holds gradients in the memory of the host. Its rows cannot be written."""
+
+    def empty(self, params, num_rows):
+        layout = Layout(params)
+        return HostRows(np.zeros((num_rows, layout.size), np.float32), layout, num_rows)
+
+    def hold(self, gradients, params):
+        leaves = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(gradients)]
+        matrix = np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+        return HostRows(matrix, Layout(params), len(matrix))
 
 
 # -- A pattern --
@@ -133,9 +176,9 @@ def bounded_joint(problem, kept):
     With few gradients the quadratic model can compensate by changes far larger than the weights
     that go.
     """
-    gone = problem.gone(kept)
-    changes = problem.inverse_over(kept).compensate(gone)
-    length, longest = norm(changes), norm(gone)
+    removed = problem.removed(kept)
+    changes = problem.inverse_over(kept).compensate(removed)
+    length, longest = norm(changes), norm(removed)
     scale = jnp.where(length > longest, longest / length, 1.0)
     return jax.tree.map(lambda leaf: scale * leaf, changes)
 

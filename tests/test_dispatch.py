@@ -405,6 +405,24 @@ def test_the_name_of_a_backend_is_new(two_backends, name):
         backends.register(name, "cpu", lambda: NarrowBlocks(1, 0.0))
 
 
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((3, "cpu", max), TypeError, "name must be a str, got int"),
+        (("", "cpu", max), ValueError, "name must be a word, got ''"),
+        (("mine", None, max), TypeError, "platform must be a str, got NoneType"),
+        (("mine", "CUDA", max), ValueError, "platform must be in lower case, .* got 'CUDA'"),
+        (("mine", "cpu", "module"), TypeError, "load must be a function .* got str"),
+    ],
+)
+def test_what_is_no_backend_is_not_registered(arguments, error, message):
+    before = backends.names()
+    with pytest.raises(error, match=message):
+        backends.register(*arguments)
+    assert backends.names() == before
+
+
 def test_a_backend_is_not_loaded_for_another_platform(monkeypatch, no_block_is_small):
     monkeypatch.setattr(backends, "_registry", dict(backends._registry))
 

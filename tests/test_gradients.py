@@ -14,7 +14,7 @@ from flax import nnx
 from oracles import flat, relative_error
 
 from mfac_jax import collect_gradients
-from mfac_jax.gradients import _chunk_size, _gradients
+from mfac_jax._collect import _chunk_size, _gradients
 from mfac_jax.rows import Dense, Layout, StackedRows, Storage, WritableRows, _base
 
 CLASSES, FEATURES = 3, 4
@@ -155,7 +155,7 @@ def test_rows_that_cannot_be_written_are_an_error():
         def empty(self, params, num_rows):
             return StackedRows.of((Dense().empty(params, num_rows),), jnp.ones(1))
 
-    with pytest.raises(TypeError, match=r"collecting gradients needs .* got StackedRows"):
+    with pytest.raises(TypeError, match=r"collecting gradients with .* got StackedRows"):
         collect(loss, make_params(), make_batches(4), 2, storage=ReadOnly())
 
 
@@ -249,7 +249,7 @@ def test_an_object_that_cannot_start_afresh_is_an_error():
 @every_storage
 @pytest.mark.parametrize(
     ("per_example", "num_gradients", "where"),
-    [(True, 30, "row 9 .*batch 1, example 3"), (False, 30, "row 1 .*batch 1 has")],
+    [(True, 30, "row 9 .*batch 1, example 3"), (False, 30, r"row 1 .*batch 1\) must")],
 )
 def test_a_row_that_is_not_finite_is_named(per_example, num_gradients, where, storage):
     batches = make_batches(6, 6, 6)

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
+import outside
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfac_jax import fisher_inverse, reference, rows
-from mfac_jax.inverse import FisherInverse, is_scanned
+from mfac_jax.inverse import FisherInverse
+from mfac_jax.inverse._inverse import products_suffice
 from mfac_jax.rows import BlockRun, Dense, Partition, partition
 
 N, D = 6, 26
@@ -43,7 +45,8 @@ def tree(v):
 
 
 def gradient_rows(g, packing="flat"):
-    return rows.as_rows(tree(g), PARAMS, storage=Dense(packing=packing))
+    storage = outside.Host() if packing == "host" else Dense(packing=packing)
+    return rows.as_rows(tree(g), PARAMS, storage=storage)
 
 
 def some(count, seed=0, d=D):
@@ -62,7 +65,6 @@ ROW, COLUMN = np.array([[0, 7, 25], [8, 22, 3]]), np.array([1, 7, 23])
 COEFFICIENTS = np.random.default_rng(9).normal(size=N).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("blocks", "whitened"))
 def answers(held, v, coefficients, mask, *, blocks, whitened):
     inverse = fisher_inverse(held, LAM, mask=mask, blocks=blocks)
     inverse = inverse.whiten() if whitened else inverse
@@ -80,6 +82,9 @@ def answers(held, v, coefficients, mask, *, blocks, whitened):
     }
 
 
+jitted_answers = jax.jit(answers, static_argnames=("blocks", "whitened"))
+
+
 def block_diagonal_fisher(g, sizes, damping=LAM):
     fisher, start = np.zeros((D, D)), 0
     for size in sizes:
@@ -94,6 +99,7 @@ CASES = [
     *((name, "flat", "some", whitened) for name in BLOCKS for whitened in (False, True)),
     *(("whole", "leaf", mask, whitened) for mask in MASKS for whitened in (False, True)),
     *(("tens", "leaf", mask, whitened) for mask in MASKS for whitened in (False, True)),
+    *((name, "host", "some", whitened) for name in BLOCKS for whitened in (False, True)),
 ]
 
 
@@ -102,8 +108,9 @@ def test_every_answer_is_that_of_the_dense_matrix(name, packing, mask, whitened)
     blocks, sizes = BLOCKS[name]
     g, v, keep = some(N), some(1, 1)[0], MASKS[mask]
     chosen = None if mask == "all" else tree(keep)
-    got = answers(
-        gradient_rows(g, packing), tree(v), COEFFICIENTS, chosen, blocks=blocks, whitened=whitened
+    held = gradient_rows(g, packing)
+    got = (jitted_answers if held.is_traceable else answers)(
+        held, tree(v), COEFFICIENTS, chosen, blocks=blocks, whitened=whitened
     )
     dense = oracles.block_inverse(g * keep, LAM, sizes)
     condition = oracles.condition(g * keep, LAM)
@@ -165,7 +172,7 @@ def test_both_sides_of_n_and_b(n):
 @pytest.mark.parametrize(("n", "blocks"), [(D - 1, "whole"), (D, "direct"), (5, "whitened")])
 def test_the_cheaper_side_is_factored(n, blocks):
     inverse = build(some(n), 10 if blocks == "whitened" else None)
-    assert is_scanned(inverse.rows, inverse.blocks) == (blocks == "whole")
+    assert products_suffice(inverse.rows, inverse.blocks) == (blocks == "whole")
     assert (inverse.gram is not None) == (blocks == "whole")
     if blocks == "whole":
         assert inverse.factor.lower.shape == (n, n)
@@ -335,7 +342,7 @@ def test_float64(name):
     rng = np.random.default_rng(0)
     g, v = rng.normal(size=(N, D)), rng.normal(size=D)
     c = np.asarray(COEFFICIENTS, np.float64)
-    got = answers(gradient_rows(g), tree(v), c, None, blocks=blocks, whitened=False)
+    got = jitted_answers(gradient_rows(g), tree(v), c, None, blocks=blocks, whitened=False)
     want = oracles.block_inverse(g, LAM, sizes)
     assert got["flat"].dtype == jnp.float64
     np.testing.assert_allclose(got["flat"], want @ v, 1e-10)
@@ -485,6 +492,18 @@ def test_a_mask_that_does_not_fit_is_refused(name):
     inverse = fisher_inverse(held, LAM, mask=mask, blocks=blocks)
     same = fisher_inverse(held, LAM, mask=tree(keep), blocks=blocks)
     np.testing.assert_array_equal(oracles.flat(inverse.diagonal()), oracles.flat(same.diagonal()))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["whole", "tens"])
+def test_gradients_must_be_finite_where_the_mask_is_false_too(name, bad):
+    g = some(N)
+    g[2, 9] = bad
+    message = (
+        r"finite, also where mask is false: there is NaN or Inf in the gradients of params\['b'"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        fisher_inverse(gradient_rows(g), LAM, mask=tree(KEEP), blocks=BLOCKS[name][0])
 
 
 def test_parameters_without_coordinates():

@@ -66,6 +66,20 @@ def test_gram(shape, dtype, masked):
     assert_small(got, kept @ kept.T, np.sum(wide**2), wide.shape[1])
 
 
+@every_case
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_of_two_blocks(shape, dtype, masked):
+    block, mask, _, wide = made(shape, dtype)
+    other = jnp.asarray(np.random.default_rng(1).normal(size=(shape[0], 3, *shape[2:])))
+    beside = as_matrix(other)
+    kept = wide * np.ravel(mask) if masked else wide
+    scale = np.linalg.norm(wide) * np.linalg.norm(beside)
+    # Functions of this test alone: others are traced with wide tiles.
+    for product in (_xla.products_by_chunks, functools.partial(_xla.products)):
+        got = jax.jit(product)(block, other, mask if masked else None)
+        assert_small(got, kept @ beside.T, scale, wide.shape[1])
+
+
 @pytest.mark.parametrize(("shape", "dtype"), [case for case in CASES if case[0][0] > 1])
 def test_transform(shape, dtype):
     block, _, matrix, wide = made(shape, dtype)
@@ -139,6 +153,7 @@ def test_products_of_double_precision():
 PRODUCTS = {
     "gram": lambda block: kernels.gram(block),
     "gram over a mask": lambda block: kernels.gram(block, block[:, 0] > 0),
+    "gram of two blocks": lambda block: _xla.products(block, 2 * block[:, :2]),
     "transform": lambda block: kernels.transform(block, jnp.eye(block.shape[1])),
     "column square sums": lambda block: kernels.column_square_sums(block, jnp.eye(block.shape[1])),
 }

@@ -131,8 +131,8 @@ def test_within_outputs_weights_stay_in_their_output():
 def within(shapes, most, **options):
     params = [jnp.zeros(shape) for shape in shapes]
     selection = Scope(path_filter="", **options).select(params)
-    return _blocks.blocks_of(
-        _blocks.cut(pruning.WithinOutputs(most), selection),
+    return _blocks.blocks_under(
+        _blocks.cut_into_blocks(pruning.WithinOutputs(most), selection),
         selection,
         pruning.initial_mask(params),
     )
@@ -162,8 +162,8 @@ def test_the_coordinates_of_blocks_are_those_of_an_output():
     """Two kernels of Flax, between which a leaf that is not prunable has coordinates."""
     params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(5), "c": jnp.zeros((2, 2, 2, 2))}
     selection = Scope().select(params)
-    pieces = _blocks.cut(pruning.WithinOutputs(4), selection)
-    found = _blocks.blocks_of(pieces, selection, pruning.initial_mask(params))
+    blocks = _blocks.cut_into_blocks(pruning.WithinOutputs(4), selection)
+    found = _blocks.blocks_under(blocks, selection, pruning.initial_mask(params))
     assert found.sizes.tolist() == [3, 3, 4, 4, 4, 4]
     places = {"a": np.arange(6).reshape(3, 2), "c": np.arange(11, 27).reshape(2, 2, 2, 2)}
     # Output by output; inputs before the places of a convolution.
@@ -175,8 +175,8 @@ def test_the_coordinates_of_blocks_are_those_of_an_output():
 def test_blocks_of_leaves_are_neighbours_where_they_lie(output_axis):
     params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(5), "c": jnp.zeros((4, 2))}
     selection = Scope(output_axis=output_axis).select(params)
-    pieces = _blocks.cut("leaf", selection)
-    found = _blocks.blocks_of(pieces, selection, pruning.initial_mask(params))
+    blocks = _blocks.cut_into_blocks("leaf", selection)
+    found = _blocks.blocks_under(blocks, selection, pruning.initial_mask(params))
     assert found.order is None
     assert [(run.start, run.count, run.size) for run in found.runs] == [(0, 1, 6), (11, 1, 8)]
 

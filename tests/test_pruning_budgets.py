@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfac_jax import pruning, rows
-from mfac_jax.pruning import Scope, _budgets, _masks
+from mfac_jax.pruning import Scope, _budgets, _masks, _targets
 
 
 def problem(shapes, n=3, seed=0):
@@ -34,9 +34,9 @@ def step(params, g, sparsity, **options):
 
 def counts_of(sparsity, budget, shapes):
     """What a budget gives to leaves of these shapes."""
-    scope = Scope(path_filter="", budget=budget)
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return _budgets.layer_counts(sparsity, scope, scope.select(params))
+    selection = Scope(path_filter="").select(params)
+    return _targets.layer_counts(sparsity, _budgets.as_budget(budget), selection)
 
 
 def pruned(mask):
@@ -136,6 +136,10 @@ def test_a_budget_of_the_caller_s_own():
         (lambda sparsity, shapes: [1.5, 0.0], ValueError, r"params\[0\] must lie in .*got 1.5"),
         (lambda sparsity, shapes: [0.0, 0.0], ValueError, r"expected 40 pruned .*got 0\.0"),
         (lambda sparsity, shapes: ["all", 0.0], TypeError, r"params\[0\] must be a number.*str"),
+        (lambda sparsity, shapes: None, TypeError, "a sequence of .* each of 2 layers, got None"),
+        (lambda sparsity, shapes: sparsity, TypeError, r"a sequence of numbers.*, got 0\.5"),
+        (lambda sparsity, shapes: {0: 0.5, 1: 0.5}, TypeError, r"a sequence of .* got \{0: 0\.5"),
+        (lambda sparsity, shapes: np.ones((2, 1)), TypeError, r"a sequence of .* got array\(\[\["),
     ],
 )
 def test_a_budget_that_gives_something_else(budget, error, words):

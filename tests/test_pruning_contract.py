@@ -24,7 +24,7 @@ import pytest
 import mfac_jax
 from mfac_jax import pruning, rows
 from mfac_jax.inverse import GroupBlocks
-from mfac_jax.pruning import Scope, _budgets
+from mfac_jax.pruning import Scope, _budgets, _targets
 from mfac_jax.rows import Dense
 
 N = 8
@@ -161,11 +161,12 @@ def check_counts(case, mask, sparsity):
     """As many weights are pruned as there can be without more than was asked for."""
     pattern, scope = case.pattern, case.scope
     pruned = [int(np.sum(~leaf)) for leaf in groups_of(case, mask)]
-    largest = max(scope.select(draw(0)).group_sizes) if pattern.goes_whole else 1
+    largest = max(scope.select(draw(0)).group_sizes) if pattern.prunes_whole_groups else 1
     if case.budget == "global":
         assert 0 <= round(sparsity * 64) - sum(pruned) < largest
     else:
-        wanted = _budgets.layer_counts(sparsity, scope, scope.select(draw(0)))
+        budget = _budgets.as_budget(case.budget)
+        wanted = _targets.layer_counts(sparsity, budget, scope.select(draw(0)))
         assert wanted.sum() == round(sparsity * 64)
         np.testing.assert_array_equal(pruned, wanted)
 
@@ -174,7 +175,7 @@ def check_mask(case, mask, before):
     """Whole groups go, and nothing comes back."""
     for new, old in zip(groups_of(case, mask), groups_of(case, before), strict=True):
         assert not np.any(new & ~old)
-        if case.pattern.goes_whole:
+        if case.pattern.prunes_whole_groups:
             assert np.all(new == new[:, :1])
         else:
             least = round((1 - case.pattern.removable) * new.shape[1])
@@ -234,7 +235,7 @@ def test_a_step_takes_what_is_stored_whatever_the_storage(case, params, gradient
     """The gradients are numbers that every storage holds exactly."""
     mask = pruning.initial_mask(params)
     want = case._replace(storage=Dense()).step(params, mask, hold(Case(), gradients, params), 0.4)
-    for storage in {Dense(packing="leaf"), case.storage} - {Dense()}:
+    for storage in {Dense(packing="leaf"), outside.Host(), case.storage} - {Dense()}:
         held = storage.hold(gradients, params)
         new, new_mask, _ = case._replace(storage=storage).step(params, mask, held, 0.4)
         jax.tree.map(np.testing.assert_array_equal, new_mask, want[1])
@@ -255,7 +256,10 @@ def test_what_is_not_finite_is_refused(case, params, gradients):
     with pytest.raises(FloatingPointError, match=r"params\['b'\]\['kernel'\] has NaN or Inf"):
         run(case, bad)
     # Storage may refuse the gradients, or the step does.
-    with pytest.raises(FloatingPointError, match=r"\['b'\]\['kernel'\] has NaN|row 1 of gradients"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"(row 1 of gradients|gradient 1 of rows must be .*\['b'\]\['kernel'\])",
+    ):
         case.step(params, mask, hold(case, bad_gradients, params), 0.4)
     # Where nothing can be raised, nothing is done.
     new, new_mask, info = jitted(case)(bad, mask, held)
@@ -277,16 +281,21 @@ def loss_fn(params, batch):
     return jnp.mean((hidden @ params["b"]["kernel"] - y) ** 2)
 
 
-def run(case, params, **options):
+def unreadable():
+    """Batches that nobody may read."""
+    raise AssertionError("a batch was read")
+    yield
+
+
+def run(case, params, *, batches=BATCHES, **options):
     settings = [pruning.Setting(case.score, case.update, case.blocks, DAMPING)]
     chosen = {
+        "steps": (0.27, 0.45),
         "scope": case.scope,
         "gradients": pruning.Gradients(N, storage=case.storage, history=0),
         "search": pruning.Search(settings, descents=(), num_calibration=2),
     }
-    return pruning.prune(
-        params, loss_fn, BATCHES, 0.45, steps=(0.27, 0.45), progress=False, **{**chosen, **options}
-    )
+    return pruning.prune(params, loss_fn, batches, 0.45, progress=False, **{**chosen, **options})
 
 
 @every_case
@@ -434,7 +443,7 @@ def test_what_a_pattern_answers(pattern):
     cost = np.asarray(pattern.cost(blocks, weights, alive))
     combined = np.asarray(pattern.combine(weights**2, alive))
     assert cost.shape == combined.shape == w.shape
-    if pattern.goes_whole:
+    if pattern.prunes_whole_groups:
         want = np.einsum("bi,bij,bj->b", w, fishers, w) / 2
         np.testing.assert_allclose(cost, np.broadcast_to(want[:, None], w.shape), rtol=1e-3)
         want = np.sum(w**2, axis=1, keepdims=True)
@@ -494,6 +503,23 @@ class Products(rows.GradientRows):
         return self.held.gram(mask)
 
 
+class WritableProducts(Products, rows.WritableRows):
+    """They can be written, but these tests write nothing."""
+
+    put = write = clear = restrict = None
+
+
+@dataclass(frozen=True)
+class OnlyProducts(rows.Storage):
+    """A storage whose rows have no columns to read."""
+
+    writable: bool = True
+
+    def empty(self, params, num_rows):
+        held = Dense().empty(params, num_rows)
+        return WritableProducts(held) if self.writable else Products(held)
+
+
 def test_columns_are_read_only_where_they_are_needed(params, gradients):
     held, mask = hold(Case(), gradients, params), pruning.initial_mask(params)
     for score, update in [("magnitude", "joint"), (outside.taylor, outside.bounded_joint)]:
@@ -503,20 +529,59 @@ def test_columns_are_read_only_where_they_are_needed(params, gradients):
             np.testing.assert_array_equal, case.step(params, mask, Products(held), 0.4), want
         )
     for case, what in [
-        (Case(), "diagonal"),
+        (Case(), "score='mfac'"),
         (Case(score="obd"), "score='obd'"),
-        (Case(pruning.BlocksOf(4)), "group_blocks"),
-        (Case(score="magnitude", blocks=16), "compensate"),
-    ]:
-        words = rf"{what} needs rows whose columns can be read .*ColumnRows\), got Products"
-        with pytest.raises(TypeError, match=words):
+        (Case(score="magnitude", update="reference"), "update='reference'"),
+        (Case(score="magnitude", blocks=16), "blocks=16"),
+        (Case(score=pruning.Score(outside.taylor, reads_columns=True)), "score='taylor'"),
+        (Case(score="magnitude", update=pruning.Update(outside.bounded_joint, True)),
+         "update='bounded_joint'"),
+    ]:  # fmt: skip
+        words = (
+            r"needs rows whose columns can be read .*ColumnRows\), got \w*Products, which cannot"
+        )
+        with pytest.raises(TypeError, match=f"^{what} {words}"):
             case.step(params, mask, Products(held), 0.4)
+        # In prune the error comes before any batch is read.
+        storage = r"storage=OnlyProducts\(writable=True\)"
+        with pytest.raises(TypeError, match=f"^{what} with {storage} {words}"):
+            run(case._replace(storage=OnlyProducts()), params, batches=unreadable())
+        given = pruning.Gradients(N, given=Products(held))
+        with pytest.raises(TypeError, match=f"^{what} with the given gradients {words}"):
+            run(case, params, batches=unreadable(), gradients=given)
+
+
+def test_few_weights_are_one_block_whose_columns_are_read(params):
+    """The gradients of all steps that are kept count."""
+    case = Case(score="magnitude", storage=OnlyProducts())
+    many = pruning.Gradients(32, storage=case.storage, history=1)
+    with pytest.raises(TypeError, match=r"^one block of at most n=64 weights with storage=Only"):
+        run(case, params, batches=unreadable(), gradients=many)
+    with pytest.raises(AssertionError, match="a batch was read"):
+        run(case, params, batches=unreadable())
+
+
+def test_rows_that_cannot_be_written_are_refused_before_a_batch_is_read(params, gradients):
+    case = Case(score="magnitude", storage=OnlyProducts(writable=False))
+    words = (
+        r"with storage=OnlyProducts\(writable=False\) needs rows that can be written "
+        r"\(mfac_jax\.rows\.WritableRows\), got Products, which cannot"
+    )
+    with pytest.raises(TypeError, match=f"^prune {words}"):
+        run(case, params, batches=unreadable())
+    given = pruning.Gradients(N, given=hold(Case(), gradients, params), storage=case.storage)
+    with pytest.raises(TypeError, match=f"^prune {words}"):
+        run(case, params, batches=unreadable(), gradients=given)
+    with pytest.raises(TypeError, match=f"^collecting gradients {words}"):
+        mfac_jax.collect_gradients(loss_fn, params, unreadable(), 2, storage=case.storage)
+    # One step with given gradients stores none.
+    run(case, params, steps=(0.45,), gradients=given)
 
 
 class Odd(NamedTuple):
     """What a pattern may get wrong."""
 
-    groups: pruning.Groups
+    groups: Any
     size: int | None
     words: str
 
@@ -531,6 +596,12 @@ class Odd(NamedTuple):
         Odd(pruning.Groups(4, np.arange(31)), None, r"the places 0 \.\. 31, got \[ 0  1"),
         Odd(pruning.Groups(4, np.arange(32) + 1), None, r"the places 0 \.\. 31, got \[ 1  2"),
         Odd(pruning.Groups(4, np.arange(32) // 2), None, r"the places 0 \.\. 31, got \[ 0  0"),
+        Odd(pruning.Groups(4, np.arange(32.0)), None, r"the places 0 \.\. 31, got \[ 0\.  1"),
+        Odd(4, None, r"must be pruning\.Groups\(size, order, num_outputs\), got 4"),
+        Odd([0, 1], None, r"must be pruning\.Groups\(size, order, num_outputs\), got \[0, 1\]"),
+        Odd(None, None, r"must be pruning\.Groups\(size, order, num_outputs\), got None"),
+        Odd(pruning.Groups("4"), None, r"must have an int as size, got '4'"),
+        Odd(pruning.Groups(4, None, 2.0), None, r"must have an int as num_outputs, got 2\.0"),
     ],
 )
 def test_groups_that_do_not_make_up_a_leaf(odd, params, gradients):
@@ -545,18 +616,13 @@ def test_groups_that_do_not_make_up_a_leaf(odd, params, gradients):
 
     case = Case(Given())
     words = r"the groups that Given\(\) makes of params\['a'\]\['kernel'\] of shape \(4, 8\).*"
-    with pytest.raises(ValueError, match=words + odd.words):
+    with pytest.raises((TypeError, ValueError), match=words + odd.words):
         case.step(params, pruning.initial_mask(params), hold(case, gradients, params), 0.4)
 
 
-@dataclass(frozen=True)
-class Halved:
-    """A score that knows of groups: half of what they cost."""
-
-    of_groups = True
-
-    def __call__(self, problem):
-        return problem.map_groups(HalfOfCost(problem.selection.pattern))
+def half_of_groups(problem):
+    """Half of what groups cost."""
+    return problem.map_groups(HalfOfCost(problem.pattern))
 
 
 @dataclass(frozen=True)
@@ -573,8 +639,39 @@ def test_a_score_from_outside_that_knows_of_groups(pattern, params, gradients):
     for case in (Case(pattern), Case(pattern, blocks="leaf")):
         held = hold(case, gradients, params)
         _, want, _ = case.step(params, mask, held, 0.4)
-        _, got, _ = case._replace(score=Halved()).step(params, mask, held, 0.4)
+        halved = pruning.Score(half_of_groups, reads_columns=True, of_groups=True)
+        _, got, _ = case._replace(score=halved).step(params, mask, held, 0.4)
         jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({"group_size": 4.0}, r"group_size of .* must be a Python int, got float"),
+        ({"greedy_quota": 0}, r"greedy_quota of .* must be at least 1, got 0"),
+        ({"removable": "half"}, r"removable of .* must be a number or a scalar array, got str"),
+        ({"removable": 0}, r"removable of .* must be finite and greater than 0, got 0"),
+        ({"removable": 1.5}, r"removable of .* must lie in \[0, 1\], got 1\.5"),
+        ({"__hash__": None}, "pattern must be hashable"),
+        ({"removable": 0.5}, "expected it to override combine and cost"),
+    ],
+)
+def test_members_of_a_pattern_are_checked_as_a_scope_is_made(members, words):
+    odd = type("Odd", (outside.Diagonals,), members)()
+    with pytest.raises((TypeError, ValueError), match=words):
+        Scope(pattern=odd)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"), [(lambda w: None, "NoneType"), (lambda w: w[..., 0], r"float32\[")]
+)
+@pytest.mark.parametrize("method", ["combine", "cost"])
+def test_scores_of_groups_of_another_form(method, value, got, params, gradients):
+    odd = type("Odd", (outside.Diagonals,), {method: lambda self, *args: value(args[-2])})()
+    case = Case(odd, "obd" if method == "combine" else "mfac", "none", blocks="leaf")
+    words = rf"{method} of .* must return one .* for each weight: expected .*\], got {got}"
+    with pytest.raises(TypeError, match=words):
+        case.step(params, pruning.initial_mask(params), hold(case, gradients, params), 0.4)
 
 
 def returns(value):
@@ -597,7 +694,7 @@ def returns(value):
         (
             lambda w: jax.tree.map(lambda x: x > 0, w),
             TypeError,
-            r"score_or_update returns.*\['a'\]\['bias'\].*bool",
+            r"score_or_update returns.*\['a'\]\['bias'\].*bool\[8\]\. Convert it to float32\.$",
         ),
     ],
 )
@@ -613,6 +710,11 @@ def test_a_score_or_update_of_another_kind(part, params, gradients):
     case = Case()._replace(**{part: 3})
     with pytest.raises(TypeError, match=rf"{part} must be one of '.*' or a function, got 3"):
         case.step(params, pruning.initial_mask(params), hold(case, gradients, params), 0.4)
+    kind = {"score": pruning.Score, "update": pruning.Update}[part]
+    with pytest.raises(TypeError, match="function must be a function, got 'mfac'"):
+        kind("mfac")
+    with pytest.raises(TypeError, match="reads_columns must be a bool, got int"):
+        kind(outside.taylor, reads_columns=1)
 
 
 # The masked Gram matrix is the largest part of the work: O(d n^2). There is one over the alive
@@ -683,6 +785,50 @@ def test_a_gram_matrix_is_computed_once_a_mask_in_prune(
     assert storage.reads.of["gram"] == 2 * a_step
 
 
+def test_settings_share_a_problem_if_their_blocks_are_the_same(params):
+    """Blocks of the same sizes are not the same: a block a leaf is scored leaf by leaf."""
+    seen = []
+
+    def score(problem):
+        seen.append(problem)
+        return outside.taylor(problem)
+
+    settings = [
+        pruning.Setting(score, "none", blocks, DAMPING)
+        for blocks in (None, "leaf", None, [16, 16], (16, 16), 16)
+    ]
+    run(
+        Case(),
+        params,
+        steps=(0.45,),
+        scope=Scope("a/kernel", pruning.Slices()),
+        search=pruning.Search(settings, descents=(), num_calibration=2),
+    )
+    assert len(seen) == len({id(problem) for problem in seen}) == 4
+
+
+@pytest.mark.parametrize("pattern", [pruning.Unstructured(), pruning.BlocksOf(4)])
+def test_an_order_of_the_weights_is_made_only_for_what_reads_columns(pattern, params, gradients):
+    orders = []
+
+    def score(problem):
+        orders.append((problem.blocks.order, problem.inverse.blocks.order))
+        return outside.taylor(problem)
+
+    held, mask = hold(Case(), gradients, params), pruning.initial_mask(params)
+    for blocks in (None, 64, 16):
+        Case(pattern, score, blocks=blocks).step(params, mask, held, 0.4)
+    assert [order is None for pair in orders for order in pair] == [True] * 4 + [False] * 2
+    # Greedy removal reads columns even if the Fisher is whole.
+    steps = [
+        Case(pattern, "greedy", blocks=blocks).step(params, mask, held, 0.4)
+        for blocks in (None, 64, (64,))
+    ]
+    for other in steps[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other[:2], steps[0][:2])
+    check_mask(Case(pattern), steps[0][1], mask)
+
+
 @pytest.mark.parametrize("history", [0, 1])
 @pytest.mark.parametrize("storage", [Dense(jnp.bfloat16, packing="leaf"), outside.Half()])
 def test_given_gradients_are_used_as_they_are(storage, history, params, gradients):
@@ -720,7 +866,7 @@ def test_given_gradients_are_used_as_they_are(storage, history, params, gradient
 
 PACKAGE = Path(mfac_jax.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-AT_HOME = [PACKAGE / "rows", PACKAGE / "pruning" / "_patterns.py"]
+AT_HOME = [PACKAGE / "rows", *(PACKAGE / "pruning" / f"_{n}.py" for n in ("pattern", "patterns"))]
 
 
 def names_of_rows_and_patterns():
@@ -787,7 +933,7 @@ def test_what_is_added_from_outside_is_short():
     """At most 60 lines each, from marker to marker."""
     sections = Path(outside.__file__).read_text().split("# -- ")[1:]
     assert [section.split(" --")[0] for section in sections] == [
-        "A storage", "A pattern", "A score", "An update",
+        "A storage", "Rows in host memory", "A pattern", "A score", "An update",
     ]  # fmt: skip
     for section in sections:
         assert sum(bool(line.strip()) for line in section.splitlines()[1:]) <= 60

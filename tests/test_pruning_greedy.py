@@ -54,7 +54,7 @@ def test_records_are_those_of_removal_one_by_one(kind, size, quota, n):
     fisher = damping * np.eye(side) + np.einsum("bni,bnj->bij", g, g, dtype=np.float64) / n
     inverse = np.linalg.inv(fisher)
     w = rng.normal(size=(blocks, side))
-    got = _greedy.greedy_records(
+    got = _greedy.greedy_scores(
         jnp.asarray(inverse, jnp.float32),
         jnp.asarray(w, jnp.float32),
         jnp.asarray(alive),
@@ -73,7 +73,7 @@ def test_a_block_is_done_in_the_order_of_its_scores_even_if_costs_fall():
     # The third removal is nearly free once the first two are made.
     fisher = np.array([[1.0, 0.9, 0.9], [0.9, 1.0, 0.9], [0.9, 0.9, 1.0]])
     w = np.array([[1.0, -1.0, 0.01]])
-    scores = _greedy.greedy_records(
+    scores = _greedy.greedy_scores(
         jnp.asarray(np.linalg.inv(fisher)[None], jnp.float32),
         jnp.asarray(w, jnp.float32),
         jnp.ones((1, 3), bool),

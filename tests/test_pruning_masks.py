@@ -175,7 +175,13 @@ def test_a_traced_sparsity_below_what_is_pruned_revives_nothing():
         (jnp.ones(3), jnp.ones(4, bool), 0.5, ValueError, r"expected \(3,\) or \(\), got \(4,\)"),
         (jnp.ones(3), {"a": jnp.ones(3, bool)}, 0.5, ValueError, r"mask does not have the struc"),
         (jnp.ones(3), jnp.ones(3), 0.5, TypeError, r"mask must be boolean, got float32"),
-        (jnp.ones(3, int), jnp.ones(3, bool), 0.5, TypeError, r"scores must be a real .* int32"),
+        (
+            jnp.ones(3, int),
+            jnp.ones(3, bool),
+            0.5,
+            TypeError,
+            r"scores must be a real .* int32\[3\]\. Convert it to float32\.$",
+        ),
         (jnp.ones(3), jnp.asarray([F, F, T]), 0.5, None, None),
         (jnp.ones(3), jnp.asarray([F, F, T]), 0.4, ValueError, r"at least 2 of 3 .*\(1 weights\)"),
         (jnp.ones(3), jnp.asarray([F, F, T]), jnp.float32(0.4), ValueError, r"at least 2 of 3"),
@@ -202,3 +208,12 @@ def test_bad_sparsity(scores, mask, sparsity, error, message):
 def test_bad_count(count, error, message):
     with pytest.raises(error, match=message):
         pruning.mask_to_count(jnp.ones(3), jnp.asarray([T, F, T]), count)
+
+
+@pytest.mark.parametrize("prune", [pruning.mask_to_count, pruning.mask_to_sparsity])
+def test_more_weights_than_int32_counts(prune):
+    scores, mask = (jax.ShapeDtypeStruct((2**31,), dtype) for dtype in (jnp.float32, bool))
+    with pytest.raises(
+        ValueError, match="at most 2147483647 weights can be counted, got 2147483648"
+    ):
+        jax.eval_shape(lambda scores, mask: prune(scores, mask, 1), scores, mask)

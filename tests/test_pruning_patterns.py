@@ -428,10 +428,10 @@ def test_slices_of_a_leaf_below_n_do_not_cancel(damping):
         held,
         jnp.float32(damping),
         selection,
-        _blocks.cut("leaf", selection),
+        _blocks.cut_into_blocks("leaf", selection),
         _problem.Grams(held),
     )
-    got = np.asarray(_scores.SCORES["mfac"](given)["w"])
+    got = np.asarray(_scores.SCORES["mfac"].function(given)["w"])
     np.testing.assert_array_equal(got, np.broadcast_to(got[:1], got.shape))
     flat = g.swapaxes(1, 2).reshape(256, 128)
     inverse = oracles.inverse(flat, damping)
@@ -518,4 +518,4 @@ def test_greedy_masks_refuse_a_rule_that_they_do_not_know():
         "magnitude",
     }
     with pytest.raises(ValueError, match="expected it to override combine and cost"):
-        Scope("", NoRule()).select(w)
+        Scope("", NoRule())

@@ -121,7 +121,9 @@ def test_a_step_is_that_of_prune_step(params):
     assert [step.num_pruned for step in several.report.steps][-1] == 144
     with pytest.raises(ValueError, match="given must be count=8 gradients, got 32"):
         few(8, given=g)
-    with pytest.raises(ValueError, match="structure"):
+    with pytest.raises(
+        ValueError, match=r"^given must be gradients of params: expected \{\['bias'"
+    ):
         run(params["a"], gradients=few(given=g))
 
 
@@ -435,7 +437,18 @@ def test_a_relative_damping_follows_the_scale_of_the_loss(params):
         (lambda: Gradients(history=-1), ValueError, "history must be at least 0, got -1"),
         (lambda: Gradients(storage="flat"), TypeError, "storage must be a storage"),
         (lambda: Gradients(per_example=1), TypeError, "per_example must be a bool, got int"),
-        (lambda: Gradients(given=X), TypeError, "rows must be gradient rows"),
+        (lambda: Gradients(given={"w": X}), TypeError, "^given must be gradient rows .* got dict"),
+        (lambda: among(SETTINGS[0]._replace(blocks=2.5)), TypeError, "blocks must be .* got float"),
+        (lambda: among(SETTINGS[0]._replace(blocks="all")), ValueError, "blocks must be .* 'all'"),
+        (lambda: among(SETTINGS[0]._replace(blocks=(8, 0))), ValueError, "blocks must be .* got 0"),
+        (lambda: Scope(3), TypeError, "path_filter must be None, .* got int"),
+        (lambda: Scope("("), ValueError, "path_filter must be a regular expression, got '\\('"),
+        (lambda: Scope(pattern="2:4"), TypeError, "pattern must be one of .* got '2:4'"),
+        (lambda: Scope(budget="equal"), ValueError, "budget must be one of 'global', .* 'equal'"),
+        (lambda: Scope(budget=3), TypeError, "budget must be one of .* or a function, got 3"),
+        (lambda: Scope(budget="erk", costs=[1]), ValueError, "costs need budget='global', got"),
+        (lambda: Scope(allow_empty_layers=1), TypeError, "allow_empty_layers must be a bool, got"),
+        (lambda: Scope(output_axis=None), TypeError, "output_axis must be a Python int, got None"),
     ],
 )
 def test_a_value_is_looked_at_as_it_is_made(make, error, words):
@@ -470,7 +483,6 @@ def test_a_value_is_looked_at_as_it_is_made(make, error, words):
             ValueError,
             r"costs\['a'\]\['kernel'\] must be at least 1",
         ),
-        ({"scope": Scope(budget="equal")}, ValueError, "budget must be one of"),
         (
             {
                 "search": among(pruning.Setting("greedy", "joint", None, 1e-3)),
@@ -500,7 +512,9 @@ def test_numbers_that_are_not_finite(params):
     with pytest.raises(FloatingPointError, match=r"params\['a'\]\['bias'\]"):
         run(bad)
     batches = [(x, y.at[0].set(jnp.inf)) for x, y in BATCHES]
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(
+        FloatingPointError, match=r"row 0 \(the gradient of batch 0\) must be finite"
+    ):
         run(params, 0.5, batches=batches, search=among(calibration=BATCHES))
 
 
@@ -577,9 +591,22 @@ def test_a_loss_after_fine_tuning_that_is_not_finite(params):
 
 
 def test_given_gradients_that_are_not_finite(params):
-    g = rows.as_rows(jax.tree.map(lambda w: jnp.full((32, *w.shape), jnp.nan), params))
-    with pytest.raises(FloatingPointError, match=r"squared gradients of params\['a'\]\['bias'\]"):
-        run(params, gradients=few(given=g))
+    held = jax.tree.map(lambda w: jnp.ones((32, *w.shape)), params)
+    for i, (leaf, value) in {5: ("a", jnp.inf), 3: ("b", jnp.nan), 7: ("b", 1e30)}.items():
+        held[leaf]["kernel"] = held[leaf]["kernel"].at[i, 0, 0].set(value)
+    words = r"^gradient 5 of given must be .*\['a'\]\['kernel'\]"
+    with pytest.raises(FloatingPointError, match=words):
+        run(params, gradients=few(given=rows.as_rows(held)))
+
+
+def test_values_that_hold_arrays_compare_by_identity(params):
+    """An array is not simply equal to another, or different."""
+    held = jax.tree.map(lambda w: jnp.ones((32, *w.shape)), params)
+    one, other = (few(given=rows.as_rows(held)) for _ in range(2))
+    assert one == one != other
+    one, other = (among(calibration=list(BATCHES)) for _ in range(2))
+    assert one == one != other
+    assert len({one, other, Scope(), Scope()}) == 3
 
 
 @pytest.mark.wrong_types
@@ -590,7 +617,7 @@ def test_wrong_types(params):
         pruning.prune(params, lambda p, b: (loss_fn(p, b), 1.0), BATCHES, 0.5)
     with pytest.raises(TypeError, match="fine_tune must be a function, got int"):
         run(params, fine_tune=3)
-    with pytest.raises(TypeError, match="gradients must be a Gradients, got DenseRows"):
+    with pytest.raises(TypeError, match=r"got DenseRows; give rows as Gradients\(given=rows\)"):
         run(params, gradients=rows.Dense().empty(params, 32))
     with pytest.raises(TypeError, match="search must be a Search, got Setting"):
         run(params, search=SETTINGS[0])

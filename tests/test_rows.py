@@ -23,6 +23,8 @@ from mfac_jax.rows import (
     StackedRows,
     Storage,
     WritableRows,
+    _base,
+    _storage,
 )
 
 M = 4
@@ -75,19 +77,22 @@ def dense(packing, dtype):
     return make
 
 
-def stacked(*packings):
+def stacked(*storages):
     def make():
         parts = [matrix_of("float32", count, count) for count in (1, 3)]
-        held = [held_by(Dense(packing=p), part) for p, part in zip(packings, parts, strict=True)]
+        held = [held_by(storage, part) for storage, part in zip(storages, parts, strict=True)]
         matrix = np.concatenate([0.5 * parts[0], 2 * parts[1]])
         return Made(StackedRows.of(tuple(held), jnp.array([0.5, 2.0])), matrix, "float32")
 
     return make
 
 
-def from_outside():
-    matrix = matrix_of("float16")
-    return Made(held_by(outside.Half(), matrix.astype(np.float32)), matrix, "float16")
+def from_outside(storage, dtype):
+    def make():
+        matrix = matrix_of(dtype)
+        return Made(held_by(storage, matrix.astype(np.float32)), matrix, dtype)
+
+    return make
 
 
 MAKERS: dict[str, Callable[[], Made]] = {
@@ -97,11 +102,16 @@ MAKERS: dict[str, Callable[[], Made]] = {
     "leaf, float32": dense("leaf", "float32"),
     "leaf, bfloat16": dense("leaf", "bfloat16"),
     "leaf, float16": dense("leaf", "float16"),
-    "stacked, flat": stacked("flat", "flat"),
-    "stacked, leaf": stacked("leaf", "leaf"),
-    "stacked, mixed": stacked("flat", "leaf"),
-    "outside": from_outside,
+    "outside": from_outside(outside.Half(), "float16"),
+    "stacked, flat": stacked(Dense(), Dense()),
+    "stacked, leaf": stacked(Dense(packing="leaf"), Dense(packing="leaf")),
+    "stacked, mixed": stacked(Dense(), Dense(packing="leaf")),
+    "host": from_outside(outside.Host(), "float32"),
+    "stacked, host and flat": stacked(outside.Host(), Dense()),
+    "stacked, leaf and host": stacked(Dense(packing="leaf"), outside.Host()),
 }
+# The others cannot be written.
+WRITABLE = [name for name in MAKERS if not name.startswith(("stacked", "host"))]
 STORAGES: dict[str, Callable[..., Storage]] = {
     "flat": functools.partial(Dense, packing="flat"),
     "leaf": functools.partial(Dense, packing="leaf"),
@@ -121,7 +131,9 @@ class Case:
     def answers(self):
         v = vector()
         arguments = vector(size=M), MIXING, AT, np.int32(5), np.int32(2)
-        return answers(self.held, tree_of(v), tree_of(v > 0), tree_of(vector(3)), *arguments)
+        ask = jax.jit(answers) if self.held.is_traceable else answers
+        trees = jax.tree.map(jnp.asarray, (tree_of(v), tree_of(v > 0), tree_of(vector(3))))
+        return ask(self.held, *trees, *map(jnp.asarray, arguments))
 
 
 @functools.cache
@@ -138,7 +150,7 @@ def case(request):
     return made(request.param)
 
 
-@pytest.fixture(params=[name for name in MAKERS if not name.startswith("stacked")])
+@pytest.fixture(params=WRITABLE)
 def writable(request):
     return made(request.param)
 
@@ -158,7 +170,6 @@ def all_columns(held):
     return held.columns(0, held.layout.size)
 
 
-@jax.jit
 def answers(held, v, mask, gradient, c, mixing, at, start, row):
     """Every method in one program."""
     found = {
@@ -178,6 +189,8 @@ def answers(held, v, mask, gradient, c, mixing, at, start, row):
         "square sums": held.column_square_sums(),
         "mixed square sums": held.column_square_sums(mixing),
         "mixed square sums, lower": held.column_square_sums(mixing, lower=True),
+        "both": held.both_column_square_sums(mixing),
+        "both, lower": held.both_column_square_sums(mixing, lower=True),
     }
     if isinstance(held, WritableRows):
         put, dots, accepted = held.put(row, gradient)
@@ -208,8 +221,8 @@ def test_they_are_gradient_rows(case):
     assert case.held.num_rows == M
     assert case.held.dtype == jnp.float32
     assert case.held.layout == rows.Layout(PARAMS)
-    assert rows.check_rows(case.held) is case.held
-    assert rows.check_columns(case.held, "this test") is case.held
+    assert _base.check_rows(case.held) is case.held
+    assert _base.check_columns(case.held, "this test") is case.held
 
 
 def test_columns(case):
@@ -261,14 +274,22 @@ def test_transform(case):
 
 
 def test_column_square_sums(case):
+    got = case.answers
+    (own, mixed), (also_own, also_mixed) = got["both"], got["both, lower"]
     want = np.sum(case.matrix**2, axis=0)
-    oracles.assert_close(oracles.flat(case.answers["square sums"]), want, length=M)
+    for sums in (got["square sums"], own, also_own):
+        oracles.assert_close(oracles.flat(sums), want, length=M)
     want = np.sum((MIXING @ case.matrix) ** 2, axis=0)
-    for name in ("mixed square sums", "mixed square sums, lower"):
-        oracles.assert_close(oracles.flat(case.answers[name]), want, length=M)
+    for sums in (got["mixed square sums"], got["mixed square sums, lower"], mixed, also_mixed):
+        oracles.assert_close(oracles.flat(sums), want, length=M)
 
 
-def test_rows_are_pytrees(case):
+def test_rows_that_jit_can_trace_are_pytrees(case):
+    if not case.held.is_traceable:
+        assert not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(case.held))
+        return
+    nodes = jax.tree.leaves(case.held, is_leaf=lambda node: isinstance(node, rows.Layout))
+    assert case.held.layout in [node for node in nodes if isinstance(node, rows.Layout)]
     same = jax.jit(lambda held: held)(case.held)
     assert jax.tree.structure(same) == jax.tree.structure(case.held)
     assert_columns(all_columns(same), case.matrix)
@@ -279,7 +300,7 @@ def test_restrict(writable):
 
 
 def test_put_and_write(writable):
-    assert rows.check_writable(writable.held, "this test") is writable.held
+    assert _base.check_writable(writable.held, "this test") is writable.held
     new, dots, accepted = writable.answers["put"]
     written, also_accepted = writable.answers["write"]
     assert accepted
@@ -421,7 +442,7 @@ def test_map_blocks(case, runs, order):
     np.testing.assert_array_equal(oracles.flat(where), positive)
 
 
-@pytest.mark.parametrize("name", ["flat, float32", "stacked, mixed", "outside"])
+@pytest.mark.parametrize("name", ["flat, float32", "stacked, mixed", "outside", "host"])
 def test_a_result_of_blocks_need_not_be_in_a_tuple(name):
     case = made(name)
     coordinates, blocks, _ = products_of_blocks(case, "gaps", "permuted", "all")
@@ -429,6 +450,27 @@ def test_a_result_of_blocks_need_not_be_in_a_tuple(name):
     jax.tree.map(np.testing.assert_array_equal, alone, coordinates)
     alone = products_of_blocks(case, "gaps", "permuted", "blocks")
     np.testing.assert_array_equal(alone, blocks)
+
+
+@pytest.mark.parametrize("name", ["flat, float32", "leaf, bfloat16", "stacked, mixed", "host"])
+def test_results_by_run(name):
+    """Each as the function returns it, of any shape; of blocks that are neighbours only."""
+    case = made(name)
+
+    def grams(batch, factor):
+        return {"gram": factor * jnp.einsum("bni,bnj->bij", batch, batch), "first": batch[:, 0]}
+
+    options = {"constants": (jnp.float32(2),), "by_run": True}
+    found = case.held.map_blocks(Partition(None, RUNS["gaps"]), grams, **options)
+    assert len(found) == len(RUNS["gaps"])
+    for got, run in zip(found, RUNS["gaps"], strict=True):
+        here = case.matrix[:, run.start : run.start + run.width]
+        blocks = np.moveaxis(here.reshape(M, run.count, run.size), 1, 0)
+        np.testing.assert_array_equal(got["first"], blocks[:, 0])
+        np.testing.assert_allclose(got["gram"], 2 * np.einsum("bni,bnj->bij", blocks, blocks), 1e-4)
+    assert case.held.map_blocks(Partition(None, ()), grams, **options) == ()
+    with pytest.raises(ValueError, match="by_run needs blocks of consecutive coordinates"):
+        case.held.map_blocks(Partition(jnp.asarray(PERMUTATION), RUNS["one"]), grams, **options)
 
 
 def test_another_order_compiles_nothing():
@@ -522,6 +564,14 @@ def test_a_storage_that_writes_says_which_gradient_it_rejects():
         rows.as_rows(bad, PARAMS, storage=outside.Half())
 
 
+def test_a_storage_whose_rows_cannot_be_written_says_so():
+    class Empty(outside.Host):
+        hold = Storage.hold
+
+    with pytest.raises(TypeError, match=r"default hold of Empty needs rows .* got HostRows"):
+        rows.as_rows(jnp.ones((3, D)), PARAMS, storage=Empty())
+
+
 def test_a_storage_outside_counts_what_its_rows_are_asked():
     storage = outside.Half()
     held = rows.as_rows(jnp.ones((3, D)), PARAMS, storage=storage)
@@ -587,7 +637,7 @@ def test_what_is_no_storage_is_refused(storage, message):
     with pytest.raises(TypeError, match=message):
         rows.as_rows(jnp.ones((2, 3)), storage=storage)
     with pytest.raises(TypeError, match=message):
-        rows.check_storage(storage)
+        _storage.check_storage(storage)
 
 
 # Capabilities.
@@ -599,7 +649,7 @@ class Products(GradientRows):
     """Rows that answer products and nothing else."""
 
     matrix: Any
-    layout: rows.Layout = field(metadata={"static": True})
+    layout: rows.Layout
     num_rows: int = field(metadata={"static": True})
     dtype = jnp.dtype("float32")
 
@@ -677,11 +727,16 @@ def test_products_are_enough_for_the_whole_inverse(masked):
     oracles.assert_close(oracles.flat(draw), want, **close)
 
 
-def test_products_are_enough_for_a_transform():
+def test_products_are_enough_to_transform_and_to_whiten():
     held, matrix = products()
     oracles.assert_close(
         all_columns(held.transform(jnp.asarray(MIXING))), MIXING @ matrix, length=M
     )
+    inverse = fisher_inverse(held, LAM).whiten()
+    condition = oracles.condition(matrix, LAM)
+    lower = np.linalg.cholesky(M * LAM * np.eye(M) + matrix.astype(np.float64) @ matrix.T)
+    want = np.linalg.solve(lower, matrix)
+    oracles.assert_close(all_columns(inverse.whitened), want, length=D, condition=condition)
 
 
 def test_products_and_writing_are_enough_for_a_window():
@@ -754,7 +809,6 @@ def test_what_needs_more_than_products_says_so():
     for what, ask in {
         "diagonal": inverse.diagonal,
         "entries": lambda: inverse.entries(0, 0),
-        "whiten": inverse.whiten,
     }.items():
         with pytest.raises(TypeError, match=f"{what} {NO_COLUMNS}, which cannot"):
             ask()
@@ -766,6 +820,6 @@ def test_what_needs_more_than_products_says_so():
         stack.take(jnp.arange(3))
     with pytest.raises(TypeError, match=f"a window {NO_WRITING}"):
         window.from_rows(held)
-    for check in (rows.check_columns, rows.check_writable):
+    for check in (_base.check_columns, _base.check_writable):
         with pytest.raises(TypeError, match=r"rows must be gradient rows .* got ndarray"):
             check(np.ones((2, 3)), "this test")

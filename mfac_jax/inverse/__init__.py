@@ -6,6 +6,6 @@ determinant and samples.
 """
 
 from mfac_jax.inverse._groups import GroupBlocks
-from mfac_jax.inverse._inverse import FisherInverse, fisher_inverse, is_scanned
+from mfac_jax.inverse._inverse import FisherInverse, fisher_inverse
 
-__all__ = ["FisherInverse", "GroupBlocks", "fisher_inverse", "is_scanned"]
+__all__ = ["FisherInverse", "GroupBlocks", "fisher_inverse"]

@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float
 
 from mfac_jax import algebra
-from mfac_jax.inverse._factored import Inverted, invert_blocks
+from mfac_jax.inverse._block_inverse import block_ihvp
+from mfac_jax.inverse._factored import invert_blocks
 from mfac_jax.inverse._groups import GroupBlocks, WideGroups, floors, whole_blocks
-from mfac_jax.inverse._sides import block_ihvp, block_inverse_diagonal
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Masked:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A method of inverted blocks.
+class MethodOfInverse:
+    """A method of blocks that are inverted for this call only.
 
     Attributes:
         method: the name of the method; see :mod:`mfac_jax.inverse._factored`.
@@ -48,91 +48,53 @@ class Asked:
 
     method: str
 
-    def __call__(self, inverted: Inverted, *parts: Shaped[Array, "b B"]) -> Any:
-        return getattr(inverted, self.method)(*parts)
-
-
-@dataclass(frozen=True)
-class OfInverted:
-    """``function(inverted, *parts)`` of blocks that are inverted for this call only."""
-
-    function: Callable[..., Any]
-
     def __call__(self, batch: Float[Array, "b n B"], *rest: Any) -> Any:
-        return self.function(invert_blocks(batch, rest[-1]), *rest[:-1])
+        *parts, damping = rest
+        return getattr(invert_blocks(batch, damping), self.method)(*parts)
 
 
 @dataclass(frozen=True)
-class Ihvp:
-    """``F_b^-1 v_b``.
+class WithImplementation:
+    """A function of this module or of :mod:`mfac_jax.inverse._block_inverse`.
 
     Attributes:
-        implementation: which one the kernels use.
+        function: ``function(batch, *rest, implementation=...)``.
+        implementation: the implementation that the rows use.
     """
 
-    implementation: str | None
-
-    def __call__(
-        self, batch: Float[Array, "b n B"], vectors: Float[Array, "b B"], damping: Float[Array, ""]
-    ) -> Float[Array, "b B"]:
-        return block_ihvp(batch, vectors, damping, implementation=self.implementation)
-
-
-@dataclass(frozen=True)
-class Diagonal:
-    """``diag(F_b^-1)``.
-
-    Attributes:
-        implementation: which one the kernels use.
-    """
-
-    implementation: str | None
-
-    def __call__(
-        self, batch: Float[Array, "b n B"], damping: Float[Array, ""]
-    ) -> Float[Array, "b B"]:
-        return block_inverse_diagonal(batch, damping, implementation=self.implementation)
-
-
-@dataclass(frozen=True)
-class Combination:
-    """``F_b^-1 G_b^T a``.
-
-    Attributes:
-        implementation: which one the kernels use.
-    """
-
-    implementation: str | None
-
-    def __call__(
-        self,
-        batch: Float[Array, "b n B"],
-        damping: Float[Array, ""],
-        coefficients: Float[Array, " n"],
-    ) -> Float[Array, "b B"]:
-        n = batch.shape[1]
-        a = jnp.broadcast_to(n * coefficients, batch.shape[:2])
-        return _pushed_through(batch, a, damping, self.implementation)
-
-
-@dataclass(frozen=True)
-class Compensate:
-    """``G_K^T (n lambda I + G_K G_K^T)^-1 G v`` for the weights K of each block.
-
-    Attributes:
-        has_mask: whether a mask, the first of the parts, selects K. Otherwise K is the whole
-            block.
-        implementation: which implementation the kernels use.
-    """
-
-    has_mask: bool
+    function: Callable[..., Float[Array, "b B"]]
     implementation: str | None
 
     def __call__(self, batch: Float[Array, "b n B"], *rest: Any) -> Float[Array, "b B"]:
-        *masks, vectors, damping = rest
-        within = masked(batch, *masks) if self.has_mask else batch
-        dots = jnp.einsum("bnj,bj->bn", batch, vectors, precision="highest")
-        return _pushed_through(within, dots, damping, self.implementation)
+        return self.function(batch, *rest, implementation=self.implementation)
+
+
+def combination(
+    batch: Float[Array, "b n B"],
+    damping: Float[Array, ""],
+    coefficients: Float[Array, " n"],
+    *,
+    implementation: str | None,
+) -> Float[Array, "b B"]:
+    """``F_b^-1 G_b^T a``."""
+    a = jnp.broadcast_to(batch.shape[1] * coefficients, batch.shape[:2])
+    return _pushed_through(batch, a, damping, implementation)
+
+
+def compensate(
+    batch: Float[Array, "b n B"], *rest: Any, implementation: str | None
+) -> Float[Array, "b B"]:
+    """``G_K^T (n lambda I + G_K G_K^T)^-1 G v`` for the weights K of each block.
+
+    Args:
+        batch: the gradients of whole blocks.
+        rest: the mask that selects K, if K is not the whole block; ``v``; and ``lambda``.
+        implementation: the implementation that the rows use.
+    """
+    *masks, vectors, damping = rest
+    within = masked(batch, *masks) if masks else batch
+    dots = jnp.einsum("bnj,bj->bn", batch, vectors, precision="highest")
+    return _pushed_through(within, dots, damping, implementation)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import jax
@@ -40,7 +41,13 @@ def as_pairs(rows: ArrayLike, columns: ArrayLike, d: int) -> Pairs:
     """
     _checks.index(rows, "rows", d)
     _checks.index(columns, "columns", d)
-    i, j = jnp.broadcast_arrays(jnp.asarray(rows), jnp.asarray(columns))
+    return _pairs(jnp.asarray(rows), jnp.asarray(columns), d=d)
+
+
+# Jitted for eager callers.
+@functools.partial(jax.jit, static_argnames="d")
+def _pairs(rows: Int[Array, "..."], columns: Int[Array, "..."], *, d: int) -> Pairs:
+    i, j = jnp.broadcast_arrays(rows, columns)
     shape, i, j = i.shape, i.ravel(), j.ravel()
     valid = (i >= 0) & (i < d) & (j >= 0) & (j < d)
     return Pairs(jnp.clip(i, 0, d - 1), jnp.clip(j, 0, d - 1), valid, shape)

@@ -77,13 +77,13 @@ class WhitenedBlocks:
         whitened: ``W_b``; (b, n, B).
         factor: the factor of ``A_b = n lambda I + G_b G_b^T``; (b, n, n).
         fisher_diagonal: the diagonal of ``F_b``; (b, B).
-        damping: ``lambda``; scalar.
+        damping: ``lambda`` of every block; (b,).
     """
 
     whitened: Float[Array, "b n B"]
     factor: algebra.Factor
     fisher_diagonal: Float[Array, "b B"]
-    damping: Float[Array, ""]
+    damping: Float[Array, " b"]
 
     @classmethod
     def build(cls, batch: Float[Array, "b n B"], damping: Float[Array, ""]) -> WhitenedBlocks:
@@ -95,32 +95,33 @@ class WhitenedBlocks:
             whitened=jnp.einsum("bnm,bmj->bnj", inverse, batch, precision="highest"),
             factor=factor,
             fisher_diagonal=damping + jnp.sum(batch * batch, axis=1) / n,
-            damping=damping,
+            damping=jnp.broadcast_to(damping, batch.shape[:1]),
         )
 
     def apply(self, vectors: Float[Array, "b B"]) -> Float[Array, "b B"]:
         dots = jnp.einsum("bnj,bj->bn", self.whitened, vectors, precision="highest")
         inside = jnp.einsum("bnj,bn->bj", self.whitened, dots, precision="highest")
-        return (vectors - inside) / self.damping
+        return (vectors - inside) / self.damping[:, None]
 
     def diagonal(self) -> Float[Array, "b B"]:
         squares = jnp.sum(self.whitened * self.whitened, axis=1)
-        return jnp.maximum((1 - squares) / self.damping, 1 / self.fisher_diagonal)
+        return jnp.maximum((1 - squares) / self.damping[:, None], 1 / self.fisher_diagonal)
 
     def diagonal_blocks(self, size: int) -> Float[Array, "b k g g"]:
         cut = self.whitened.reshape(*self.whitened.shape[:2], -1, size)
         inner = jnp.einsum("bnkg,bnkh->bkgh", cut, cut, precision="highest")
         own = self.diagonal().reshape(-1, cut.shape[2], size, 1)
         is_own = jnp.broadcast_to(jnp.eye(size, dtype=bool), inner.shape)
-        return jnp.where(is_own, own, -inner / self.damping)
+        return jnp.where(is_own, own, -inner / self.damping[:, None, None, None])
 
     def entries(
         self, block: Int[Array, " k"], i: Int[Array, " k"], j: Int[Array, " k"]
     ) -> Float[Array, " k"]:
         inner = jnp.sum(self.whitened[block, :, i] * self.whitened[block, :, j], axis=1)
         floor = 1 / self.fisher_diagonal[block, i]
-        diagonal = jnp.maximum((1 - inner) / self.damping, floor)
-        return jnp.where(i == j, diagonal, -inner / self.damping)
+        damping = self.damping[block]
+        diagonal = jnp.maximum((1 - inner) / damping, floor)
+        return jnp.where(i == j, diagonal, -inner / damping)
 
     def quadratic_form(self, vectors: Float[Array, "b B"]) -> Float[Array, " b"]:
         dots = jnp.einsum("bnj,bj->bn", self.whitened, vectors, precision="highest")
@@ -140,7 +141,7 @@ class WhitenedBlocks:
     def sample(
         self, noise: Float[Array, "b B"], inner_noise: Float[Array, "b B"]
     ) -> Float[Array, "b B"]:
-        n, root = self.whitened.shape[1], jnp.sqrt(self.damping)
+        n, root = self.whitened.shape[1], jnp.sqrt(self.damping)[:, None]
         z_n = root * jnp.sqrt(n).astype(noise.dtype) * inner_noise[:, :n]
         solved = jax.vmap(algebra.half_solve)(self.factor, z_n)
         dots = jnp.einsum("bnj,bj->bn", self.whitened, noise, precision="highest")

@@ -22,24 +22,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from mfac_jax import _checks, algebra
 from mfac_jax._layout import PyTree
 from mfac_jax.inverse import _block_functions as of_blocks
-from mfac_jax.inverse import _kept, _whole
+from mfac_jax.inverse import _stored, _whole
+from mfac_jax.inverse._block_inverse import block_ihvp, block_inverse_diagonal
 from mfac_jax.inverse._coordinates import as_coordinates, as_pairs
-from mfac_jax.inverse._factored import Inverted
-from mfac_jax.rows import (
-    Blocks,
-    ColumnRows,
-    GradientRows,
-    Partition,
-    check_columns,
-    check_rows,
-    partition,
-)
+from mfac_jax.inverse._factored import Inverted, invert_blocks
+from mfac_jax.rows import Blocks, ColumnRows, GradientRows, Partition, partition
+from mfac_jax.rows._base import check_columns, check_rows
 
 
 @jax.tree_util.register_dataclass
@@ -78,17 +73,12 @@ class FisherInverse:
         blocks: Partition,
         gram: Float[Array, "n n"] | None = None,
     ) -> FisherInverse:
-        """Makes the inverse without checking the arguments.
+        """Makes the inverse of these attributes without checking them.
 
-        Args:
-            rows: ``G``.
-            mask: which coordinates take part.
-            damping: ``lambda``.
-            blocks: the blocks of the Fisher. The mask must be false at coordinates outside all
-                blocks; results there have no meaning.
-            gram: ``G G^T`` over the mask, if it is known.
+        The mask must be false at coordinates outside all blocks; results there have no meaning.
+        ``gram`` is computed if it is needed and not given.
         """
-        if is_scanned(rows, blocks):
+        if products_suffice(rows, blocks):
             return cls.whole(rows, mask, damping, blocks, gram)
         return cls(rows, mask, damping, blocks, None, None)
 
@@ -124,8 +114,7 @@ class FisherInverse:
         layout = self.rows.layout
         tree = layout.as_tree(vector, "vector")
         if self.factor is None:
-            ihvp = of_blocks.Ihvp(self.rows.implementation)
-            return layout.like(self._in_blocks("apply", tree, alone=ihvp), vector)
+            return layout.like(self._in_blocks("apply", tree, alone=block_ihvp), vector)
         inside = self._where_in(tree)
         solved = self._solve(self.rows.dots(inside))
         out = self.rows.combine(solved, vector=inside, scale=1 / self.damping)
@@ -156,10 +145,9 @@ class FisherInverse:
             )
         a = jnp.asarray(coefficients, self.rows.dtype)
         if self.factor is None:
-            combination = of_blocks.Combination(self.rows.implementation)
+            combination = self._implemented(of_blocks.combination)
             return self._map("combination", self.blocks, combination, constants=(a,))
-        solved = _whole.shared_solve(self.factor, self.gram, n * self.damping, a)
-        return self._where_in(self.rows.combine(n * solved))
+        return self._where_in(self.rows.combine(self._shared_solve(a, n)))
 
     def compensate(self, vector: PyTree) -> PyTree:
         """``G_K^T (n lambda I + G_K G_K^T)^-1 G v`` for the coordinates K where the mask is true.
@@ -180,13 +168,11 @@ class FisherInverse:
         tree = self.rows.layout.as_tree(vector, "vector")
         if self.factor is None:
             masks = () if self.mask is None else (self.mask,)
-            compensate = of_blocks.Compensate(bool(masks), self.rows.implementation)
+            compensate = self._implemented(of_blocks.compensate)
             return self._columns("compensate").map_blocks(
                 self.blocks, compensate, *masks, tree, constants=(self.damping,)
             )
-        shift = self.rows.num_rows * self.damping
-        solved = _whole.shared_solve(self.factor, self.gram, shift, self.rows.dots(tree))
-        return self._where_in(self.rows.combine(solved))
+        return self._where_in(self.rows.combine(self._shared_solve(self.rows.dots(tree), 1)))
 
     def diagonal(self) -> PyTree:
         """``diag(F^-1)``, a tree like the parameters. O(d n min(n, B)); O(d n) if whitened.
@@ -196,14 +182,14 @@ class FisherInverse:
         outside all blocks. For many gradients, the computation needs a fraction of their memory.
         """
         if self.factor is None:
-            diagonal = of_blocks.Diagonal(self.rows.implementation)
-            return _whole.filled(self._in_blocks("diagonal", alone=diagonal), self.damping)
+            found = self._in_blocks("diagonal", alone=block_inverse_diagonal)
+            return _whole.filled(found, self.damping)
         rows, whitened = self._columns("diagonal"), self._whitened_rows
         if whitened is None:
-            inner = rows.column_square_sums(_whole.inverse_lower(self.factor), lower=True)
+            lower = _whole.inverse_lower(self.factor)
+            squares, inner = rows.both_column_square_sums(lower, lower=True)
         else:
-            inner = whitened.column_square_sums()
-        squares = rows.column_square_sums()
+            squares, inner = rows.column_square_sums(), whitened.column_square_sums()
         return _whole.diagonal(inner, squares, self.damping, self.mask, num_rows=rows.num_rows)
 
     def group_blocks(
@@ -277,10 +263,11 @@ class FisherInverse:
         layout = self.rows.layout
         pairs = as_pairs(rows, columns, layout.size)
         if self.factor is None:
-            return _kept.entries(self._inverted(), self.blocks, self.damping, pairs)
-        keep = None if self.mask is None else layout.flat_mask(self.mask)
-        given, whitened = self._columns("entries"), self._whitened_rows
-        return _whole.entries(given, whitened, self.factor, self.damping, keep, pairs)
+            return _stored.entries(self._inverted(), self.blocks, self.damping, pairs)
+        g, w = self._columns("entries"), self._whitened_rows
+        given = g.take(pairs.rows), g.take(pairs.columns)
+        whitened = None if w is None else (w.take(pairs.rows), w.take(pairs.columns))
+        return _whole.entries(pairs, given, whitened, self.factor, self.damping, layout, self.mask)
 
     def submatrix(self, coordinates: ArrayLike) -> Float[Array, "k k"]:
         """``(F^-1)_QQ`` for the flat coordinates Q.
@@ -363,12 +350,12 @@ class FisherInverse:
         ``quadratic_form``, ``log_det`` and ``sample`` use the stored inverses.
 
         Raises:
-            TypeError: the columns of the rows cannot be read.
+            ValueError: the blocks are not of consecutive coordinates.
         """
         if self.factor is None:
             return replace(self, whitened=self._inverted())
         lower = _whole.inverse_lower(self.factor)
-        return replace(self, whitened=self._columns("whiten").transform(lower, lower=True))
+        return replace(self, whitened=self.rows.transform(lower, lower=True))
 
     @property
     def _whitened_rows(self) -> ColumnRows | None:
@@ -385,8 +372,7 @@ class FisherInverse:
                 "inverses are stored for blocks of consecutive coordinates only, got a "
                 "partition with an order."
             )
-        rows = self._columns("storing the inverses of blocks")
-        return _kept.inverted_blocks(rows, self.mask, self.damping, self.blocks)
+        return self._map("storing the inverses", self.blocks, invert_blocks, by_run=True)
 
     def _columns(self, what: str) -> ColumnRows:
         return check_columns(self.rows, what)
@@ -398,6 +384,7 @@ class FisherInverse:
         function: Callable[..., Any],
         *vectors: PyTree,
         constants: PyTree = (),
+        by_run: bool = False,
     ) -> Any:
         """``function(batch, *parts, damping, *constants)`` of the masked gradients of blocks."""
         masks = () if self.mask is None else (self.mask,)
@@ -407,6 +394,7 @@ class FisherInverse:
             *masks,
             *vectors,
             constants=(self.damping, *constants),
+            by_run=by_run,
         )
 
     def _in_blocks(
@@ -420,14 +408,22 @@ class FisherInverse:
             alone: a function of the gradients with the same result. It is used if no inverses
                 are stored.
         """
-        function = of_blocks.Asked(method)
         if isinstance(self.whitened, tuple) and self.whitened:
-            kept = self.whitened, self.blocks, self.rows
-            return _kept.map_kept(*kept, vectors, function=function)
-        return self._map(method, self.blocks, alone or of_blocks.OfInverted(function), *vectors)
+            stored = self.whitened, self.blocks, self.rows.layout
+            return _stored.call(*stored, vectors, method=method, dtype=self.rows.dtype)
+        function = of_blocks.MethodOfInverse(method) if alone is None else self._implemented(alone)
+        return self._map(method, self.blocks, function, *vectors)
+
+    def _implemented(self, function: Callable[..., Any]) -> of_blocks.WithImplementation:
+        return of_blocks.WithImplementation(function, self.rows.implementation)
 
     def _solve(self, dots: Float[Array, " n"]) -> Float[Array, " n"]:
-        return _whole.refined_solve(self.factor, self.gram, self.rows.num_rows * self.damping, dots)
+        return _whole.refined_solve(self.factor, self.gram, self.damping, dots)
+
+    def _shared_solve(self, rhs: Float[Array, " n"], scale: int) -> Float[Array, " n"]:
+        """``scale A^-1 b`` for a product with ``G^T``; one program for every scale."""
+        number = np.asarray(scale, self.rows.dtype)
+        return _whole.shared_solve(self.factor, self.gram, self.damping, rhs, number)
 
     def _where_in(self, tree: PyTree) -> PyTree:
         return tree if self.mask is None else _whole.where(self.mask, tree)
@@ -453,7 +449,7 @@ def fisher_inverse(
             columns can be read (:class:`mfac_jax.rows.ColumnRows`).
         damping: ``lambda > 0``; a number or a scalar array.
         mask: a tree of booleans with the structure of the parameters; gradients count as 0
-            where it is false. All true by default.
+            where it is false, but must be finite there too. All true by default.
         blocks: None for one block of all coordinates; an int B for blocks of B
             consecutive coordinates; ``"leaf"`` for one block for each parameter; or a
             sequence of block sizes that add up to d.
@@ -466,6 +462,8 @@ def fisher_inverse(
             the rows are needed and cannot be read.
         ValueError: ``damping`` is not positive, the blocks do not cover d, or the mask does
             not fit.
+        FloatingPointError: there is a mask, and a gradient has NaN or Inf in it. Inside ``jit``
+            there is no error.
 
     Example:
         >>> import jax.numpy as jnp
@@ -481,14 +479,27 @@ def fisher_inverse(
     _checks.positive_scalar(damping, "damping")
     if mask is not None:
         mask = jax.tree.unflatten(layout.treedef, layout.check_mask(mask))
+        _check_finite(rows)
     cut = partition(layout, blocks)
-    if not is_scanned(rows, cut):
+    if not products_suffice(rows, cut):
         check_columns(
             rows, f"an inverse with blocks={blocks!r}, n={rows.num_rows}, d={layout.size}"
         )
     return FisherInverse.of(rows, mask, jnp.asarray(damping).astype(rows.dtype), cut)
 
 
-def is_scanned(rows: GradientRows, blocks: Partition) -> bool:
+def _check_finite(rows: GradientRows) -> None:
+    """Checks that gradients are finite: products read them where a mask is false, too."""
+    # Zero times NaN or Inf is NaN.
+    sums = rows.combine(jnp.zeros(rows.num_rows, rows.dtype))
+    for path, finite in zip(rows.layout.paths, _whole.are_finite(sums), strict=True):
+        if not isinstance(finite, jax.core.Tracer) and not finite:
+            raise FloatingPointError(
+                "gradients must be finite, also where mask is false: there is NaN or Inf in the "
+                f"gradients of params{path}."
+            )
+
+
+def products_suffice(rows: GradientRows, blocks: Partition) -> bool:
     """Whether products of the rows suffice: one block of more than n coordinates holds all."""
     return blocks.is_whole and blocks.runs[0].size > rows.num_rows

@@ -6,12 +6,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from mfac_jax import algebra
-from mfac_jax._layout import PyTree
+from mfac_jax._layout import Layout, PyTree
 from mfac_jax.inverse._coordinates import Pairs
-from mfac_jax.rows import ColumnRows
 
 
 @jax.jit
@@ -21,8 +21,35 @@ def factor(gram: Float[Array, "n n"], damping: Float[Array, ""]) -> algebra.Fact
 
 
 inverse_lower = jax.jit(algebra.inverse_lower)
-refined_solve = jax.jit(algebra.refined_solve)
-shared_solve = jax.jit(algebra.shared_solve)
+
+
+@jax.jit
+def refined_solve(
+    factor: algebra.Factor,
+    gram: Float[Array, "n n"],
+    damping: Float[Array, ""],
+    rhs: Float[Array, " n"],
+) -> Float[Array, " n"]:
+    """``A^-1 b``; see :func:`mfac_jax.algebra.refined_solve`."""
+    return algebra.refined_solve(factor, gram, len(gram) * damping, rhs)
+
+
+@jax.jit
+def shared_solve(
+    factor: algebra.Factor,
+    gram: Float[Array, "n n"],
+    damping: Float[Array, ""],
+    rhs: Float[Array, " n"],
+    scale: Float[Array, ""] | Float[np.ndarray, ""],
+) -> Float[Array, " n"]:
+    """``scale A^-1 b`` for a product with ``G^T``; see :func:`mfac_jax.algebra.shared_solve`."""
+    return jnp.multiply(scale, algebra.shared_solve(factor, gram, len(gram) * damping, rhs))
+
+
+@jax.jit
+def are_finite(tree: PyTree) -> list[Bool[Array, ""]]:
+    """Whether each leaf is finite."""
+    return [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
 
 
 @jax.jit
@@ -88,33 +115,34 @@ def sample(noise: PyTree, inside: PyTree, damping: Float[Array, ""]) -> PyTree:
 
 @jax.jit
 def entries(
-    rows: ColumnRows,
-    whitened: ColumnRows | None,
+    pairs: Pairs,
+    columns: tuple[Float[Array, "n k"], Float[Array, "n k"]],
+    whitened: tuple[Float[Array, "n k"], Float[Array, "n k"]] | None,
     factor: algebra.Factor,
     damping: Float[Array, ""],
-    keep: Bool[Array, " d"] | None,
-    pairs: Pairs,
+    layout: Layout,
+    mask: PyTree | None,
 ) -> Float[Array, "..."]:
     """``(F^-1)_ij``.
 
     Args:
-        rows: ``G``.
-        whitened: ``W``, if it is stored.
+        pairs: the indices i and j.
+        columns: the columns i and j of ``G``.
+        whitened: the columns i and j of ``W``, if it is stored.
         factor: the factor of ``A``.
         damping: ``lambda``.
-        keep: which coordinates take part; None for all.
-        pairs: the indices i and j.
+        layout: the parameters.
+        mask: which coordinates take part; None for all.
     """
-    g_i, g_j = rows.take(pairs.rows), rows.take(pairs.columns)
+    g_i, g_j = columns
     if whitened is None:
-        w_i, w_j = algebra.half_solve(factor, g_i), algebra.half_solve(factor, g_j)
-    else:
-        w_i, w_j = whitened.take(pairs.rows), whitened.take(pairs.columns)
-    inner = jnp.sum(w_i * w_j, axis=0)
-    floor = 1 / (damping + jnp.sum(g_i * g_i, axis=0) / rows.num_rows)
+        whitened = algebra.half_solve(factor, g_i), algebra.half_solve(factor, g_j)
+    inner = jnp.sum(whitened[0] * whitened[1], axis=0)
+    floor = 1 / (damping + jnp.sum(g_i * g_i, axis=0) / len(g_i))
     on_diagonal = jnp.maximum((1 - inner) / damping, floor)
     off_diagonal = -inner / damping
-    if keep is not None:
+    if mask is not None:
+        keep = layout.flat_mask(mask)
         both = keep[pairs.rows] & keep[pairs.columns]
         on_diagonal = jnp.where(both, on_diagonal, 1 / damping)
         off_diagonal = jnp.where(both, off_diagonal, jnp.zeros_like(inner))

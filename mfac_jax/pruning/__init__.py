@@ -21,7 +21,8 @@ weights to prune, S the set to keep. A change ``delta`` with ``delta_Q = -w_Q`` 
 - :func:`joint_update`, :func:`reference_update` and :func:`removal` give ``delta``;
 - :func:`save`, :func:`load` and :func:`to_bcoo` export the result.
 
-Your own score or update is a function of a :class:`Problem`. Your own pattern derives from
+Your own score or update is a function of a :class:`Problem`, or a :class:`Score` or
+:class:`Update` that also says what the function needs. Your own pattern derives from
 :class:`Pattern`. Your own budget is a function of the layers' shapes. All trees have the structure
 of the parameters. The functions for scores, masks and updates use every leaf they are given.
 
@@ -35,17 +36,19 @@ from mfac_jax.pruning._export import load, save, to_bcoo
 from mfac_jax.pruning._filters import prunable
 from mfac_jax.pruning._gradients import Gradients
 from mfac_jax.pruning._masks import initial_mask, mask_to_count, mask_to_sparsity
-from mfac_jax.pruning._patterns import BlocksOf, Groups, NofM, Pattern, Slices, Unstructured
+from mfac_jax.pruning._pattern import Groups, Pattern
+from mfac_jax.pruning._patterns import BlocksOf, NofM, Slices, Unstructured
 from mfac_jax.pruning._problem import Problem
 from mfac_jax.pruning._prune import Pruned, prune
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport
 from mfac_jax.pruning._schedules import sparsity_schedule
 from mfac_jax.pruning._scope import Scope
-from mfac_jax.pruning._scores import magnitude, obd_saliency, saliency
+from mfac_jax.pruning._scores import Score, magnitude, obd_saliency, saliency
 from mfac_jax.pruning._search import Descent, Search, Setting, Trial, default_settings
 from mfac_jax.pruning._sparse import SparseState, set_mask, sparse
 from mfac_jax.pruning._step import PruneInfo, prune_step
 from mfac_jax.pruning._updates import (
+    Update,
     joint_update,
     predicted_loss_increase,
     reference_update,
@@ -65,6 +68,7 @@ __all__ = [
     "PruneReport",
     "Pruned",
     "Scope",
+    "Score",
     "Search",
     "Setting",
     "Slices",
@@ -72,6 +76,7 @@ __all__ = [
     "StepReport",
     "Trial",
     "Unstructured",
+    "Update",
     "WithinOutputs",
     "default_settings",
     "initial_mask",

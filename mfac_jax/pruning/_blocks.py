@@ -47,25 +47,38 @@ class WithinOutputs:
         return f"within outputs, at most {self.most}"
 
 
-class Cut(NamedTuple):
-    """How the Fisher of a selection is cut into blocks.
+class FisherBlocks(NamedTuple):
+    """The blocks of the Fisher over a selection, under any mask.
 
     Attributes:
-        blocks: the argument ``blocks`` of the caller.
+        given: the argument ``blocks`` of the caller; a sequence of sizes as a tuple.
         runs: the blocks, as runs of places in the order of the selection, or of coordinates.
         segments: the rows in which alive weights move to the front. Each segment is
             ``(rows, width)``. Empty if weights do not move.
         is_ordered: whether ``runs`` count places in the order of the selection.
     """
 
-    blocks: Blocks | WithinOutputs
+    given: Blocks | WithinOutputs
     runs: tuple[BlockRun, ...]
     segments: tuple[tuple[int, int], ...] = ()
     is_ordered: bool = True
 
 
-def cut(blocks: Blocks | WithinOutputs, selection: Selection) -> Cut:
-    """Checks ``blocks`` and says how a step cuts the Fisher.
+def check_blocks(blocks: Blocks | WithinOutputs) -> None:
+    """Checks ``blocks``, as far as possible without the parameters.
+
+    Raises:
+        TypeError: ``blocks`` is of another kind.
+        ValueError: a size is below 1.
+    """
+    if not isinstance(blocks, WithinOutputs):
+        sizes = blocks if isinstance(blocks, Sequence) and not isinstance(blocks, str) else ()
+        total = sum(_checks.positive_int(size, "blocks") for size in sizes)
+        partition(_flat(total), blocks)
+
+
+def cut_into_blocks(blocks: Blocks | WithinOutputs, selection: Selection) -> FisherBlocks:
+    """Checks ``blocks`` and cuts the Fisher over a selection into them.
 
     Weights move only if groups go whole and all groups have one size. In N:M patterns, groups
     keep some of their weights. Slices have a different size in each leaf. If the caller gives
@@ -76,7 +89,7 @@ def cut(blocks: Blocks | WithinOutputs, selection: Selection) -> Cut:
         ValueError: a size is below 1, or sizes do not add up to the number of weights.
     """
     pattern, total = selection.pattern, selection.num_weights
-    moves = pattern.goes_whole and pattern.group_size is not None
+    moves = pattern.prunes_whole_groups and pattern.group_size is not None
     if isinstance(blocks, WithinOutputs):
         return _within_outputs(blocks, selection, moves)
     leaves = [jax.ShapeDtypeStruct(shape, np.float32) for shape in selection.shapes]
@@ -84,12 +97,18 @@ def cut(blocks: Blocks | WithinOutputs, selection: Selection) -> Cut:
     if isinstance(blocks, str) and not selection.has_groups:
         pairs = zip(selection.starts.tolist(), selection.sizes, strict=True)
         leaf_runs = tuple(BlockRun(start, 1, size) for start, size in pairs if size)
-        return Cut(blocks, leaf_runs, is_ordered=False)
-    is_size = isinstance(blocks, int | np.integer) and moves and total > 0
-    return Cut(blocks, runs, ((1, total),) if is_size else ())
+        return FisherBlocks(blocks, leaf_runs, is_ordered=False)
+    if isinstance(blocks, int | np.integer):
+        return FisherBlocks(int(blocks), runs, ((1, total),) if moves and total else ())
+    given = blocks if blocks is None or isinstance(blocks, str) else tuple(blocks)
+    return FisherBlocks(given, runs)
 
 
-def _within_outputs(blocks: WithinOutputs, selection: Selection, moves: bool) -> Cut:
+def _flat(size: int) -> Layout:
+    return Layout(jax.ShapeDtypeStruct((size,), np.float32))
+
+
+def _within_outputs(blocks: WithinOutputs, selection: Selection, moves: bool) -> FisherBlocks:
     sizes: list[int] = []
     segments = []
     for total, groups in zip(selection.sizes, selection.groups, strict=True):
@@ -99,8 +118,8 @@ def _within_outputs(blocks: WithinOutputs, selection: Selection, moves: bool) ->
             inside = _even(total, width, most, groups.size)
             sizes += inside
             segments.append((total // width, width) if width % inside[0] == 0 else (1, total))
-    flat = Layout(jax.ShapeDtypeStruct((selection.num_weights,), np.float32))
-    return Cut(blocks, partition(flat, sizes).runs, tuple(segments) if moves else ())
+    runs = partition(_flat(selection.num_weights), sizes).runs
+    return FisherBlocks(blocks, runs, tuple(segments) if moves else ())
 
 
 def _even(total: int, width: int, most: int, group: int) -> Sequence[int]:
@@ -122,26 +141,26 @@ def _even(total: int, width: int, most: int, group: int) -> Sequence[int]:
     return [most * group] * count + [rest] * (rest > 0)
 
 
-def blocks_of(cut: Cut, selection: Selection, mask: PyTree) -> Partition:
+def blocks_under(blocks: FisherBlocks, selection: Selection, mask: PyTree) -> Partition:
     """The coordinates of the blocks under a mask.
 
     Args:
-        cut: how the Fisher is cut.
+        blocks: the blocks of the Fisher.
         selection: the prunable weights.
         mask: which weights are alive, a tree like all parameters.
     """
-    if cut.segments:
+    if blocks.segments:
         order = _alive_first(
             tuple(jax.tree.leaves(mask)),
             selection.device_order,
-            segments=cut.segments,
+            segments=blocks.segments,
             group=max(selection.group_sizes),
         )
-        return Partition(order, cut.runs)
+        return Partition(order, blocks.runs)
     is_as_it_lies = np.array_equal(selection.order, np.arange(selection.layout.size))
-    if is_as_it_lies or not cut.is_ordered:
-        return Partition(None, cut.runs)
-    return Partition(selection.device_order, cut.runs)
+    if is_as_it_lies or not blocks.is_ordered:
+        return Partition(None, blocks.runs)
+    return Partition(selection.device_order, blocks.runs)
 
 
 @functools.partial(jax.jit, static_argnames=("segments", "group"))
@@ -165,7 +184,7 @@ def alive_first(
 
     Args:
         alive: which weights are alive, at each place.
-        segments: the rows, as ``(rows, width)``; see :class:`Cut`.
+        segments: the rows, as ``(rows, width)``; see :class:`FisherBlocks`.
         group: the number of weights of a group.
     """
     here = jnp.any(alive.reshape(-1, group), axis=1).astype(jnp.int32)
@@ -184,8 +203,8 @@ def alive_first(
     first, in_row = jnp.concatenate(firsts), jnp.concatenate(widths)
     there = before - before[first]
     own = jnp.arange(here.size, dtype=jnp.int32)
-    gone = own - first - there
+    pruned = own - first - there
     alive_in_row = until[first + in_row - 1] - before[first]
-    place = first + jnp.where(here > 0, there, alive_in_row + gone)
+    place = first + jnp.where(here > 0, there, alive_in_row + pruned)
     groups = jnp.zeros_like(own).at[place].set(own, unique_indices=True)
     return (groups[:, None] * group + jnp.arange(group, dtype=jnp.int32)[None]).reshape(-1)

@@ -52,7 +52,7 @@ def prunable(params: PyTree, path_filter: PathFilter = None) -> PyTree:
         {'fc': {'bias': False, 'kernel': True}}
     """
     Layout(params)
-    selects = _as_function(path_filter)
+    selects = as_filter(path_filter)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     flags = []
@@ -71,7 +71,13 @@ def prunable(params: PyTree, path_filter: PathFilter = None) -> PyTree:
     return jax.tree_util.tree_unflatten(treedef, flags)
 
 
-def _as_function(path_filter: PathFilter) -> Callable[[str, Any], bool]:
+def as_filter(path_filter: PathFilter) -> Callable[[str, Any], bool]:
+    """The function ``(path, leaf) -> bool`` of a filter.
+
+    Raises:
+        TypeError: ``path_filter`` has another type.
+        ValueError: the expression is malformed.
+    """
     if path_filter is None:
         return _is_weight
     if isinstance(path_filter, str):

@@ -1,4 +1,4 @@
-"""Checks for NaN and Inf; the errors name the leaf."""
+"""Checks for NaN and Inf; the errors name the leaf and the gradient."""
 
 from __future__ import annotations
 
@@ -29,19 +29,36 @@ def check_finite(tree: PyTree, paths: Sequence[str], name: str) -> None:
             raise FloatingPointError(f"{name}{path} has NaN or Inf in it.")
 
 
-def check_finite_gradients(rows: GradientRows) -> None:
+def check_finite_gradients(rows: GradientRows, name: str) -> None:
     """Checks that gradients are finite and can be squared.
 
     Leaves that are not prunable are checked as well: products with the gradients read all leaves.
 
+    Args:
+        rows: the gradients.
+        name: what the error calls them.
+
     Raises:
-        FloatingPointError: a gradient fails; the error names the first such leaf.
+        FloatingPointError: a gradient fails; the error names the first such leaf, and the first
+            row that fails there.
     """
     # A sum with coefficients of one sign keeps NaN and Inf. Because the coefficients differ, large
     # gradients do not cancel.
     coefficients = np.arange(1, rows.num_rows + 1) / rows.num_rows
     sums = rows.combine(jnp.asarray(coefficients.astype(rows.dtype)))
-    check_finite(_squared(sums), rows.layout.paths, "the squared gradients of params")
+    finite = jax.device_get(_are_finite(_squared(sums)))
+    if all(finite):
+        return
+    leaf = finite.index(False)
+    masks = [np.full(shape, i == leaf) for i, shape in enumerate(rows.layout.shapes)]
+    mask = jax.tree.unflatten(rows.layout.treedef, list(map(jnp.asarray, masks)))
+    squares = np.diagonal(np.asarray(rows.gram(mask)))
+    bad = np.flatnonzero(~np.isfinite(squares))
+    which = f"gradient {bad[0]} of {name}" if bad.size else f"the sum of all {name}"
+    raise FloatingPointError(
+        f"{which} must be finite and small enough to square; got NaN, Inf or numbers too large to "
+        f"square in params{rows.layout.paths[leaf]}."
+    )
 
 
 @jax.jit

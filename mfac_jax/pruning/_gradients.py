@@ -19,26 +19,22 @@ import numpy as np
 from jaxtyping import Float
 
 from mfac_jax import _checks
-from mfac_jax._layout import PyTree
+from mfac_jax._layout import Layout, PyTree
 from mfac_jax.pruning._finite import check_finite_gradients
 from mfac_jax.pruning._problem import Grams
-from mfac_jax.rows import (
-    Dense,
-    GradientRows,
-    StackedRows,
-    Storage,
-    WritableRows,
-    check_rows,
-    check_storage,
-    check_writable,
-)
+from mfac_jax.rows import Dense, GradientRows, StackedRows, Storage, WritableRows
+from mfac_jax.rows._base import check_columns, check_rows, check_writable
+from mfac_jax.rows._storage import check_storage
 
 Fill = Callable[[WritableRows], WritableRows]
 
 
-@dataclass(frozen=True)
+# Compared by identity: two arrays are not simply equal or different.
+@dataclass(frozen=True, eq=False)
 class Gradients:
     """The gradients that :func:`prune` uses in each step.
+
+    Two of them are equal only if they are the same object.
 
     Attributes:
         count: the number of gradients that each step takes.
@@ -49,6 +45,11 @@ class Gradients:
         history: the number of earlier steps whose gradients are used as well. Each needs the
             memory of ``count`` gradients, from the first step.
         storage: how gradients are stored; see :class:`mfac_jax.rows.Dense`.
+
+    Raises:
+        TypeError: an attribute has another type.
+        ValueError: ``count`` is below 1, ``history`` is below 0, or ``given`` does not hold
+            ``count`` gradients.
     """
 
     count: int = 128
@@ -65,22 +66,74 @@ class Gradients:
             raise TypeError(f"per_example must be a bool, got {type(self.per_example).__name__}.")
         if self.given is None:
             return
-        check_rows(self.given)
+        try:
+            check_rows(self.given)
+        except TypeError as error:
+            raise TypeError(
+                "given must be gradient rows (from mfac_jax.collect_gradients or "
+                f"mfac_jax.rows.as_rows), got {type(self.given).__name__}."
+            ) from error
         if self.given.num_rows != self.count:
             raise ValueError(
                 f"given must be count={self.count} gradients, got {self.given.num_rows}."
             )
 
-    def check(self, params: PyTree) -> None:
-        """Checks that ``given`` holds gradients of ``params``.
 
-        Raises:
-            ValueError: the gradients belong to other parameters.
-            FloatingPointError: a gradient has NaN or Inf in it.
-        """
-        if self.given is not None:
-            self.given.layout.check(params, "params")
-            check_finite_gradients(self.given)
+def check_gradients(
+    gradients: Gradients,
+    params: PyTree,
+    steps: int,
+    column_readers: Callable[[GradientRows], list[str]],
+) -> None:
+    """Checks before any work that the gradients can be stored, and read by what a run tries.
+
+    Args:
+        gradients: how the run takes gradients.
+        params: the parameters.
+        steps: the number of steps.
+        column_readers: says, for rows of the number that a step uses, what needs their columns.
+
+    Raises:
+        TypeError: rows cannot be written, or columns cannot be read.
+        ValueError: the given gradients belong to other parameters.
+        FloatingPointError: a given gradient has NaN or Inf in it.
+    """
+    given, storage = gradients.given, gradients.storage
+    count = _num_parts(gradients, steps) * gradients.count
+    rows = _abstract_rows(storage, params, count)
+    readers = column_readers(rows)
+    if given is None or steps > 1:
+        check_writable(rows, f"prune with storage={storage!r}")
+        for reader in readers:
+            check_columns(rows, f"{reader} with storage={storage!r}")
+    if given is None:
+        return
+    own, other = Layout(params), given.layout
+    if (own.paths, own.shapes) != (other.paths, other.shapes):
+        raise ValueError(
+            f"given must be gradients of params: expected {own.describe()}, "
+            f"got gradients of {other.describe()}."
+        )
+    for reader in readers:
+        check_columns(given, f"{reader} with the given gradients")
+    check_finite_gradients(given, "given")
+
+
+def _num_parts(gradients: Gradients, steps: int) -> int:
+    """The number of steps whose gradients are kept."""
+    return min(1 + gradients.history, steps)
+
+
+def _abstract_rows(storage: Storage, params: PyTree, num_rows: int) -> GradientRows:
+    """The rows that a storage makes, with abstract arrays: no memory of a device is allocated."""
+    made: list[GradientRows] = []
+    like = _like(params)
+    jax.eval_shape(lambda: made.append(storage.empty(like, num_rows)))
+    return made[0]
+
+
+def _like(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params)
 
 
 class History:
@@ -96,8 +149,8 @@ class History:
 
     def __init__(self, gradients: Gradients, params: PyTree, steps: int) -> None:
         self._gradients = gradients
-        self._num_parts = min(1 + gradients.history, steps)
-        self._like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+        self._num_parts = _num_parts(gradients, steps)
+        self._like = _like(params)
         self._parts: list[GradientRows] = []
         self._taken = 0
 
@@ -127,7 +180,7 @@ class History:
         ones = np.ones(self._num_parts, np.float32)
         stacked = StackedRows.of(parts, jnp.asarray(ones, parts[0].dtype))
         gram = np.asarray(stacked.gram(alive))
-        scales = _levels(gram, slot, self._num_parts)
+        scales = _scales_to_newest(gram, slot, self._num_parts)
         self.rows = StackedRows.of(parts, jax.device_put(scales))
         self.grams = Grams(self.rows)
         each = np.repeat(scales, self._gradients.count)
@@ -149,10 +202,12 @@ class History:
         return self._gradients.storage.empty(self._like, self._gradients.count)
 
 
-def _levels(gram: Float[np.ndarray, "m m"], newest: int, num_parts: int) -> Float[np.ndarray, " p"]:
+def _scales_to_newest(
+    gram: Float[np.ndarray, "m m"], newest: int, num_parts: int
+) -> Float[np.ndarray, " p"]:
     """The scales that give every part the mean square of the newest part."""
     squares = np.diagonal(gram).reshape(num_parts, -1).sum(axis=1)
-    # A part whose gradients are all zero has no level and sets none.
-    has_level = (squares > 0) & (squares[newest] > 0)
-    ratios = np.divide(squares[newest], squares, out=np.ones_like(squares), where=has_level)
+    # A part whose gradients are all zero is not scaled, and no other part is scaled to it.
+    is_scaled = (squares > 0) & (squares[newest] > 0)
+    ratios = np.divide(squares[newest], squares, out=np.ones_like(squares), where=is_scaled)
     return np.sqrt(ratios)

@@ -49,7 +49,7 @@ class _Block(NamedTuple):
     last: Float[Array, ""]
 
 
-def greedy_records(
+def greedy_scores(
     inverse: Float[Array, "b B B"],
     weights: Float[Array, "b B"],
     alive: Bool[Array, "b B"],
@@ -101,8 +101,8 @@ def _remove_all(
     def remove_weight(_: Int[Array, ""], block: _Block) -> _Block:
         left = block.left
         if quota is not None:
-            gone = jnp.sum(~left.reshape(-1, size), axis=1)
-            left = left & jnp.repeat(gone < quota, size)
+            removed = jnp.sum(~left.reshape(-1, size), axis=1)
+            left = left & jnp.repeat(removed < quota, size)
         pivots = jnp.maximum(jnp.diagonal(block.inverse), floor)
         costs = jnp.where(left, block.weights**2 / (2 * pivots), top)
         q = jnp.argmin(costs)
@@ -153,8 +153,8 @@ def _eliminate(
 def _diagonal_blocks(matrix: Float[Array, "B B"], size: int) -> Float[Array, "k g g"]:
     """The ``g x g`` blocks along the diagonal."""
     count = len(matrix) // size
-    cut = matrix.reshape(count, size, count, size)
-    return jnp.moveaxis(jnp.diagonal(cut, axis1=0, axis2=2), -1, 0)
+    blocks = matrix.reshape(count, size, count, size)
+    return jnp.moveaxis(jnp.diagonal(blocks, axis1=0, axis2=2), -1, 0)
 
 
 def _at_least(cost: Float[Array, ""], last: Float[Array, ""]) -> Float[Array, ""]:

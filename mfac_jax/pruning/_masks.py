@@ -50,7 +50,8 @@ def mask_to_sparsity(scores: PyTree, mask: PyTree, sparsity: ArrayLike) -> PyTre
 
     Raises:
         ValueError: ``sparsity`` lies outside [0, 1], or, outside ``jit``, below what ``mask``
-            has pruned already; or the trees do not fit.
+            has pruned already; the trees do not fit; or there are more scores than int32 can
+            count.
         TypeError: ``sparsity`` is not a number, scores are not real floating point,
             or the mask is not boolean.
 
@@ -81,12 +82,13 @@ def mask_to_count(scores: PyTree, mask: PyTree, count: ArrayLike) -> PyTree:
 
     Raises:
         ValueError: ``count`` is out of range or, outside ``jit``, below what is pruned already;
-            or the trees do not fit.
+            the trees do not fit; or there are more scores than int32 can count.
         TypeError: ``count`` is not an integer, scores are not real floating point, or the mask
             is not boolean.
     """
     layout = Layout(scores, "scores")
     layout.check_mask(mask)
+    _check_countable(layout.size)
     _checks.index(count, "count", layout.size + 1)
     if jnp.shape(count) != ():
         raise ValueError(f"count must be a scalar, got an array of shape {jnp.shape(count)}.")
@@ -101,8 +103,7 @@ def pruned_count(sparsity: ArrayLike, total: int) -> Int[Array, ""]:
     ``q / 2^24`` and multiplied by ``total`` in integers, 12 bits at a time.
     """
     _checks.unit_interval(sparsity, "sparsity")
-    if total > MOST_WEIGHTS:
-        raise ValueError(f"at most {MOST_WEIGHTS} weights can be counted, got {total}.")
+    _check_countable(total)
     if not isinstance(sparsity, jax.core.Tracer):
         return jnp.asarray(round(float(np.asarray(sparsity)) * total), jnp.int32)
     fraction = jnp.where(sparsity > 0, jnp.minimum(sparsity, 1), jnp.zeros_like(sparsity))
@@ -120,6 +121,11 @@ def pruned_count(sparsity: ArrayLike, total: int) -> Int[Array, ""]:
     half = jnp.uint32(2 ** (_FRACTION_BITS - 1))
     up = (rest > half) | ((rest == half) & (whole % 2 == 1))
     return (whole + up.astype(jnp.uint32)).astype(jnp.int32)
+
+
+def _check_countable(total: int) -> None:
+    if total > MOST_WEIGHTS:
+        raise ValueError(f"at most {MOST_WEIGHTS} weights can be counted, got {total}.")
 
 
 def num_pruned(mask: PyTree) -> Int[Array, ""]:
@@ -232,13 +238,13 @@ def _above_count(
             jnp.where(of_key, second, second | (jnp.uint32(1) << shift.astype(jnp.uint32))),
         )
         # Entries whose key equals the threshold go one by one, in the order of their places.
-        gone = total(below(*higher))
-        fits = jnp.where(of_key, gone < count, gone <= count)
+        pruned = total(below(*higher))
+        fits = jnp.where(of_key, pruned < count, pruned <= count)
         return jnp.where(fits, higher[0], first), jnp.where(fits, higher[1], second)
 
     start = jnp.zeros(count.shape, unsigned), jnp.zeros(count.shape, jnp.uint32)
     threshold = lax.fori_loop(0, bits + place_bits, set_bit, start)
-    return [~gone for gone in below(*threshold)]
+    return [~pruned for pruned in below(*threshold)]
 
 
 def choose(
@@ -267,7 +273,7 @@ def choose(
         The new mask, false in leaves that are not prunable; and whether all weights that go
         have finite scores. Groups of equal scores go in the order of the pattern.
     """
-    whole = selection.pattern.goes_whole
+    whole = selection.pattern.prunes_whole_groups
     kept, good = _choose(
         selection.leaves(scores),
         selection.leaves(mask),

@@ -1,18 +1,11 @@
-"""Patterns: which weights can only go together.
-
-A pattern cuts every leaf into *groups* of weights. It says which weights a group has, how many of
-them may go, and how much they cost.
-"""
+"""The patterns of the library: single weights, N:M, neighbours and slices."""
 
 from __future__ import annotations
 
-import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -24,149 +17,8 @@ from mfac_jax.pruning._choices import (
     lowest_in_groups,
     num_choices,
 )
-from mfac_jax.pruning._greedy import greedy_records
-
-
-class Groups(NamedTuple):
-    """The groups of a pattern in one leaf.
-
-    Attributes:
-        size: the number of weights of a group.
-        order: the places of all weights in the flattened leaf, group after group; (k,). None
-            if the weights already lie in this order.
-        num_outputs: the number of equal parts of ``order``, each of whole groups.
-            :class:`WithinOutputs` cuts no block across the end of a part. If possible, a part
-            is an output, because the weights that one output sums over compensate for one
-            another.
-    """
-
-    size: int
-    order: Int[np.ndarray, " k"] | None = None
-    num_outputs: int = 1
-
-
-class Pattern(abc.ABC):
-    """Which weights can only go together.
-
-    Your own pattern is a frozen dataclass that derives from this class. It must define
-    :meth:`groups`. By default a group goes whole, and its score is the cost of all its weights
-    together. Override the other members if your pattern differs:
-
-    - :attr:`group_size`, if groups have the same size in every leaf. Blocks of the Fisher may
-      then be smaller than a leaf.
-    - :attr:`removable`, :meth:`combine` and :meth:`cost`, if only some weights of a group may
-      go.
-
-    Example:
-        >>> from dataclasses import dataclass
-        >>> import jax.numpy as jnp
-        >>> import numpy as np
-        >>> from mfac_jax import pruning, rows
-        >>> @dataclass(frozen=True)
-        ... class Mirrored(pruning.Pattern):
-        ...     group_size = 2
-        ...
-        ...     def groups(self, shape, output_axis, name):
-        ...         last = np.prod(shape) - 1
-        ...         return pruning.Groups(
-        ...             2, np.array([(i, last - i) for i in range((last + 1) // 2)]).reshape(-1)
-        ...         )
-        >>> w = jnp.array([[3.0, 1.0, 5.0], [4.0, 2.0, 3.0]])
-        >>> _, mask, _ = pruning.prune_step(
-        ...     w,
-        ...     pruning.initial_mask(w),
-        ...     rows.as_rows(jnp.ones((2, 2, 3))),
-        ...     0.4,
-        ...     damping=0.1,
-        ...     score="magnitude",
-        ...     scope=pruning.Scope(pattern=Mirrored()),
-        ... )
-        >>> mask
-        Array([[ True, False,  True],
-               [ True, False,  True]], dtype=bool)
-    """
-
-    @property
-    def has_own_rule(self) -> bool:
-        """Whether the pattern overrides :meth:`combine` and :meth:`cost`."""
-        return type(self).combine is not Pattern.combine and type(self).cost is not Pattern.cost
-
-    @property
-    def greedy_quota(self) -> int | None:
-        """The number of weights that greedy removal takes from a group, one by one.
-
-        None if groups go whole, or if greedy removal cannot follow the rule of the pattern.
-        """
-        return None
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether greedy removal can follow the pattern, by whole groups or by the quota."""
-        own = type(self).combine is not Pattern.combine or type(self).cost is not Pattern.cost
-        return self.greedy_quota is not None or (self.goes_whole and not own)
-
-    @abc.abstractmethod
-    def groups(self, shape: tuple[int, ...], output_axis: int, name: str) -> Groups:
-        """The groups of a leaf.
-
-        Args:
-            shape: the shape of the leaf.
-            output_axis: the axis of the outputs as the caller gave it. It may be negative, and
-                the leaf may lack it.
-            name: the path of the leaf, such as ``"['kernel']"``, for messages.
-
-        Raises:
-            ValueError: the pattern does not fit the leaf.
-        """
-
-    @property
-    def group_size(self) -> int | None:
-        """The number of weights of a group, the same in every leaf; None if leaves differ."""
-        return None
-
-    @property
-    def removable(self) -> float:
-        """The fraction of a group that may go; 1 if groups go whole."""
-        return 1.0
-
-    @property
-    def goes_whole(self) -> bool:
-        """Whether a group goes whole, that is, whether :attr:`removable` is 1."""
-        return self.removable == 1
-
-    def combine(
-        self, scores: Float[Array, "k g"], alive: Bool[Array, "k g"]
-    ) -> Float[Array, "k g"]:
-        """Scores of groups from scores of single weights.
-
-        Args:
-            scores: the scores of the weights, one group in each row.
-            alive: which weights are alive.
-
-        Returns:
-            The scores by which weights go, lowest first. By default each weight gets the sum
-            over its group. A weight with score inf does not go.
-        """
-        del alive
-        return jnp.broadcast_to(jnp.sum(scores, axis=1, keepdims=True), scores.shape)
-
-    def cost(
-        self, blocks: GroupBlocks, weights: Float[Array, "*b g"], alive: Bool[Array, "*b g"]
-    ) -> Float[Array, "*b g"]:
-        """Scores of groups from ``[F^-1]_QQ``, for the weights Q of each group.
-
-        Args:
-            blocks: ``[F^-1]_QQ`` of a batch of groups.
-            weights: ``w_Q``; 0 for weights that are not alive.
-            alive: which weights are alive.
-
-        Returns:
-            The scores, as in :meth:`combine`. By default each weight gets the least rise of the
-            quadratic model when its group goes, ``1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q``.
-        """
-        del alive
-        cost = blocks.inverse_quadratic_form(weights) / 2
-        return jnp.broadcast_to(cost[..., None], weights.shape)
+from mfac_jax.pruning._greedy import greedy_scores
+from mfac_jax.pruning._pattern import Groups, Pattern
 
 
 @dataclass(frozen=True)
@@ -207,7 +59,8 @@ class NofM(Pattern):
         _checks.positive_int(self.m, "m")
         if self.n >= self.m:
             raise ValueError(f"n must be below m, got n={self.n}, m={self.m}.")
-        check_axis(self.axis)
+        if self.axis is not None:
+            check_axis(self.axis, "axis")
 
     @property
     def group_size(self) -> int:
@@ -241,7 +94,7 @@ class NofM(Pattern):
         if num_choices(self.n, self.m) <= MOST_CHOICES:
             return cheapest_choice(blocks, weights, alive, self.n)
         size, shape = self.m, weights.shape
-        return greedy_records(
+        return greedy_scores(
             blocks.matrix.reshape(-1, size, size),
             weights.reshape(-1, size),
             alive.reshape(-1, size),
@@ -266,7 +119,8 @@ class BlocksOf(Pattern):
 
     def __post_init__(self) -> None:
         _checks.positive_int(self.size, "size")
-        check_axis(self.axis)
+        if self.axis is not None:
+            check_axis(self.axis, "axis")
 
     @property
     def group_size(self) -> int:
@@ -292,7 +146,8 @@ class Slices(Pattern):
     axis: int | None = None
 
     def __post_init__(self) -> None:
-        check_axis(self.axis)
+        if self.axis is not None:
+            check_axis(self.axis, "axis")
 
     def groups(self, shape: tuple[int, ...], output_axis: int, name: str) -> Groups:
         """One slice after another."""
@@ -305,72 +160,6 @@ class Slices(Pattern):
         along = shape[axis]
         size = math.prod(shape) // along if along else 0
         return Groups(size, _order(shape, axes), _extent(shape, axes))
-
-
-def check_pattern(pattern: object) -> None:
-    """Checks that ``pattern`` is a pattern.
-
-    Raises:
-        TypeError: ``pattern`` is not a pattern, or is not hashable.
-        ValueError: groups do not go whole, and the pattern does not say which weights go.
-    """
-    if not isinstance(pattern, Pattern):
-        raise TypeError(
-            "pattern must be one of Unstructured(), NofM(n, m), BlocksOf(size) and Slices(), or "
-            f"a Pattern of your own; got {pattern!r}."
-        )
-    try:
-        hash(pattern)
-    except TypeError as error:
-        raise TypeError(
-            f"pattern must be hashable, as a frozen dataclass is; got {pattern!r}."
-        ) from error
-    if not pattern.goes_whole and not pattern.has_own_rule:
-        raise ValueError(
-            f"{pattern!r} prunes a fraction {pattern.removable} of a group, so it must say which "
-            "weights go: expected it to override combine and cost."
-        )
-
-
-def groups_of(pattern: Pattern, shape: tuple[int, ...], output_axis: int, name: str) -> Groups:
-    """The groups of a leaf; checks that they hold every weight exactly once.
-
-    Args:
-        pattern: the pattern.
-        shape: the shape of the leaf.
-        output_axis: the axis of the outputs as the caller gave it.
-        name: the path of the leaf.
-
-    Raises:
-        ValueError: the pattern does not fit the leaf, or its groups do not cover the leaf.
-    """
-    groups, total = pattern.groups(shape, output_axis, name), math.prod(shape)
-    if not total:
-        return groups
-    where = f"the groups that {pattern} makes of params{name} of shape {shape}"
-    expected = pattern.group_size or groups.size
-    if groups.size != expected or groups.size < 1 or total % groups.size:
-        raise ValueError(
-            f"{where} must have one size: expected {pattern.group_size or 'a divisor'} of "
-            f"{total} weights, got {groups.size}."
-        )
-    if groups.num_outputs < 1 or total // groups.size % groups.num_outputs:
-        raise ValueError(
-            f"{where} must fall into num_outputs equal parts: expected a divisor of "
-            f"{total // groups.size} groups, got {groups.num_outputs}."
-        )
-    if groups.order is not None and not _is_permutation(np.asarray(groups.order), total):
-        raise ValueError(
-            f"{where} must hold every weight once: expected an order of the places "
-            f"0 .. {total - 1}, got {groups.order}."
-        )
-    return groups
-
-
-def _is_permutation(order: Int[np.ndarray, "..."], total: int) -> bool:
-    if order.shape != (total,) or order.min() < 0 or order.max() >= total:
-        return False
-    return bool(np.all(np.bincount(order, minlength=total) == 1))
 
 
 def _neighbours(
@@ -440,11 +229,11 @@ def _output_axis(name: str, shape: tuple[int, ...], output_axis: int) -> int:
     return output_axis % len(shape)
 
 
-def check_axis(axis: object, name: str = "axis") -> None:
-    """Checks that ``axis`` is an int or None.
+def check_axis(axis: object, name: str) -> None:
+    """Checks that ``axis`` is an int.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is not.
     """
-    if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+    if isinstance(axis, bool) or not isinstance(axis, int):
         raise TypeError(f"{name} must be a Python int, got {type(axis).__name__}.")

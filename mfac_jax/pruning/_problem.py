@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mfac_jax._layout import PyTree
-from mfac_jax.inverse import FisherInverse, is_scanned
-from mfac_jax.pruning._blocks import Cut, blocks_of
-from mfac_jax.pruning._patterns import Pattern
+from mfac_jax.inverse import FisherInverse
+from mfac_jax.inverse._inverse import products_suffice
+from mfac_jax.pruning._blocks import FisherBlocks, blocks_under
+from mfac_jax.pruning._pattern import Pattern
 from mfac_jax.pruning._scope import Selection
-from mfac_jax.rows import BlockRun, GradientRows, Partition
+from mfac_jax.rows import BlockRun, GradientRows, Partition, partition
 
 
 class Grams:
@@ -48,11 +49,13 @@ class Problem:
     Attributes:
         params: the parameters.
         mask: which weights are alive before the step; false in leaves that are not prunable.
-        rows: the gradients.
-        damping: ``lambda`` of the Fisher; scalar.
-        selection: which leaves are prunable, and the groups in them. Not part of the interface:
-            only the library's own scores use it.
-        cut: how the Fisher is cut into blocks. Not part of the interface.
+        rows: the gradients. In :func:`prune` with ``history``, they are
+            :class:`mfac_jax.rows.StackedRows` of several steps, and the rows of steps to come
+            are zero.
+        damping: ``lambda`` of the Fisher; scalar. The Fisher is an average over all rows, zero
+            rows included. If only a fraction f of the rows holds gradients, :func:`prune`
+            multiplies the damping by f. Fisher and damping are then f times those of the
+            gradients alone, which give the same masks and updates.
 
     Example:
         The score ``"mfac"`` of single weights, as your own function:
@@ -76,27 +79,43 @@ class Problem:
         rows: GradientRows,
         damping: Float[Array, ""],
         selection: Selection,
-        cut: Cut,
+        blocks: FisherBlocks,
         grams: Grams,
     ) -> None:
         self.params, self.mask, self.rows, self.damping = params, mask, rows, damping
-        self.selection, self.cut = selection, cut
-        self._grams = grams
+        self._selection, self._blocks, self._grams = selection, blocks, grams
 
     @property
     def pattern(self) -> Pattern:
         """Which weights can only go together."""
-        return self.selection.pattern
+        return self._selection.pattern
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether any group of the pattern has several weights."""
+        return self._selection.has_groups
 
     @functools.cached_property
     def weights(self) -> PyTree:
         """The alive weights, in the accumulation dtype; 0 elsewhere."""
-        return self.gone(self.selection.nothing)
+        return self.removed(self._selection.empty_mask)
 
     @functools.cached_property
     def blocks(self) -> Partition:
-        """The blocks of the Fisher."""
-        return blocks_of(self.cut, self.selection, self.mask)
+        """The blocks of the Fisher.
+
+        A single block of more weights than gradients is the block of all parameters: it needs
+        products with the gradients only.
+        """
+        # The order of the weights is computed and uploaded only for what reads columns.
+        if products_suffice(self.rows, Partition(None, self._blocks.runs)):
+            return partition(self.rows.layout, None)
+        return self._ordered_blocks
+
+    @functools.cached_property
+    def _ordered_blocks(self) -> Partition:
+        """The blocks of the prunable weights, with the weights of a group as neighbours."""
+        return blocks_under(self._blocks, self._selection, self.mask)
 
     @functools.cached_property
     def inverse(self) -> FisherInverse:
@@ -105,7 +124,7 @@ class Problem:
 
     def inverse_over(self, mask: PyTree) -> FisherInverse:
         """The inverse of the Fisher over the weights of another mask, in the same blocks."""
-        gram = self._grams.of(mask) if is_scanned(self.rows, self.blocks) else None
+        gram = self._grams.of(mask) if products_suffice(self.rows, self.blocks) else None
         return FisherInverse.of(self.rows, mask, self.damping, self.blocks, gram)
 
     @functools.cached_property
@@ -113,13 +132,26 @@ class Problem:
         """The diagonal of :attr:`inverse`."""
         return self.inverse.diagonal()
 
-    def gone(self, kept: PyTree) -> PyTree:
+    def removed(self, kept: PyTree) -> PyTree:
         """The alive weights that are not in ``kept``; 0 elsewhere."""
-        return _left_out(self.params, self.mask, kept, dtype=self.rows.dtype)
+        return removed_weights(self.params, self.mask, kept, dtype=self.rows.dtype)
 
     def combine(self, scores: PyTree) -> PyTree:
         """Scores of groups: the pattern combines the scores of single weights."""
-        return self.selection.combine(scores, self.mask)
+        return self._selection.combine(scores, self.mask)
+
+    def map_blocks(self, function: Callable[..., Array]) -> PyTree:
+        """Applies ``function(blocks, weights, alive)`` to ``[F^-1]_BB`` of every block B.
+
+        Args:
+            function: as in :meth:`map_groups`, with the weights of a block in place of those of a
+                group. Groups of the pattern are neighbours in a block.
+
+        Returns:
+            A tree like the parameters.
+        """
+        groups = None if self.inverse.factor is None else self._ordered_blocks
+        return self.inverse.group_blocks(groups, function, self.weights, self.mask)
 
     def map_groups(self, function: Callable[..., Array]) -> PyTree:
         """Applies ``function(blocks, weights, alive)`` to all groups and their ``[F^-1]_QQ``.
@@ -131,8 +163,8 @@ class Problem:
         Returns:
             A tree like the parameters.
         """
-        selection, size = self.selection, self.pattern.group_size
-        if self.cut.blocks == "leaf" and size is None:
+        size = self.pattern.group_size
+        if self._blocks.given == "leaf" and size is None:
             return self._map_leaves(function)
         if self.inverse.factor is not None or self._is_whole_of_many_sizes:
             inverse = self.inverse
@@ -140,24 +172,24 @@ class Problem:
                 inverse = FisherInverse.whole(
                     self.rows, self.mask, self.damping, self.blocks, self._grams.of(self.mask)
                 )
-            groups = selection.partition_into_groups()
+            groups = self._selection.partition_into_groups()
             return inverse.group_blocks(groups, function, self.weights, self.mask)
         return self.inverse.group_blocks(size, function, self.weights, self.mask)
 
     @property
     def _is_whole_of_many_sizes(self) -> bool:
-        return self.cut.blocks is None and self.pattern.group_size is None
+        return self._blocks.given is None and self.pattern.group_size is None
 
     def _map_leaves(self, function: Callable[..., Array]) -> PyTree:
         """:meth:`map_groups` with one block for each leaf, if each leaf has its own group size."""
-        total = jax.tree.map(jnp.zeros_like, self.weights)
-        for i, size in enumerate(self.selection.group_sizes):
-            if not self.selection.sizes[i]:
+        selection, total = self._selection, jax.tree.map(jnp.zeros_like, self.weights)
+        for i, size in enumerate(selection.group_sizes):
+            if not selection.sizes[i]:
                 continue
-            groups = self.selection.partition_into_groups(i)
-            whole = Partition(groups.order, (BlockRun(0, 1, self.selection.sizes[i]),))
-            own = self.selection.mask_of_leaf(self.mask, i)
-            gram = self._grams.of(own) if is_scanned(self.rows, whole) else None
+            groups = selection.partition_into_groups(i)
+            whole = Partition(groups.order, (BlockRun(0, 1, selection.sizes[i]),))
+            own = selection.mask_of_leaf(self.mask, i)
+            gram = self._grams.of(own) if products_suffice(self.rows, whole) else None
             inverse = FisherInverse.of(self.rows, own, self.damping, whole, gram)
             asked = groups if inverse.factor is not None else size
             found = inverse.group_blocks(asked, function, self.weights, own)
@@ -166,13 +198,14 @@ class Problem:
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _left_out(params: PyTree, mask: PyTree, kept: PyTree, *, dtype: jnp.dtype) -> PyTree:
-    """The weights that are in ``mask`` but not in ``kept``; 0 elsewhere."""
-
-    def of_leaf(weight: Array, alive: Array, stays: Array) -> Array:
-        return jnp.where(alive & ~stays, weight.astype(dtype), jnp.zeros((), dtype))
-
-    return jax.tree.map(of_leaf, params, mask, kept)
+def removed_weights(params: PyTree, mask: PyTree, kept: PyTree, *, dtype: jnp.dtype) -> PyTree:
+    """The weights that are in ``mask`` but not in ``kept``, in the structure of the masks."""
+    leaves = zip(*map(jax.tree.leaves, (params, mask, kept)), strict=True)
+    removed = [
+        jnp.where(alive & ~stays, weight.astype(dtype), jnp.zeros((), dtype))
+        for weight, alive, stays in leaves
+    ]
+    return jax.tree.unflatten(jax.tree.structure(mask), removed)
 
 
 @jax.jit

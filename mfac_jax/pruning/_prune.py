@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from tqdm.auto import tqdm
 
-from mfac_jax._layout import PyTree
-from mfac_jax.gradients import (
+from mfac_jax._collect import (
     LossFn,
     check_batches,
     check_functions,
@@ -23,14 +22,19 @@ from mfac_jax.gradients import (
     fill_rows,
     on_device,
 )
-from mfac_jax.pruning._budgets import Target, check_wanted, target_of
+from mfac_jax._layout import PyTree
+from mfac_jax.pruning._blocks import FisherBlocks
 from mfac_jax.pruning._finite import check_finite
-from mfac_jax.pruning._gradients import Gradients, History
+from mfac_jax.pruning._gradients import Gradients, History, check_gradients
 from mfac_jax.pruning._masks import initial_mask, pruned_of_leaves
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport, peak_memory
 from mfac_jax.pruning._schedules import schedule_of
 from mfac_jax.pruning._scope import Scope, Selection, check_scope
-from mfac_jax.pruning._search import Search, Searcher, Step, mean_loss
+from mfac_jax.pruning._search import Search, Setting, settings_on
+from mfac_jax.pruning._searcher import Searcher, Step, mean_loss
+from mfac_jax.pruning._step import column_readers
+from mfac_jax.pruning._targets import Target, check_wanted, target_of
+from mfac_jax.rows import GradientRows
 
 FineTune = Callable[[PyTree, PyTree], PyTree]
 
@@ -100,7 +104,9 @@ def prune(
         The pruned parameters, the mask and a report.
 
     Raises:
-        TypeError: an argument has the wrong type.
+        TypeError: an argument has the wrong type; or gradients cannot be written or read in
+            the way that a setting needs. The error names the setting and the storage, and comes
+            before any work.
         ValueError: as :func:`prune_step` and :func:`mfac_jax.collect_gradients`; or there are
             no calibration batches or settings. The error comes before any work.
         FloatingPointError: a weight, the loss on the calibration batches, a gradient, every loss
@@ -122,8 +128,9 @@ def prune(
     """
     _check_kinds(loss_fn, fine_tune, scope, gradients, search)
     plan = _Plan.of(params, sparsity, steps, scope, mask)
-    settings = search.cut(plan.selection)
-    gradients.check(params)
+    settings = settings_on(plan.selection, search.settings)
+    readers = functools.partial(_column_readers, settings)
+    check_gradients(gradients, params, len(plan.targets), readers)
     params, alive = plan.start(params)
     loss_fn = _PrunableLoss(loss_fn, plan.selection.keep)
     stream = _Stream(batches)
@@ -168,7 +175,19 @@ def _check_kinds(loss_fn: Any, fine_tune: Any, scope: Any, gradients: Any, searc
     for value, kind in ((gradients, Gradients), (search, Search)):
         if not isinstance(value, kind):
             name = kind.__name__
-            raise TypeError(f"{name.lower()} must be a {name}, got {type(value).__name__}.")
+            hint = "; give rows as Gradients(given=rows)" if kind is Gradients else ""
+            raise TypeError(f"{name.lower()} must be a {name}, got {type(value).__name__}{hint}.")
+
+
+def _column_readers(
+    settings: Iterable[tuple[Setting, FisherBlocks]], rows: GradientRows
+) -> list[str]:
+    """What of all settings reads columns of the gradients."""
+    return [
+        reader
+        for setting, blocks in settings
+        for reader in column_readers(setting.score, setting.update, blocks, rows)
+    ]
 
 
 def _finite(loss: float, name: str) -> float:

@@ -108,9 +108,9 @@ def schedule_of(
     pruned = pruned_of_leaves(mask)
     if is_number:
         costs = [1] * len(pruned) if scope.costs is None else selection.leaf_values(scope.costs)
-        gone = sum(cost * count for cost, count in zip(costs, pruned, strict=True))
+        spent = sum(cost * count for cost, count in zip(costs, pruned, strict=True))
         total = sum(cost * size for cost, size in zip(costs, selection.sizes, strict=True))
-        start = min(gone / max(total, 1), float(sparsity))
+        start = min(spent / max(total, 1), float(sparsity))
         return list(sparsity_schedule(float(sparsity), steps, initial=start))
     starts = dict(zip(selection.names, pruned, strict=True))
     columns = []

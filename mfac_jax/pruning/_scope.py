@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,17 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.pruning._filters import PathFilter, prunable
-from mfac_jax.pruning._patterns import (
+from mfac_jax.pruning._budgets import Budget, as_budget
+from mfac_jax.pruning._filters import PathFilter, as_filter, prunable
+from mfac_jax.pruning._pattern import (
     Groups,
     Pattern,
-    Unstructured,
-    check_axis,
+    check_group_scores,
     check_pattern,
     groups_of,
 )
+from mfac_jax.pruning._patterns import Unstructured, check_axis
 from mfac_jax.rows import BlockRun, Partition, partition
-
-Budget = str | Callable[..., Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,11 @@ class Scope:
         allow_empty_layers: whether a leaf may lose all of its weights.
         output_axis: the axis of the outputs in leaves of several axes: -1 in Flax, 0 in PyTorch
             and Equinox.
+
+    Raises:
+        TypeError: an attribute has another type, or the pattern is not hashable.
+        ValueError: the expression of ``path_filter`` is malformed, no budget has this name, costs
+            have another budget than ``"global"``, or a member of the pattern is out of range.
     """
 
     path_filter: PathFilter = None
@@ -59,18 +63,29 @@ class Scope:
     allow_empty_layers: bool = False
     output_axis: int = -1
 
+    def __post_init__(self) -> None:
+        as_filter(self.path_filter)
+        check_pattern(self.pattern)
+        as_budget(self.budget)
+        if self.costs is not None and self.budget != "global":
+            raise ValueError(f"costs need budget='global', got budget={self.budget!r}.")
+        if not isinstance(self.allow_empty_layers, bool):
+            raise TypeError(
+                f"allow_empty_layers must be a bool, got {type(self.allow_empty_layers).__name__}."
+            )
+        check_axis(self.output_axis, "output_axis")
+
     def select(self, params: PyTree) -> Selection:
         """The scope on given parameters.
 
         Raises:
-            TypeError: the pattern, the filter or the axis is of another kind.
+            TypeError: a leaf is not real floating point, the filter does not return a bool, or
+                the pattern does not return :class:`Groups`.
             ValueError: the filter selects nothing, the pattern does not fit a leaf, or there are
                 too many parameters.
         """
         layout = Layout(params)
         partition(layout, None)  # which numbers the coordinates
-        check_pattern(self.pattern)
-        check_axis(self.output_axis, "output_axis")
         keep = tuple(bool(flag) for flag in jax.tree.leaves(prunable(params, self.path_filter)))
         groups = tuple(
             groups_of(self.pattern, shape, self.output_axis, name)
@@ -155,10 +170,10 @@ class Selection:
 
     def mask(self, leaves: Sequence[Array]) -> PyTree:
         """A mask of all parameters: ``leaves`` where prunable, false elsewhere."""
-        return self.tree(leaves, self.nothing)
+        return self.tree(leaves, self.empty_mask)
 
     @functools.cached_property
-    def nothing(self) -> PyTree:
+    def empty_mask(self) -> PyTree:
         """The mask of all parameters that is false everywhere."""
         leaves = [jax.device_put(np.zeros(shape, bool)) for shape in self.layout.shapes]
         return jax.tree.unflatten(self.layout.treedef, leaves)
@@ -207,7 +222,7 @@ class Selection:
     def mask_of_leaf(self, mask: PyTree, leaf: int) -> PyTree:
         """``mask`` on one prunable leaf, false in all other leaves."""
         place = [i for i, kept in enumerate(self.keep) if kept][leaf]
-        leaves = jax.tree.leaves(self.nothing)
+        leaves = jax.tree.leaves(self.empty_mask)
         leaves[place] = jax.tree.leaves(mask)[place]
         return jax.tree.unflatten(self.layout.treedef, leaves)
 
@@ -253,6 +268,8 @@ def _combine(
         if not leaf.size:
             out.append(leaf)
             continue
-        found = pattern.combine(in_groups(leaf, order, size), in_groups(here, order, size))
+        weights = in_groups(leaf, order, size)
+        found = pattern.combine(weights, in_groups(here, order, size))
+        found = check_group_scores(found, weights, "combine", pattern)
         out.append(as_leaf(found, order, leaf.shape))
     return out

@@ -6,16 +6,15 @@ the quadratic model over all updates of the other weights. Optimal Brain Damage 
 
 A score is a function ``score(problem) -> scores`` of a :class:`mfac_jax.pruning.Problem`. It
 returns a tree like the parameters; the lowest scores go first. The pattern combines the scores of
-single weights into scores of groups. A function that scores groups itself has a true attribute
-``of_groups``. :data:`SCORES` holds the scores that have a name.
+single weights into scores of groups. A function that scores groups itself is given as a
+:class:`Score`. :data:`SCORES` holds the scores that have a name.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +24,14 @@ from jaxtyping import Array, Bool, Float
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.inverse import GroupBlocks, fisher_inverse
-from mfac_jax.pruning._blocks import Cut
-from mfac_jax.pruning._greedy import greedy_records
-from mfac_jax.pruning._patterns import Pattern
+from mfac_jax.pruning._blocks import FisherBlocks
+from mfac_jax.pruning._functions import ProblemFunction, as_kind, call
+from mfac_jax.pruning._greedy import greedy_scores
+from mfac_jax.pruning._pattern import Pattern, check_group_scores
 from mfac_jax.pruning._problem import Problem
 from mfac_jax.pruning._scope import Selection
-from mfac_jax.rows import Blocks, GradientRows, check_columns
+from mfac_jax.rows import Blocks, GradientRows
+from mfac_jax.rows._base import check_columns
 
 ScoreFn = Callable[[Problem], PyTree]
 
@@ -149,27 +150,69 @@ def _magnitude(params: PyTree, mask: PyTree | None) -> PyTree:
 
 
 @dataclass(frozen=True)
-class Score:
-    """A built-in score.
+class Score(ProblemFunction):
+    """A score, and what a step must know of it before it takes gradients.
+
+    A function ``score(problem)`` of your own is the same as ``Score(score)``.
 
     Attributes:
-        function: ``function(problem) -> scores``.
-        check: ``check(selection, cut)`` raises a ValueError if the blocks or the pattern do not
-            fit the score.
-        of_groups: whether the function scores groups.
+        function: ``function(problem)`` of a :class:`Problem` returns a tree like the parameters;
+            the lowest scores go first.
+        reads_columns: whether the function reads columns of the gradients, as
+            :attr:`Problem.diagonal` and :meth:`Problem.map_groups` do. If the gradients have no
+            columns to read, there is then an error before any work.
+        of_groups: whether the function scores groups, for example by
+            :meth:`Problem.map_groups`. All weights of a group that goes whole must then have the
+            same score. By default the pattern combines the scores of single weights.
+
+    Raises:
+        TypeError: an attribute has another type.
+
+    Example:
+        Half of the score ``"mfac"`` of groups, which gives the same mask:
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import pruning, rows
+        >>> def half(problem):
+        ...     costs = problem.map_groups(problem.pattern.cost)
+        ...     return jax.tree.map(lambda cost: cost / 2, costs)
+        >>> w, alive = jnp.array([[1.0, 0.1], [2.0, 0.5]]), jnp.ones((2, 2), bool)
+        >>> _, mask, _ = pruning.prune_step(
+        ...     w,
+        ...     alive,
+        ...     rows.as_rows(jnp.ones((3, 2, 2))),
+        ...     0.5,
+        ...     damping=0.01,
+        ...     score=pruning.Score(half, reads_columns=True, of_groups=True),
+        ...     scope=pruning.Scope(pattern=pruning.BlocksOf(2)),
+        ... )
+        >>> mask.tolist()
+        [[True, False], [True, False]]
     """
 
-    function: ScoreFn
-    check: Callable[[Selection, Cut], None] | None = None
-    of_groups: bool = True
+    of_groups: bool = False
 
-    def __call__(self, problem: Problem) -> PyTree:
-        return self.function(problem)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.of_groups, bool):
+            raise TypeError(f"of_groups must be a bool, got {type(self.of_groups).__name__}.")
+
+
+@dataclass(frozen=True)
+class _CheckedScore(Score):
+    """A score that fits some patterns and blocks only.
+
+    Attributes:
+        check: ``check(selection, blocks)`` raises a ValueError if they do not fit.
+    """
+
+    check: Callable[[Selection, FisherBlocks], None] = field(kw_only=True)
 
 
 def _magnitude_score(problem: Problem) -> PyTree:
     single = _magnitude(problem.weights, None)
-    if not (problem.selection.has_groups and problem.selection.pattern.goes_whole):
+    if not (problem.has_groups and problem.pattern.prunes_whole_groups):
         return problem.combine(single)
     return _roots(problem.combine(_squares(single)))
 
@@ -187,13 +230,13 @@ def _roots(tree: PyTree) -> PyTree:
 def _obd_score(problem: Problem) -> PyTree:
     rows = check_columns(problem.rows, "score='obd'")
     squares, n = rows.column_square_sums(), rows.num_rows
-    return problem.combine(_obd(problem.weights, None, squares, problem.damping, num_rows=n))
+    return _obd(problem.weights, None, squares, problem.damping, num_rows=n)
 
 
 def _mfac_score(problem: Problem) -> PyTree:
-    if not problem.selection.has_groups:
+    if not problem.has_groups:
         return _saliency(problem.weights, None, problem.diagonal)
-    return problem.map_groups(_Cost(problem.selection.pattern))
+    return problem.map_groups(_Cost(problem.pattern))
 
 
 @dataclass(frozen=True)
@@ -205,19 +248,18 @@ class _Cost:
     def __call__(
         self, blocks: GroupBlocks, weights: Float[Array, "*b g"], alive: Bool[Array, "*b g"]
     ) -> Float[Array, "*b g"]:
-        return self.pattern.cost(blocks, weights, alive)
+        costs = self.pattern.cost(blocks, weights, alive)
+        return check_group_scores(costs, weights, "cost", self.pattern)
 
 
 def _greedy_score(problem: Problem) -> PyTree:
-    pattern = problem.selection.pattern
-    size = pattern.group_size or 1
-    records = _Records(size, pattern.greedy_quota)
-    return problem.inverse.group_blocks(None, records, problem.weights, problem.mask)
+    size, quota = problem.pattern.group_size or 1, problem.pattern.greedy_quota
+    return problem.map_blocks(_GreedyScores(size, quota))
 
 
 @dataclass(frozen=True)
-class _Records:
-    """The scores of greedy removal in a batch of blocks; see :func:`greedy_records`."""
+class _GreedyScores:
+    """:func:`greedy_scores` of a batch of blocks, as a value."""
 
     size: int
     quota: int | None
@@ -228,83 +270,69 @@ class _Records:
         side = weights.shape[-1]
         flat = (part.reshape(-1, side) for part in (weights, alive, blocks.floor))
         inverse = blocks.matrix.reshape(-1, side, side)
-        found = greedy_records(inverse, *flat, size=self.size, quota=self.quota)
+        found = greedy_scores(inverse, *flat, size=self.size, quota=self.quota)
         return found.reshape(weights.shape)
 
 
-def _check_groups_in_blocks(selection: Selection, cut: Cut) -> None:
+def _check_groups_in_blocks(selection: Selection, blocks: FisherBlocks) -> None:
     pattern, size = selection.pattern, selection.pattern.group_size
-    if size is None and not (cut.blocks is None or cut.blocks == "leaf"):
+    if size is None and not (blocks.given is None or blocks.given == "leaf"):
         raise ValueError(
             f"the groups of {pattern} do not fit into blocks smaller than a leaf: "
-            f"expected blocks=None or blocks='leaf', got blocks={cut.blocks!r}."
+            f"expected blocks=None or blocks='leaf', got blocks={blocks.given!r}."
         )
-    if size is not None and any(run.size % size for run in cut.runs):
+    if size is not None and any(run.size % size for run in blocks.runs):
         raise ValueError(
             f"blocks must hold whole groups of {pattern}: expected sizes that are multiples "
-            f"of {size}, got blocks={cut.blocks!r}."
+            f"of {size}, got blocks={blocks.given!r}."
         )
 
 
-def _check_greedy(selection: Selection, cut: Cut) -> None:
-    _check_groups_in_blocks(selection, cut)
-    if not selection.pattern.is_greedy:
+def _check_greedy(selection: Selection, blocks: FisherBlocks) -> None:
+    _check_groups_in_blocks(selection, blocks)
+    if not selection.pattern.supports_greedy:
         raise ValueError(
             f"score='greedy' does not know the rule of {selection.pattern}: it overrides combine "
             "or cost: expected score='mfac', or a pattern with a greedy_quota."
         )
-    largest = max((run.size for run in cut.runs), default=0)
+    largest = max((run.size for run in blocks.runs), default=0)
     if selection.pattern.group_size is None or largest > LARGEST_GREEDY:
         raise ValueError(
             "score='greedy' removes weight by weight inside blocks of at most "
-            f"{LARGEST_GREEDY} weights, got blocks={cut.blocks!r} with {selection.pattern}; "
+            f"{LARGEST_GREEDY} weights, got blocks={blocks.given!r} with {selection.pattern}; "
             "blocks=128 is a good choice."
         )
 
 
 SCORES: dict[str, Score] = {
-    "mfac": Score(_mfac_score, _check_groups_in_blocks),
-    "greedy": Score(_greedy_score, _check_greedy),
-    "obd": Score(_obd_score),
-    "magnitude": Score(_magnitude_score),
+    "mfac": _CheckedScore(_mfac_score, True, True, check=_check_groups_in_blocks),
+    "greedy": _CheckedScore(_greedy_score, True, True, check=_check_greedy),
+    "obd": Score(_obd_score, reads_columns=True),
+    "magnitude": Score(_magnitude_score, of_groups=True),
 }
 
 
-def as_score(score: str | ScoreFn) -> ScoreFn:
-    """The built-in score of a name, or the caller's own function.
-
-    Raises:
-        TypeError: ``score`` is neither a name nor a function.
-        ValueError: no score has this name.
-    """
-    return _checks.named(score, "score", SCORES)
+def as_score(score: str | ScoreFn | Score) -> Score:
+    """The built-in score of a name, or the caller's own score; see :func:`as_kind`."""
+    return as_kind(score, "score", SCORES, Score)
 
 
-def check_score(score: ScoreFn, selection: Selection, cut: Cut) -> None:
+def check_score(score: Score, selection: Selection, blocks: FisherBlocks) -> None:
     """Checks that the blocks and the pattern fit the score.
 
     Raises:
         ValueError: they do not fit.
     """
-    check = getattr(score, "check", None)
-    if check is not None:
-        check(selection, cut)
+    if isinstance(score, _CheckedScore):
+        score.check(selection, blocks)
 
 
-def scores_of(score: ScoreFn, problem: Problem) -> PyTree:
+def scores_of(score: Score, problem: Problem) -> PyTree:
     """The scores of groups, a tree like the parameters.
 
     Raises:
         ValueError: the caller's own score returns another structure or shape.
         TypeError: it does not return real numbers.
     """
-    found = score(problem)
-    layout = problem.rows.layout
-    name = getattr(score, "__name__", type(score).__name__)
-    found = jax.tree.unflatten(layout.treedef, layout.check(found, f"what {name} returns: scores"))
-    return found if getattr(score, "of_groups", False) else problem.combine(found)
-
-
-def name_of(value: Any) -> str:
-    """The name of a score or an update in reports."""
-    return value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
+    found = call(score, problem.rows.layout, "scores", problem)
+    return found if score.of_groups else problem.combine(found)

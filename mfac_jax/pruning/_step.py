@@ -13,15 +13,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax import _checks
 from mfac_jax._layout import PyTree
-from mfac_jax.pruning._blocks import WithinOutputs, cut
-from mfac_jax.pruning._budgets import Target, target_of
+from mfac_jax.inverse._inverse import products_suffice
+from mfac_jax.pruning._blocks import FisherBlocks, WithinOutputs, cut_into_blocks
 from mfac_jax.pruning._finite import check_finite, check_finite_gradients
+from mfac_jax.pruning._functions import name_of
 from mfac_jax.pruning._masks import choose, num_pruned
 from mfac_jax.pruning._problem import Grams, Problem
 from mfac_jax.pruning._scope import Scope, Selection, check_scope
-from mfac_jax.pruning._scores import ScoreFn, as_score, check_score, scores_of
-from mfac_jax.pruning._updates import UpdateFn, as_update, curvature_along, delta_of
-from mfac_jax.rows import Blocks, GradientRows, check_rows
+from mfac_jax.pruning._scores import Score, ScoreFn, as_score, check_score, scores_of
+from mfac_jax.pruning._targets import Target, target_of
+from mfac_jax.pruning._updates import Update, UpdateFn, as_update, curvature_along, delta_of
+from mfac_jax.rows import Blocks, GradientRows, Partition
+from mfac_jax.rows._base import check_columns, check_rows
 
 
 class PruneInfo(NamedTuple):
@@ -57,8 +60,8 @@ def prune_step(
     sparsity: ArrayLike | PyTree,
     *,
     damping: ArrayLike,
-    score: str | ScoreFn = "mfac",
-    update: str | UpdateFn = "joint",
+    score: str | ScoreFn | Score = "mfac",
+    update: str | UpdateFn | Update = "joint",
     blocks: Blocks | WithinOutputs = None,
     step_scale: ArrayLike = 1.0,
     scope: Scope = Scope(),  # noqa: B008  (immutable)
@@ -88,11 +91,11 @@ def prune_step(
             - ``"obd"``: the weights of least :func:`obd_saliency`;
             - ``"magnitude"``: the smallest weights;
             - a function ``score(problem)`` of a :class:`Problem` that returns a tree like
-              ``params``; the lowest scores go first.
+              ``params``, or a :class:`Score`; the lowest scores go first.
         update: how the weights that stay compensate: ``"joint"`` for :func:`joint_update`,
             ``"reference"`` for :func:`reference_update`, ``"none"`` for no update; or a function
             ``update(problem, kept)`` that returns the changes of the weights that stay, a tree
-            like ``params``.
+            like ``params``; or an :class:`Update`.
         blocks: the blocks of the Fisher: None for one block of all prunable weights, an int for
             blocks of that size, ``"leaf"`` for one block in each parameter,
             :class:`WithinOutputs` for blocks that do not cross the end of an output, or sizes
@@ -108,8 +111,9 @@ def prune_step(
         pruned weight; and a :class:`PruneInfo`.
 
     Raises:
-        TypeError: a leaf is not real floating point, the mask is not boolean, or an
-            argument has the wrong type.
+        TypeError: a leaf is not real floating point, the mask is not boolean, an argument has
+            the wrong type, or ``score``, ``update`` or ``blocks`` need columns that the rows
+            cannot read.
         ValueError: ``params`` or ``mask`` do not fit the rows, ``sparsity`` lies
             outside [0, 1], below what is pruned already or above what the pattern or the
             layers allow, ``damping`` is not positive, a name is unknown, the blocks do not
@@ -142,44 +146,63 @@ def prune_step(
     masks = rows.layout.check_mask(mask)
     _checks.positive_scalar(damping, "damping")
     _checks.scalar(step_scale, "step_scale")
-    score, update = as_score(score), as_update(update)
     selection = scope.select(params)
-    pieces = cut(blocks, selection)
-    check_score(score, selection, pieces)
+    fisher_blocks = cut_into_blocks(blocks, selection)
+    check_score(as_score(score), selection, fisher_blocks)
+    for reader in column_readers(score, update, fisher_blocks, rows):
+        check_columns(rows, reader)
     whole_mask = jax.tree.unflatten(rows.layout.treedef, masks)
     alive = selection.leaves(whole_mask)
     target = target_of(sparsity, scope, selection, alive)
     lam = jnp.asarray(damping).astype(rows.dtype)
     mask = selection.mask(alive)
-    problem = Problem(params, mask, rows, lam, selection, pieces, Grams(rows))
-    kept, good = new_mask(problem, score, target, keep_layers=not scope.allow_empty_layers)
-    delta = delta_of(update, problem, kept)
-    info = info_of(problem, kept, delta)
+    problem = Problem(params, mask, rows, lam, selection, fisher_blocks, Grams(rows))
+    keep_layers = not scope.allow_empty_layers
+    kept, good = new_mask(problem, selection, as_score(score), target, keep_layers=keep_layers)
+    delta = delta_of(as_update(update), problem, kept)
+    info = info_of(problem, selection, kept, delta)
     scale = jnp.asarray(step_scale, rows.dtype)
     new, kept, info = _take(selection, params, mask, kept, delta, scale, info, good)
     if not isinstance(info.accepted, jax.core.Tracer) and not bool(info.accepted):
         check_finite(selection.leaves(params), selection.names, "params")
-        check_finite_gradients(rows)
+        check_finite_gradients(rows, "rows")
     return new, selection.tree(selection.leaves(kept), whole_mask), info
 
 
 def new_mask(
-    problem: Problem, score: ScoreFn, target: Target, *, keep_layers: bool
+    problem: Problem, selection: Selection, score: Score, target: Target, *, keep_layers: bool
 ) -> tuple[PyTree, Bool[Array, ""]]:
     """The mask of the weights that stay, and whether all weights that go have finite scores."""
     return choose(
         scores_of(score, problem),
         problem.mask,
         target.counts,
-        problem.selection,
+        selection,
         costs=target.costs,
         keep_layers=keep_layers,
     )
 
 
-def info_of(problem: Problem, kept: PyTree, delta: PyTree) -> PruneInfo:
+def column_readers(
+    score: str | ScoreFn | Score,
+    update: str | UpdateFn | Update,
+    blocks: FisherBlocks,
+    rows: GradientRows,
+) -> list[str]:
+    """What of a step reads columns of the gradients, as the caller gave it."""
+    found = []
+    if as_score(score).reads_columns:
+        found.append(f"score={name_of(score)!r}")
+    if as_update(update).reads_columns:
+        found.append(f"update={name_of(update)!r}")
+    if not products_suffice(rows, Partition(None, blocks.runs)):
+        whole = f"one block of at most n={rows.num_rows} weights"
+        found.append(whole if blocks.given is None else f"blocks={blocks.given!r}")
+    return found
+
+
+def info_of(problem: Problem, selection: Selection, kept: PyTree, delta: PyTree) -> PruneInfo:
     """The norms of an update, and the rise of the loss that the model predicts for it."""
-    selection = problem.selection
     curvature = curvature_along(delta, problem.rows, problem.blocks)
     return _info(selection.leaves(kept), selection.leaves(delta), curvature, problem.damping)
 

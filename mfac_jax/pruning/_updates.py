@@ -16,14 +16,16 @@ and ``x = v / lambda``. Neither subtracts anything.
 
 An update is a function ``update(problem, kept) -> changes`` of a
 :class:`mfac_jax.pruning.Problem` and a mask of the weights that stay. It returns a tree like the
-parameters, whose entries are added to the weights that stay. Its other entries are not used.
-:data:`UPDATES` holds the updates that have a name.
+parameters, whose entries are added to the weights that stay. Its other entries are not used. An
+:class:`Update` also says what the function needs. :data:`UPDATES` holds the updates that have a
+name.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +34,12 @@ from jaxtyping import Array, Float
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.inverse import fisher_inverse, is_scanned
-from mfac_jax.pruning._problem import Problem
-from mfac_jax.rows import Blocks, GradientRows, Partition, check_columns, check_rows, partition
+from mfac_jax.inverse import fisher_inverse
+from mfac_jax.inverse._inverse import products_suffice
+from mfac_jax.pruning._functions import ProblemFunction, as_kind, call
+from mfac_jax.pruning._problem import Problem, removed_weights
+from mfac_jax.rows import Blocks, GradientRows, Partition, partition
+from mfac_jax.rows._base import check_columns, check_rows
 
 UpdateFn = Callable[[Problem, PyTree], PyTree]
 
@@ -81,9 +86,9 @@ def joint_update(
         Array([ 0.8, -1. ], dtype=float32)
     """
     alive, kept = _masks(params, rows, mask, new_mask)
-    gone = _gone(params, alive, kept, dtype=rows.dtype)
+    removed = removed_weights(params, alive, kept, dtype=rows.dtype)
     inverse = fisher_inverse(rows, damping, mask=kept, blocks=blocks)
-    return as_delta(inverse.compensate(gone), gone, kept)
+    return as_delta(inverse.compensate(removed), removed, kept)
 
 
 def reference_update(
@@ -105,10 +110,10 @@ def reference_update(
     :func:`prune_step` does. Here blocks hold consecutive weights, alive and pruned.
     """
     alive, kept = _masks(params, rows, mask, new_mask)
-    gone = _gone(params, alive, kept, dtype=rows.dtype)
+    removed = removed_weights(params, alive, kept, dtype=rows.dtype)
     inverse = fisher_inverse(rows, damping, mask=alive, blocks=blocks)
-    excess = _excess(gone, inverse.diagonal(), inverse.damping)
-    return as_delta(inverse.compensate(excess), gone, kept)
+    excess = _excess(removed, inverse.diagonal(), inverse.damping)
+    return as_delta(inverse.compensate(excess), removed, kept)
 
 
 def removal(params: PyTree, mask: PyTree, new_mask: PyTree) -> PyTree:
@@ -159,7 +164,7 @@ def predicted_loss_increase(
 
 def curvature_along(delta: PyTree, rows: GradientRows, blocks: Partition) -> Float[Array, ""]:
     """``delta^T (G^T G / n) delta``, whole or in blocks."""
-    if is_scanned(rows, blocks):
+    if products_suffice(rows, blocks):
         return _mean_square(rows.dots(delta), num_rows=rows.num_rows)
     squares = check_columns(rows, "blocks").map_blocks(blocks, _block_squares, delta)
     return _mean(squares, num_rows=rows.num_rows)
@@ -200,64 +205,68 @@ def _masks(
     return tuple(jax.tree.unflatten(layout.treedef, leaves) for leaves in (alive, both))
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _gone(params: PyTree, alive: PyTree, kept: PyTree, *, dtype: jnp.dtype) -> PyTree:
-    """The weights to prune, 0 elsewhere."""
-
-    def of_leaf(a: Array, k: Array, w: Array) -> Array:
-        return jnp.where(a & ~k, w.astype(dtype), jnp.zeros((), dtype))
-
-    leaves = zip(*map(jax.tree.leaves, (alive, kept, params)), strict=True)
-    return jax.tree.unflatten(jax.tree.structure(alive), [of_leaf(*leaf) for leaf in leaves])
-
-
 @jax.jit
-def as_delta(changes: PyTree, gone: PyTree, kept: PyTree) -> PyTree:
+def as_delta(changes: PyTree, removed: PyTree, kept: PyTree) -> PyTree:
     """``delta``: the changes of the weights that stay, and ``-w`` for the weights that go."""
-    return jax.tree.map(lambda m, g, k: jnp.where(k, m.astype(g.dtype), -g), changes, gone, kept)
+    return jax.tree.map(lambda m, w, k: jnp.where(k, m.astype(w.dtype), -w), changes, removed, kept)
 
 
 @jax.jit
-def _excess(gone: PyTree, diagonal: PyTree, damping: Float[Array, ""]) -> PyTree:
+def _excess(removed: PyTree, diagonal: PyTree, damping: Float[Array, ""]) -> PyTree:
     # -F^-1 v on S, where v is 0, is the compensation over all alive weights for v / lambda.
-    return jax.tree.map(lambda w, d: w / (d * damping), gone, diagonal)
+    return jax.tree.map(lambda w, d: w / (d * damping), removed, diagonal)
+
+
+@dataclass(frozen=True)
+class Update(ProblemFunction):
+    """An update, and what a step must know of it before it takes gradients.
+
+    A function ``update(problem, kept)`` of your own is the same as ``Update(update)``.
+
+    Attributes:
+        function: ``function(problem, kept)`` of a :class:`Problem` and the mask of the weights
+            that stay returns the changes of the weights, a tree like the parameters. Only the
+            changes of weights that stay are used.
+        reads_columns: whether the function reads columns of the gradients even if the Fisher is
+            whole, as :attr:`Problem.diagonal` does. If the gradients have no columns to read,
+            there is then an error before any work.
+
+    Raises:
+        TypeError: an attribute has another type.
+    """
 
 
 def _joint(problem: Problem, kept: PyTree) -> PyTree:
-    return problem.inverse_over(kept).compensate(problem.gone(kept))
+    return problem.inverse_over(kept).compensate(problem.removed(kept))
 
 
 def _reference(problem: Problem, kept: PyTree) -> PyTree:
-    excess = _excess(problem.gone(kept), problem.diagonal, problem.damping)
+    excess = _excess(problem.removed(kept), problem.diagonal, problem.damping)
     return problem.inverse.compensate(excess)
 
 
 def _none(problem: Problem, kept: PyTree) -> PyTree:
-    return problem.gone(kept)  # 0 on the weights that stay
+    return problem.removed(kept)  # 0 on the weights that stay
 
 
-UPDATES: dict[str, UpdateFn] = {"joint": _joint, "reference": _reference, "none": _none}
+UPDATES: dict[str, Update] = {
+    "joint": Update(_joint),
+    "reference": Update(_reference, reads_columns=True),
+    "none": Update(_none),
+}
 
 
-def as_update(update: str | UpdateFn) -> UpdateFn:
-    """The built-in update of a name, or the caller's own function.
-
-    Raises:
-        TypeError: ``update`` is neither a name nor a function.
-        ValueError: no update has this name.
-    """
-    return _checks.named(update, "update", UPDATES)
+def as_update(update: str | UpdateFn | Update) -> Update:
+    """The built-in update of a name, or the caller's own update; see :func:`as_kind`."""
+    return as_kind(update, "update", UPDATES, Update)
 
 
-def delta_of(update: UpdateFn, problem: Problem, kept: PyTree) -> PyTree:
+def delta_of(update: Update, problem: Problem, kept: PyTree) -> PyTree:
     """``delta`` for the weights that stay, a tree like the parameters.
 
     Raises:
         ValueError: the caller's own update returns another structure or shape.
         TypeError: it does not return real numbers.
     """
-    layout = problem.rows.layout
-    name = getattr(update, "__name__", type(update).__name__)
-    changes = layout.check(update(problem, kept), f"what {name} returns: changes")
-    tree = jax.tree.unflatten(layout.treedef, changes)
-    return as_delta(tree, problem.gone(kept), kept)
+    changes = call(update, problem.rows.layout, "changes", problem, kept)
+    return as_delta(changes, problem.removed(kept), kept)

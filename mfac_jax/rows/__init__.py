@@ -9,19 +9,11 @@ rows; nothing else in the library changes.
 """
 
 from mfac_jax._layout import Layout
-from mfac_jax.rows._base import (
-    ColumnRows,
-    GradientRows,
-    WritableRows,
-    check_columns,
-    check_rows,
-    check_writable,
-    is_small_enough,
-)
+from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows, is_small_enough
 from mfac_jax.rows._dense import DenseRows
 from mfac_jax.rows._partition import BlockRun, Blocks, Partition, partition
 from mfac_jax.rows._stacked import StackedRows
-from mfac_jax.rows._storage import Dense, Storage, as_rows, check_storage
+from mfac_jax.rows._storage import Dense, Storage, as_rows
 
 __all__ = [
     "BlockRun",
@@ -36,10 +28,6 @@ __all__ = [
     "Storage",
     "WritableRows",
     "as_rows",
-    "check_columns",
-    "check_rows",
-    "check_storage",
-    "check_writable",
     "is_small_enough",
     "partition",
 ]

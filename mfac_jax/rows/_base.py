@@ -2,7 +2,7 @@
 
 All rows compute products (:class:`GradientRows`). Writing (:class:`WritableRows`) and access to
 columns (:class:`ColumnRows`) are optional. An algorithm that needs one of them calls
-:func:`check_writable` or :func:`check_columns`.
+``check_writable`` or ``check_columns``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax._layout import Layout, PyTree
@@ -28,10 +29,20 @@ Writable = TypeVar("Writable", bound="WritableRows")
 
 
 class GradientRows(abc.ABC):
-    """``m`` gradients ``g_1 .. g_m`` in R^d, the rows of ``G``; an immutable pytree.
+    """``m`` gradients ``g_1 .. g_m`` in R^d, the rows of ``G``; immutable.
 
     A vector of R^d is a tree with the structure of the parameters. Results are in the
     accumulation dtype, which is float32 at least.
+
+    Rows that ``jit`` can trace are a pytree, usually a frozen dataclass under
+    ``jax.tree_util.register_dataclass``. Keep ``layout`` as a child, not as static metadata, and
+    all other fields that are not arrays static. A layout is a node without leaves:
+    ``optax.tree.map_params`` puts a placeholder in its place, and then maps leaves that lie as
+    the parameters do; a checkpoint restores the arrays around it. The placeholder is no
+    ``Layout``, so annotate the field as ``Any`` if annotations are checked.
+
+    Other rows, such as rows in the memory of the host, set ``is_traceable`` to false and need not
+    be a pytree. Their methods run outside of ``jit``.
 
     Attributes:
         layout: the parameters that the gradients belong to.
@@ -48,6 +59,11 @@ class GradientRows(abc.ABC):
     @abc.abstractmethod
     def dtype(self) -> jnp.dtype:
         """The accumulation dtype, which is also the dtype of every n x n quantity."""
+
+    @property
+    def is_traceable(self) -> bool:
+        """Whether ``jit`` can trace the rows. If so, defaults of methods run as one program."""
+        return True
 
     @abc.abstractmethod
     def dots(self, vector: PyTree) -> Float[Array, " m"]:
@@ -76,14 +92,18 @@ class GradientRows(abc.ABC):
     def products(self, other: GradientRows, mask: PyTree | None = None) -> Float[Array, "m k"]:
         """``G H^T`` for other gradients ``H`` of the same parameters.
 
-        Rows that ``jit`` cannot trace must override this method.
+        The default combines one row of ``G`` after another and multiplies ``H`` by it.
 
         Args:
             other: ``H``.
             mask: a tree of booleans like the parameters; the products run over the coordinates
                 where it is true.
         """
-        return _products(self, other, None if mask is None else jax.tree.leaves(mask))
+        keep = None if mask is None else self.layout.check_mask(mask)
+        if self.is_traceable and other.is_traceable:
+            return _products(self, other, keep)
+        units = np.eye(self.num_rows, dtype=self.dtype)
+        return jnp.stack([_products_of_row(self, other, keep, jnp.asarray(u)) for u in units])
 
     def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> GradientRows:
         """``M G``, stored as dense rows in the accumulation dtype.
@@ -96,7 +116,11 @@ class GradientRows(abc.ABC):
         from mfac_jax.rows._dense import DenseRows
 
         del lower
-        return DenseRows(jax.vmap(self.combine)(matrix), self.layout, len(matrix), "leaf")
+        if self.is_traceable:
+            blocks = jax.vmap(self.combine)(matrix)
+        else:
+            blocks = jax.tree.map(lambda *x: jnp.stack(x), *map(self.combine, matrix))
+        return DenseRows(blocks, self.layout, len(matrix), "leaf")
 
 
 class WritableRows(GradientRows):
@@ -139,7 +163,8 @@ class WritableRows(GradientRows):
     ) -> tuple[Writable, Bool[Array, " k"]]:
         """Writes the first ``count`` of k stacked gradients to ``rows[first : first + count]``.
 
-        Outside ``jit`` these rows are donated, so use the returned rows.
+        Outside ``jit`` these rows are donated, so use the returned rows. Rows that ``jit`` cannot
+        trace override this method.
 
         Args:
             first: the first row, at least 0.
@@ -169,6 +194,7 @@ class ColumnRows(GradientRows):
         function: Callable[..., Any],
         *vectors: PyTree,
         constants: PyTree = (),
+        by_run: bool = False,
     ) -> Any:
         """Applies ``function`` to all blocks of a partition, some at a time.
 
@@ -185,14 +211,26 @@ class ColumnRows(GradientRows):
                 with blocks of such coordinates.
             vectors: trees like the parameters, of numbers or booleans.
             constants: arrays that every call receives whole.
+            by_run: return the results as they are, for each run of blocks. The function may then
+                return any pytree of arrays (b, ...).
 
         Returns:
             For a result with one number for each coordinate, a tree like the parameters; it is 0
             (or false) at coordinates outside all blocks. For a result with one number for each
-            block, an array in the order of the blocks.
+            block, an array in the order of the blocks. With ``by_run``, a tuple with the result
+            of all blocks of each run.
+
+        Raises:
+            ValueError: a vector does not fit, or ``by_run`` is set for blocks that are not of
+                consecutive coordinates.
         """
+        if by_run and partition.order is not None:
+            raise ValueError(
+                "by_run needs blocks of consecutive coordinates, got a partition with an order."
+            )
         leaves = tuple(_leaves(self.layout, vector) for vector in vectors)
-        return _map_blocks(self, partition, leaves, constants, function=function)
+        mapped = _map_blocks if self.is_traceable else map_columns
+        return mapped(self, partition, function, leaves, tuple(constants), by_run=by_run)
 
     def column_square_sums(
         self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
@@ -207,6 +245,22 @@ class ColumnRows(GradientRows):
         constants = () if matrix is None else (matrix,)
         pieces = pieces_of(self.layout.size, self.num_rows)
         return self.map_blocks(pieces, _square_sums, constants=constants)
+
+    def both_column_square_sums(
+        self, matrix: Float[Array, "k m"], *, lower: bool = False
+    ) -> tuple[PyTree, PyTree]:
+        """:meth:`column_square_sums` without and with a matrix, in one pass over the gradients.
+
+        Args:
+            matrix: ``M``.
+            lower: whether ``M`` is lower triangular, which can save time.
+
+        Returns:
+            ``diag(G^T G)`` and ``diag((M G)^T (M G))``.
+        """
+        del lower
+        pieces = pieces_of(self.layout.size, self.num_rows)
+        return self.map_blocks(pieces, _both_square_sums, constants=(matrix,))
 
 
 def _leaves(layout: Layout, vector: PyTree) -> tuple[Array, ...]:
@@ -224,21 +278,39 @@ def _square_sums(
     return jnp.sum(batch * batch, axis=1)
 
 
+def _both_square_sums(
+    batch: Float[Array, "b n B"], matrix: Float[Array, "k n"]
+) -> tuple[Float[Array, "b B"], Float[Array, "b B"]]:
+    return _square_sums(batch), _square_sums(batch, matrix)
+
+
+def _products_of_row(
+    first: GradientRows,
+    second: GradientRows,
+    mask: list[Array] | None,
+    unit: Float[Array, " m"],
+) -> Float[Array, " k"]:
+    """``H g`` for the row ``g`` of the first that ``unit`` selects, over a mask."""
+    leaves = jax.tree.leaves(first.combine(unit))
+    if mask is not None:
+        leaves = _where(mask, leaves)
+    return second.dots(jax.tree.unflatten(second.layout.treedef, leaves))
+
+
+@jax.jit
+def _where(mask: list[Array], leaves: list[Array]) -> list[Array]:
+    pairs = zip(mask, leaves, strict=True)
+    return [jnp.where(keep, leaf, jnp.zeros_like(leaf)) for keep, leaf in pairs]
+
+
 @jax.jit
 def _products(
     first: GradientRows, second: GradientRows, mask: list[Array] | None
 ) -> Float[Array, "m k"]:
     """``G H^T`` from products only, some rows of the first at a time."""
-
-    def row(unit: Float[Array, " m"]) -> Float[Array, " k"]:
-        leaves = jax.tree.leaves(first.combine(unit))
-        if mask is not None:
-            pairs = zip(leaves, mask, strict=True)
-            leaves = [jnp.where(keep, leaf, jnp.zeros_like(leaf)) for leaf, keep in pairs]
-        return second.dots(jax.tree.unflatten(second.layout.treedef, leaves))
-
+    of_row = functools.partial(_products_of_row, first, second, mask)
     units = jnp.eye(first.num_rows, dtype=first.dtype)
-    return jax.lax.map(row, units, batch_size=min(_ROWS_AT_A_TIME, first.num_rows))
+    return jax.lax.map(of_row, units, batch_size=min(_ROWS_AT_A_TIME, first.num_rows))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -257,16 +329,7 @@ def _write_rows(
     return jax.lax.fori_loop(0, count, write, (rows, jnp.ones(length, bool)))
 
 
-@functools.partial(jax.jit, static_argnames="function")
-def _map_blocks(
-    rows: ColumnRows,
-    partition: Partition,
-    vectors: tuple[tuple[Array, ...], ...],
-    constants: PyTree,
-    *,
-    function: Callable[..., Any],
-) -> Any:
-    return map_columns(rows, partition, function, vectors, tuple(constants))
+_map_blocks = jax.jit(map_columns, static_argnames=("function", "by_run"))
 
 
 def is_small_enough(square: Float[Array, ""], num_rows: int) -> Bool[Array, ""]:

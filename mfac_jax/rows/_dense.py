@@ -18,7 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mfac_jax import kernels
 from mfac_jax._layout import PyTree
-from mfac_jax.rows._base import ColumnRows, WritableRows, is_small_enough
+from mfac_jax.kernels._xla import MAX_TILE, accumulation_dtype, set_row
+from mfac_jax.kernels._xla import products as products_of_blocks
+from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows, is_small_enough
 
 # The width of a tile is a multiple of this, as the vector units of GPUs and TPUs require.
 _ALIGNMENT = 128
@@ -42,7 +44,7 @@ class DenseRows(WritableRows, ColumnRows):
         blocks: ``G``. Flat packing: one array (t, m, k) of t tiles with ``t k >= d``. Leaf
             packing: a tree like the parameters with leaves ``(m, *shape)``. Float32,
             bfloat16, float64 or float16.
-        layout: the parameters that the gradients belong to (static).
+        layout: the parameters that the gradients belong to.
         num_rows: ``m`` (static).
         packing: ``"flat"`` or ``"leaf"`` (static).
         implementation: which implementation the scans use; None for the best one on each
@@ -50,8 +52,7 @@ class DenseRows(WritableRows, ColumnRows):
     """
 
     blocks: PyTree
-    # A Layout. It is a node of the tree, because optax.tree.map_params and orbax replace it.
-    layout: Any
+    layout: Any  # a Layout, or what optax.tree.map_params puts in its place
     num_rows: int = field(metadata={"static": True})
     packing: str = field(metadata={"static": True})
     implementation: str | None = field(metadata={"static": True}, default=None)
@@ -59,7 +60,7 @@ class DenseRows(WritableRows, ColumnRows):
     @property
     def dtype(self) -> jnp.dtype:
         """The accumulation dtype."""
-        dtypes = [kernels.accumulation_dtype(block.dtype) for block in jax.tree.leaves(self.blocks)]
+        dtypes = [accumulation_dtype(block.dtype) for block in jax.tree.leaves(self.blocks)]
         return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
     def put(
@@ -76,7 +77,7 @@ class DenseRows(WritableRows, ColumnRows):
     def write(self, row: Int[Array, ""], gradient: PyTree) -> tuple[DenseRows, Bool[Array, ""]]:
         pieces, accepted = self._gradient(gradient)
         written = [
-            kernels.set_row(block, row, piece, accepted)
+            set_row(block, row, piece, accepted)
             for block, piece in zip(self._tiles(), pieces, strict=True)
         ]
         return self._with(written), accepted
@@ -109,6 +110,11 @@ class DenseRows(WritableRows, ColumnRows):
     def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
         return _gram(self, None if mask is None else tuple(self.layout.check_mask(mask)))
 
+    def products(self, other: GradientRows, mask: PyTree | None = None) -> Float[Array, "m k"]:
+        if not isinstance(other, DenseRows) or other.packing != self.packing:
+            return super().products(other, mask)
+        return _products(self, other, None if mask is None else tuple(self.layout.check_mask(mask)))
+
     def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> DenseRows:
         return _transform(self, matrix, lower=lower)
 
@@ -116,6 +122,11 @@ class DenseRows(WritableRows, ColumnRows):
         self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
     ) -> PyTree:
         return _column_square_sums(self, matrix, lower=lower)
+
+    def both_column_square_sums(
+        self, matrix: Float[Array, "k m"], *, lower: bool = False
+    ) -> tuple[PyTree, PyTree]:
+        return _both_column_square_sums(self, matrix, lower=lower)
 
     def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
         if self.packing == "flat":
@@ -229,6 +240,19 @@ def _gram(rows: DenseRows, mask: tuple[Array, ...] | None) -> Float[Array, "m m"
     return rows._total(terms, (rows.num_rows, rows.num_rows))
 
 
+@jax.jit
+def _products(
+    rows: DenseRows, other: DenseRows, mask: tuple[Array, ...] | None
+) -> Float[Array, "m k"]:
+    tiles = rows._tiles()
+    masks: list[Any] = [None] * len(tiles)
+    if mask is not None:
+        masks = rows._cut(mask, jnp.dtype(bool))
+    triples = zip(tiles, other._tiles(), masks, strict=True)
+    terms = [products_of_blocks(*triple) for triple in triples]
+    return rows._total(terms, (rows.num_rows, other.num_rows))
+
+
 @functools.partial(jax.jit, static_argnames="lower")
 def _transform(rows: DenseRows, matrix: Float[Array, "k m"], *, lower: bool) -> DenseRows:
     moved = [
@@ -243,6 +267,14 @@ def _column_square_sums(
 ) -> PyTree:
     sums = [kernels.column_square_sums(tile, matrix, lower=lower) for tile in rows._tiles()]
     return rows._tree(sums)
+
+
+@functools.partial(jax.jit, static_argnames="lower")
+def _both_column_square_sums(
+    rows: DenseRows, matrix: Float[Array, "k m"], *, lower: bool
+) -> tuple[PyTree, PyTree]:
+    # One program; each of the two forms reads the gradients in its own order.
+    return rows.column_square_sums(), rows.column_square_sums(matrix, lower=lower)
 
 
 @jax.jit
@@ -315,7 +347,7 @@ def tiles_of(matrix: Float[Array, "m d"]) -> Float[Array, "t m k"]:
 
 def tiling(size: int) -> tuple[int, int]:
     """The number and the width of the tiles of ``size`` columns."""
-    count = max(-(-size // kernels.MAX_TILE), 1)
+    count = max(-(-size // MAX_TILE), 1)
     if count == 1:
         return 1, size
     return count, -(-size // (count * _ALIGNMENT)) * _ALIGNMENT

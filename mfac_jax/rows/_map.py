@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from mfac_jax._layout import Layout, PyTree
-from mfac_jax.rows._partition import PIECE_ENTRIES, BlockRun, Partition
+from mfac_jax._layout import PyTree
+from mfac_jax.rows._partition import PIECE_ENTRIES, BlockRun, Partition, flat_vector
 
 if TYPE_CHECKING:
     from mfac_jax.rows._base import ColumnRows
@@ -41,8 +42,10 @@ def map_columns(
     function: Callable[..., Any],
     vectors: tuple[tuple[Array, ...], ...],
     constants: tuple[Any, ...],
+    *,
+    by_run: bool,
 ) -> Any:
-    """:meth:`ColumnRows.map_blocks` for rows whose columns are read inside ``jit``.
+    """:meth:`ColumnRows.map_blocks`, traced for rows that ``jit`` can trace.
 
     Args:
         rows: ``G``.
@@ -50,55 +53,51 @@ def map_columns(
         function: as in :meth:`ColumnRows.map_blocks`.
         vectors: the leaves of each vector.
         constants: as in :meth:`ColumnRows.map_blocks`.
+        by_run: as in :meth:`ColumnRows.map_blocks`.
     """
 
-    def call(batch: Float[Array, "b n B"], *parts: Shaped[Array, "b B"]) -> Any:
-        return function(batch, *parts, *constants)
+    def call(batch: Float[Array, "b n B"], parts: list[Shaped[Array, "b B"]], before: Any) -> Any:
+        if rows.is_traceable:
+            return function(after(batch, before), *parts, *constants)
+        # One piece in memory at a time.
+        return jax.block_until_ready(_call(batch, parts, constants, function=function))
 
     flat = [flat_vector(leaves, rows.dtype) for leaves in vectors]
-    if not partition.runs:
-        empty = [jax.ShapeDtypeStruct((1, 1), v.dtype) for v in flat]
-        batch = jax.ShapeDtypeStruct((1, rows.num_rows, 1), rows.dtype)
-        like = jax.eval_shape(call, batch, *empty)
-        results = [jax.tree.map(lambda x: jnp.zeros((0,) * x.ndim, x.dtype), like)]
-    elif partition.order is None:
+    if partition.order is None:
         results = _map_neighbours(rows, partition.runs, call, flat)
     else:
         results = _map_scattered(rows, partition.order, partition.runs, call, flat)
-
-    def joined(*parts: Array) -> PyTree:
-        whole = jnp.concatenate([part.reshape(-1) for part in parts])
-        if parts[0].ndim == 1:
-            return whole
-        return rows.layout.unflatten(placed(whole, partition, rows.layout))
-
-    return jax.tree.map(joined, *results)
-
-
-def flat_vector(leaves: Sequence[Array], dtype: jnp.dtype) -> Shaped[Array, " d"]:
-    """The leaves as one vector of ``dtype``, or of booleans if they are boolean."""
-    wide = [leaf if leaf.dtype == jnp.bool_ else leaf.astype(dtype) for leaf in leaves]
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in wide]) if wide else jnp.zeros(0, dtype)
+    if by_run:
+        return tuple(jax.tree.map(_concatenated, *pieces) for pieces in results)
+    pieces = list(itertools.chain.from_iterable(results))
+    if not pieces:
+        empty = [jax.ShapeDtypeStruct((1, 1), v.dtype) for v in flat]
+        batch = jax.ShapeDtypeStruct((1, rows.num_rows, 1), rows.dtype)
+        like = jax.eval_shape(lambda *args: function(*args, *constants), batch, *empty)
+        pieces = [jax.tree.map(lambda x: jnp.zeros((0,) * x.ndim, x.dtype), like)]
+    return jax.tree.map(lambda *parts: partition.join(parts, rows.layout), *pieces)
 
 
-def placed(values: Shaped[Array, " k"], partition: Partition, layout: Layout) -> Array:
-    """A vector of all coordinates: ``values`` at the places of the partition, 0 elsewhere."""
-    order, runs, d = partition.order, partition.runs, layout.size
-    if order is not None:
-        here = order[_places(runs)] if _has_gaps(runs, order.size) else order
-        return jnp.zeros(d, values.dtype).at[here].set(values, unique_indices=True)
-    if not _has_gaps(runs, d):
-        return values
-    return jnp.zeros(d, values.dtype).at[_places(runs)].set(values, unique_indices=True)
+@functools.partial(jax.jit, static_argnames="function")
+def _call(
+    batch: Float[Array, "b n B"],
+    parts: list[Shaped[Array, "b B"]],
+    constants: tuple[Any, ...],
+    *,
+    function: Callable[..., Any],
+) -> Any:
+    return function(batch, *parts, *constants)
 
 
-def _has_gaps(runs: Sequence[BlockRun], size: int) -> bool:
-    return sum(run.width for run in runs) != size
+def _each(function: Callable[[Any], Any], xs: Shaped[np.ndarray, "p ..."], rows: ColumnRows) -> Any:
+    """The stacked results of ``function`` for every ``x``, in a loop that ``jit`` traces once."""
+    if rows.is_traceable:
+        return lax.map(function, jnp.asarray(xs))
+    return jax.tree.map(lambda *x: jnp.stack(x), *(function(jnp.asarray(x)) for x in xs))
 
 
-def _places(runs: Sequence[BlockRun]) -> Int[np.ndarray, " k"]:
-    parts = [np.arange(run.start, run.start + run.width, dtype=np.int32) for run in runs]
-    return np.concatenate([*parts, np.zeros(0, np.int32)])
+def _concatenated(*parts: Shaped[Array, "_ ..."]) -> Shaped[Array, "b ..."]:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def _piece_size(num_rows: int, run: BlockRun) -> int:
@@ -116,31 +115,34 @@ def _map_neighbours(
     runs: tuple[BlockRun, ...],
     function: Callable[..., Any],
     vectors: Sequence[Shaped[Array, " d"]],
-) -> list[Any]:
-    """Maps blocks whose columns are neighbours, run by run."""
+) -> list[list[Any]]:
+    """Maps blocks whose columns are neighbours; the results of the pieces of each run."""
     n = rows.num_rows
-    results: list[Any] = []
+    results: list[list[Any]] = []
+    latest: Any = None
 
     def piece(start: int | Int[Array, ""], count: int, size: int) -> Any:
         width = count * size
         batch = jnp.moveaxis(rows.columns(start, width).reshape(n, count, size), 1, 0)
         parts = [lax.dynamic_slice_in_dim(v, start, width).reshape(count, size) for v in vectors]
-        return function(after(batch, results[-1:]), *parts)
+        return function(batch, parts, latest)
 
     for run in runs:
         count = _piece_size(n, run)
-        pieces, rest = divmod(run.count, count)
-        if pieces <= _MOST_PIECES:
-            for first in range(0, run.count, count):
-                here = min(count, run.count - first)
-                results.append(piece(run.start + first * run.size, here, run.size))
-            continue
-        # A loop keeps only one piece in memory at a time.
-        starts = run.start + count * run.size * jnp.arange(pieces)
-        found = lax.map(functools.partial(piece, count=count, size=run.size), starts)
-        results.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found))
-        if rest:
-            results.append(piece(run.start + pieces * count * run.size, rest, run.size))
+        pieces = run.count // count
+        done, of_run = 0, []
+        if pieces > _MOST_PIECES:
+            # A loop keeps only one piece in memory at a time.
+            starts = run.start + count * run.size * np.arange(pieces)
+            found = _each(functools.partial(piece, count=count, size=run.size), starts, rows)
+            latest = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+            of_run.append(latest)
+            done = pieces * count
+        for first in range(done, run.count, count):
+            here = min(count, run.count - first)
+            latest = piece(run.start + first * run.size, here, run.size)
+            of_run.append(latest)
+        results.append(of_run)
     return results
 
 
@@ -150,8 +152,11 @@ def _map_scattered(
     runs: tuple[BlockRun, ...],
     function: Callable[..., Any],
     vectors: Sequence[Shaped[Array, " d"]],
-) -> list[Any]:
-    """Maps blocks whose columns are taken one by one; one loop for each padded size."""
+) -> list[list[Any]]:
+    """Maps blocks whose columns are taken one by one; one loop for each padded size.
+
+    The result of each run is one piece, as :func:`_map_neighbours` returns it.
+    """
     n, places = rows.num_rows, order.size
     results: dict[int, Any] = {}
 
@@ -162,7 +167,7 @@ def _map_scattered(
         batch = rows.take(index.reshape(-1)).reshape(n, *index.shape)
         batch = jnp.moveaxis(jnp.where(there, batch, jnp.zeros_like(batch)), 1, 0)
         parts = [jnp.where(there, v[index], jnp.zeros((), v.dtype)) for v in vectors]
-        return function(after(batch, before), *parts)
+        return function(batch, parts, before)
 
     found: Any = None
     for members in _of_like_size(runs, n):
@@ -176,18 +181,18 @@ def _map_scattered(
         sizes = np.concatenate([np.full(run.count, run.size) for run in here])
         table = np.stack([starts, sizes]).astype(np.int32)
         table = np.pad(table, ((0, 0), (0, -total % pieces)))
-        tables = jnp.moveaxis(jnp.asarray(table).reshape(2, pieces, -1), 1, 0)
+        tables = np.moveaxis(table.reshape(2, pieces, -1), 1, 0)
         of_piece = functools.partial(piece, size=size, before=found)
         if pieces > 1:
-            stacked = lax.map(of_piece, tables)
+            stacked = _each(of_piece, tables, rows)
             found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
         else:
-            found = of_piece(tables[0])
+            found = of_piece(jnp.asarray(tables[0]))
         first = 0
         for i in members:
             results[i] = _cut(found, first, runs[i])
             first += runs[i].count
-    return [results[i] for i in range(len(runs))]
+    return [[results[i]] for i in range(len(runs))]
 
 
 def _cut(results: Any, first: int, run: BlockRun) -> Any:

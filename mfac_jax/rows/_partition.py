@@ -8,11 +8,12 @@ from itertools import groupby
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 from mfac_jax import _checks
-from mfac_jax._layout import Layout
+from mfac_jax._layout import Layout, PyTree
 
 Blocks = int | str | Sequence[int] | None
 
@@ -64,6 +65,56 @@ class Partition:
     def sizes(self) -> Int[np.ndarray, " blocks"]:
         """The number of coordinates of each block."""
         return np.repeat([run.size for run in self.runs], [run.count for run in self.runs])
+
+    def split(self, vector: PyTree, dtype: jnp.dtype) -> list[Shaped[Array, "b B"]]:
+        """The parts of a vector, one array for each run of blocks of consecutive coordinates.
+
+        Args:
+            vector: a tree like the parameters, of numbers or booleans.
+            dtype: the dtype of the parts of numbers.
+        """
+        flat = flat_vector(jax.tree.leaves(vector), dtype)
+        return [
+            flat[run.start : run.start + run.width].reshape(run.count, run.size)
+            for run in self.runs
+        ]
+
+    def join(self, parts: Sequence[Shaped[Array, "..."]], layout: Layout) -> PyTree:
+        """Puts results for all blocks together.
+
+        Args:
+            parts: the results, in the order of the blocks: numbers for each coordinate, (b, B),
+                or one for each block, (b,).
+            layout: the parameters.
+
+        Returns:
+            A tree like the parameters, which is 0 (or false) at coordinates outside all blocks;
+            or, for numbers for each block, an array of them.
+        """
+        values = jnp.concatenate([part.reshape(-1) for part in parts])
+        if parts[0].ndim == 1:
+            return values
+        d, order = layout.size, self.order
+        covered, places = sum(run.width for run in self.runs), d if order is None else order.size
+        if order is None and covered == d:
+            return layout.unflatten(values)
+        here: Array | np.ndarray | slice
+        here = _places(self.runs) if covered != places else slice(None)
+        if order is not None:
+            here = order[here]
+        whole = jnp.zeros(d, values.dtype).at[here].set(values, unique_indices=True)
+        return layout.unflatten(whole)
+
+
+def _places(runs: Sequence[BlockRun]) -> Int[np.ndarray, " k"]:
+    parts = [np.arange(run.start, run.start + run.width, dtype=np.int32) for run in runs]
+    return np.concatenate([*parts, np.zeros(0, np.int32)])
+
+
+def flat_vector(leaves: Sequence[Array], dtype: jnp.dtype) -> Shaped[Array, " d"]:
+    """The leaves as one vector of ``dtype``, or of booleans if they are boolean."""
+    wide = [leaf if leaf.dtype == jnp.bool_ else leaf.astype(dtype) for leaf in leaves]
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in wide]) if wide else jnp.zeros(0, dtype)
 
 
 def runs_of(sizes: Sequence[int], start: int = 0) -> tuple[BlockRun, ...]:

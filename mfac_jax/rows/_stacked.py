@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mfac_jax._layout import Layout, PyTree
+from mfac_jax._layout import PyTree
 from mfac_jax.rows._base import ColumnRows, GradientRows, check_columns, check_rows
 
 
@@ -23,14 +25,14 @@ class StackedRows(ColumnRows):
         parts: rows of the same parameters, in any storage. The columns of the stack can be read
             if the columns of every part can.
         scales: ``s``, one for each part; (p,).
-        layout: the parameters that the gradients belong to (static).
+        layout: the parameters that the gradients belong to.
         num_rows: the number of rows of all parts together (static).
         implementation: the implementation of the parts; None if they differ (static).
     """
 
     parts: tuple[GradientRows, ...]
     scales: Float[Array, " p"]
-    layout: Layout = field(metadata={"static": True})
+    layout: Any  # a Layout
     num_rows: int = field(metadata={"static": True})
     implementation: str | None = field(metadata={"static": True}, default=None)
 
@@ -71,8 +73,13 @@ class StackedRows(ColumnRows):
         """The widest accumulation dtype of the parts."""
         return self.scales.dtype
 
+    @property
+    def is_traceable(self) -> bool:
+        """Whether ``jit`` can trace every part."""
+        return all(part.is_traceable for part in self.parts)
+
     def dots(self, vector: PyTree) -> Float[Array, " m"]:
-        return _dots(self.scales, tuple(part.dots(vector) for part in self.parts))
+        return self._run(_dots, self._tree(vector))
 
     def combine(
         self,
@@ -81,27 +88,36 @@ class StackedRows(ColumnRows):
         vector: PyTree | None = None,
         scale: Float[Array, ""] | None = None,
     ) -> PyTree:
-        cuts = np.cumsum([part.num_rows for part in self.parts])[:-1].tolist()
-        own = _cut(self.scales, coefficients, cuts=tuple(cuts))
-        combined = [
-            part.combine(c.astype(part.dtype)) for part, c in zip(self.parts, own, strict=True)
-        ]
-        return _finished(self.layout, combined, vector, scale, dtype=self.dtype)
+        tree = None if vector is None else self._tree(vector)
+        return self._run(_combine, coefficients, tree, scale)
 
     def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
         own = tuple(part.gram(mask) for part in self.parts)
-        beside = tuple(
-            part.products(other, mask)
-            for i, part in enumerate(self.parts)
-            for other in self.parts[:i]
-        )
-        return _put_together(self.scales, own, beside)
+        if mask is not None:
+            mask = jax.tree.unflatten(self.layout.treedef, self.layout.check_mask(mask))
+        return self._run(_gram, own, mask)
 
     def take(self, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
         return self._scaled([part.take(coordinates) for part in self._column_parts()])
 
     def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
         return self._scaled([part.columns(start, size) for part in self._column_parts()])
+
+    def column_square_sums(
+        self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
+    ) -> PyTree:
+        if matrix is not None:
+            return super().column_square_sums(matrix, lower=lower)
+        self._column_parts()
+        return self._run(_column_square_sums)
+
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(self, *arguments)``, as one program if ``jit`` can trace the parts."""
+        return (_compiled(function) if self.is_traceable else function)(self, *arguments)
+
+    def _tree(self, vector: PyTree) -> PyTree:
+        leaves = map(jnp.asarray, self.layout.check(vector, "vector"))
+        return jax.tree.unflatten(self.layout.treedef, leaves)
 
     def _column_parts(self) -> list[ColumnRows]:
         return [check_columns(part, "reading the columns of stacked rows") for part in self.parts]
@@ -111,54 +127,55 @@ class StackedRows(ColumnRows):
         return jnp.concatenate(scaled)
 
 
-@jax.jit
-def _dots(scales: Float[Array, " p"], parts: tuple[Array, ...]) -> Float[Array, " m"]:
-    return jnp.concatenate([scales[i] * part.astype(scales.dtype) for i, part in enumerate(parts)])
+_compiled = functools.cache(jax.jit)
 
 
-@functools.partial(jax.jit, static_argnames="cuts")
-def _cut(
-    scales: Float[Array, " p"], coefficients: Float[Array, " m"], *, cuts: tuple[int, ...]
-) -> list[Array]:
-    parts = jnp.split(coefficients.astype(scales.dtype), cuts)
-    return [scales[i] * part for i, part in enumerate(parts)]
+def _dots(rows: StackedRows, vector: PyTree) -> Float[Array, " m"]:
+    dots = [part.dots(vector).astype(rows.dtype) for part in rows.parts]
+    return jnp.concatenate([s * part for s, part in zip(rows.scales, dots, strict=True)])
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "dtype"))
-def _finished(
-    layout: Layout,
-    parts: list[PyTree],
+def _combine(
+    rows: StackedRows,
+    coefficients: Float[Array, " m"],
     vector: PyTree | None,
     scale: Float[Array, ""] | None,
-    *,
-    dtype: jnp.dtype,
 ) -> PyTree:
-    """``scale G^T c`` or ``scale (v - G^T c)``, from the combinations of the parts."""
-    columns = zip(*map(jax.tree.leaves, parts), strict=True)
-    out = [functools.reduce(jnp.add, [x.astype(dtype) for x in column]) for column in columns]
+    dtype, start, combined = rows.dtype, 0, []
+    for s, part in zip(rows.scales, rows.parts, strict=True):
+        own = s * coefficients[start : start + part.num_rows].astype(dtype)
+        start += part.num_rows
+        combined.append(part.combine(own.astype(part.dtype)))
+    out = jax.tree.map(
+        lambda *leaves: functools.reduce(jnp.add, [x.astype(dtype) for x in leaves]), *combined
+    )
     if vector is not None:
-        pairs = zip(jax.tree.leaves(vector), out, strict=True)
-        out = [jnp.asarray(v).astype(dtype) - x for v, x in pairs]
-    if scale is not None:
-        out = [x * scale.astype(dtype) for x in out]
-    return jax.tree.unflatten(layout.treedef, out)
+        out = jax.tree.map(lambda v, x: v.astype(dtype) - x, vector, out)
+    return out if scale is None else jax.tree.map(lambda x: x * scale.astype(dtype), out)
 
 
-@jax.jit
-def _put_together(
-    scales: Float[Array, " p"], own: tuple[Array, ...], beside: tuple[Array, ...]
+def _gram(
+    rows: StackedRows, own: tuple[Float[Array, "_ _"], ...], mask: PyTree | None
 ) -> Float[Array, "m m"]:
-    """The Gram matrix from its diagonal blocks and, row by row, the blocks below them."""
-    rows = []
-    below = iter(beside)
-    left = 0
-    total = sum(len(block) for block in own)
+    """The Gram matrix from its diagonal blocks; the products below them are computed here."""
+    lines, left, dtype = [], 0, rows.dtype
     for i, block in enumerate(own):
-        parts = [scales[j] * next(below).astype(scales.dtype) for j in range(i)]
-        parts.append(scales[i] * block.astype(scales.dtype))
         left += len(block)
-        parts.append(jnp.zeros((len(block), total - left), scales.dtype))
-        rows.append(scales[i] * jnp.concatenate(parts, axis=1))
-    lower = jnp.concatenate(rows)
+        beside = [rows.parts[i].products(other, mask) for other in rows.parts[:i]]
+        line = [rows.scales[j] * part.astype(dtype) for j, part in enumerate([*beside, block])]
+        line.append(jnp.zeros((len(block), rows.num_rows - left), dtype))
+        lines.append(rows.scales[i] * jnp.concatenate(line, axis=1))
+    lower = jnp.concatenate(lines)
     # Blocks on the diagonal are symmetric to the last bit.
     return jnp.tril(lower) + jnp.tril(lower, -1).T
+
+
+def _column_square_sums(rows: StackedRows) -> PyTree:
+    """``sum_p s_p^2 q_p`` for the column square sums ``q_p`` of the parts."""
+    parts = [part.column_square_sums() for part in rows._column_parts()]
+
+    def of_leaf(*leaves: Array) -> Array:
+        pairs = zip(rows.scales, leaves, strict=True)
+        return functools.reduce(jnp.add, [s**2 * leaf.astype(rows.dtype) for s, leaf in pairs])
+
+    return jax.tree.map(of_leaf, *parts)

@@ -13,9 +13,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from mfac_jax import _checks, kernels
+from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.rows._base import GradientRows, WritableRows
+from mfac_jax.kernels.backends import check_implementation
+from mfac_jax.rows._base import GradientRows, WritableRows, check_writable
 from mfac_jax.rows._dense import DenseRows, tiles_of, tiling
 
 PACKINGS = ("flat", "leaf")
@@ -47,14 +48,18 @@ class Storage(abc.ABC):
             gradients: a tree like the parameters with leaves ``(n, *shape)``.
             params: the parameters, or anything with their shapes and dtypes.
 
+        A storage whose rows cannot be written overrides this method.
+
         Raises:
+            TypeError: the rows cannot be written.
             FloatingPointError: the rows reject a gradient because it has NaN or Inf in it or is
                 too large to square. Inside ``jit`` there is no error.
         """
         count = len(jax.tree.leaves(gradients)[0])
-        rows, accepted = self.empty(params, count).write_rows(
-            jnp.int32(0), gradients, jnp.int32(count)
+        empty = check_writable(
+            self.empty(params, count), f"the default hold of {type(self).__name__}"
         )
+        rows, accepted = empty.write_rows(jnp.int32(0), gradients, jnp.int32(count))
         if not isinstance(accepted, jax.core.Tracer) and not accepted.all():
             raise FloatingPointError(
                 f"row {int(np.argmin(accepted))} of gradients has NaN or Inf in it, or is too "
@@ -95,7 +100,7 @@ class Dense(Storage):
 
     def __post_init__(self) -> None:
         _checks.one_of(self.packing, "packing", PACKINGS)
-        kernels.check_implementation(self.implementation)
+        check_implementation(self.implementation)
         if self.dtype is None:
             return
         try:

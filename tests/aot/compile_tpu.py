@@ -17,7 +17,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from mfac_jax.kernels import MAX_TILE, _tpu, _tpu_blocks
+from mfac_jax.kernels import _tpu, _tpu_blocks
+from mfac_jax.kernels._xla import MAX_TILE
 
 jax.config.update("jax_platforms", "cpu")  # libtpu compiles; there is no TPU to start
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mfac_jax import algebra, kernels
+from mfac_jax.kernels._xla import accumulation_dtype
 
 
 def block_inverse_diagonal(
@@ -102,7 +103,7 @@ def _ihvp(
 
 
 def _widened(batch: Float[Array, "b n B"]) -> Float[Array, "b n B"]:
-    return batch.astype(kernels.accumulation_dtype(batch.dtype))
+    return batch.astype(accumulation_dtype(batch.dtype))
 
 
 def _fisher(batch: Float[Array, "b n B"]) -> Float[Array, "b B B"]:
