@@ -85,7 +85,7 @@ def library(operation: str, w: Workload) -> Program:
 
     def static(held: window.Window) -> Any:
         inverse = fisher_inverse(held.rows, DAMPING, blocks=w.block).whiten()
-        return inverse.whitened, inverse.factor
+        return (inverse.whitened, inverse.factor) if inverse.is_whole else inverse.inverted
 
     return {
         "dots": lambda held, v: held.rows.dots(v),

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from mfac_jax import collect_gradients, pruning
 from mfac_jax.pruning._blocks import cut_into_blocks
+from mfac_jax.pruning._scope import select
 
 sys.path.insert(0, str(report.ROOT / "examples"))
 
@@ -83,7 +84,7 @@ def measure(data_dir: Path) -> dict[str, Any]:
     setup = prune_resnet20.Setup(False, data_dir, data_dir / WEIGHTS, data_dir)
     network = prune_resnet20.experiments(setup).network
     params = network.params
-    selection = SCOPE.select(params)
+    selection = select(SCOPE, params)
     runs = cut_into_blocks(BLOCKS, selection).runs
     sizes = [run.size for run in runs for _ in range(run.count)]
     rows = collect_gradients(network.loss, params, network.batches(0, 32), N)

@@ -80,7 +80,7 @@ def run(
     if implementation is not None:
         reason = _why_not(backends.named(implementation), call, jax.typeof(values[0]))
         if reason is not None:
-            raise ValueError(f"implementation={implementation!r} cannot run: {reason}.")
+            raise backends.cannot_run(implementation, reason)
     for platform in backends.platforms():
         _register_lowering(platform)
     return _traced(call, *values)
@@ -182,7 +182,7 @@ def _why_not(backend: backends.Backend, call: _Call, block: Any) -> str | None:
     """Why a backend does not support this call; ``None`` if it does."""
     if any(part is not None for part in block.sharding.spec):
         return "the gradients are sharded over explicit mesh axes; call it inside jax.shard_map"
-    return backend.why_not(call.operation, block)
+    return backends.why_not(backend, call.operation, block)
 
 
 def _is_spread_by_xla(ctx: Any) -> bool:

@@ -376,10 +376,10 @@ class _MosaicGpu(Backend):
     """Kernels for Hopper and Blackwell GPUs."""
 
     needs = "an NVIDIA GPU of compute capability 9 or 10, such as H100 or B200"
+    operations = tuple(_KERNELS)
 
     def why_not(self, operation: str, block: jax.core.ShapedArray) -> str | None:
-        if operation not in _KERNELS:
-            return f"it has no kernel for {operation}"
+        del operation
         try:
             devices = jax.local_devices(backend="cuda")
         except RuntimeError:  # no GPU here: the program is for a supported GPU

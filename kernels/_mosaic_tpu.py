@@ -19,10 +19,9 @@ class _MosaicTpu(Backend):
     """Kernels for TPUs."""
 
     needs = "a TPU"
+    operations = tuple(_MODULES)
 
     def why_not(self, operation: str, block: jax.core.ShapedArray) -> str | None:
-        if operation not in _MODULES:
-            return f"it has no kernel for {operation}"
         reason: str | None = _MODULES[operation].unsupported(block.shape, block.dtype)
         return reason
 

@@ -1,8 +1,8 @@
 """The registry of kernels: for each platform, backends in the order in which they are tried.
 
-A backend is a set of kernels for one platform. It knows its own limits: devices, shapes and
-dtypes. When a program is lowered, the first backend of the platform that supports an operation
-runs it. If none does, the plain form in ``jax.numpy`` runs.
+A backend is a set of kernels for one platform. It lists its operations and knows its own limits:
+devices, shapes and dtypes. When a program is lowered, the first backend of the platform that
+supports an operation runs it. If none does, the plain form in ``jax.numpy`` runs.
 
 A new backend is one module with an object ``BACKEND`` and one line in ``_MODULES``. Outside of
 this package it is an object that you pass to :func:`register`.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,17 +29,20 @@ class Backend(abc.ABC):
 
     Attributes:
         needs: the device that the kernels need, such as "an NVIDIA GPU"; for error messages.
+        operations: the functions of :mod:`mfac_jax.kernels` that it has a kernel for, some of
+            ``"dots"``, ``"write_row"``, ``"combine"``, ``"block_inverse_diagonal"`` and
+            ``"block_ihvp"``.
     """
 
     needs: str
+    operations: Collection[str]
 
     @abc.abstractmethod
     def why_not(self, operation: str, block: jax.core.ShapedArray) -> str | None:
         """Why the backend does not support an operation on gradients of this type.
 
         Args:
-            operation: the name of a function of :mod:`mfac_jax.kernels`: ``"dots"``,
-                ``"write_row"``, ``"combine"``, ``"block_inverse_diagonal"`` or ``"block_ihvp"``.
+            operation: one of :attr:`operations`.
             block: the shape and dtype of the operation's first argument.
 
         Returns:
@@ -126,6 +129,40 @@ def named(name: str) -> Backend:
 def for_platform(platform: str) -> list[Backend]:
     """The backends of a platform, in the order in which they are tried."""
     return [entry.load() for entry in _registry.values() if entry.platform == platform]
+
+
+def for_operation(name: str | None, operation: str) -> str | None:
+    """What runs an operation on rows whose storage names an implementation.
+
+    It is that implementation, or ``"xla"`` if its backend has no kernel for the operation; None
+    for None.
+    """
+    if name in (None, PLAIN) or operation in named(name).operations:
+        return name
+    return PLAIN
+
+
+def why_not(backend: Backend, operation: str, block: jax.core.ShapedArray) -> str | None:
+    """Why a backend does not run an operation on these gradients; ``None`` if it does."""
+    if operation not in backend.operations:
+        return f"it has no kernel for {operation}"
+    return backend.why_not(operation, block)
+
+
+def check_supports(name: str | None, operation: str, block: jax.core.ShapedArray) -> None:
+    """Checks that the backend of this name runs an operation on these gradients.
+
+    Raises:
+        ValueError: it does not; the error says why.
+    """
+    reason = None if name in (None, PLAIN) else why_not(named(name), operation, block)
+    if reason is not None:
+        raise cannot_run(name, reason)
+
+
+def cannot_run(name: str | None, reason: str) -> ValueError:
+    """The error for an implementation that cannot run."""
+    return ValueError(f"implementation={name!r} cannot run: {reason}.")
 
 
 def check_implementation(implementation: Any) -> None:

@@ -51,7 +51,7 @@ def unit_interval(value: Any, name: str) -> None:
 
 
 def scalar(value: Any, name: str) -> None:
-    """A scalar, whatever its value."""
+    """Checks for a real scalar of any value."""
     _number(value, name)
 
 

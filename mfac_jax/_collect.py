@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int
 from tqdm.auto import tqdm
 
 from mfac_jax import _checks
-from mfac_jax._layout import Layout, PyTree
+from mfac_jax._layout import Layout, PyTree, where
 from mfac_jax.rows import WritableRows
 
 LossFn = Callable[[PyTree, PyTree], Any]
@@ -112,12 +112,7 @@ def _gradients(
         gradients = jax.vmap(gradient)(examples, row + offsets)
     if mask is None:
         return gradients
-    leaves, treedef = jax.tree.flatten(gradients)
-    kept = [
-        jnp.where(keep[None], leaf, jnp.zeros_like(leaf))
-        for keep, leaf in zip(mask, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, kept)
+    return where([keep[None] for keep in mask], gradients)
 
 
 class _Step(NamedTuple):

@@ -97,7 +97,7 @@ class Layout:
             ValueError: the structure or a shape differs; the message shows both.
             TypeError: a leaf is not a real floating-point array.
         """
-        leaves = self._leaves(tree, name)
+        leaves = self.leaves(tree, name)
         for path, shape, leaf in zip(self.paths, self.shapes, leaves, strict=True):
             if tuple(np.shape(leaf)) != shape:
                 raise ValueError(
@@ -122,7 +122,7 @@ class Layout:
             ValueError: the structure or a shape differs; the message shows both.
             TypeError: a leaf is not boolean.
         """
-        leaves = self._leaves(mask, name)
+        leaves = self.leaves(mask, name)
         for path, shape, leaf in zip(self.paths, self.shapes, leaves, strict=True):
             if jnp.result_type(leaf) != jnp.bool_:
                 raise TypeError(f"{name}{path} must be boolean, got {jnp.result_type(leaf).name}.")
@@ -136,7 +136,16 @@ class Layout:
             for leaf, shape in zip(leaves, self.shapes, strict=True)
         ]
 
-    def _leaves(self, tree: PyTree, name: str) -> list[Any]:
+    def leaves(self, tree: PyTree, name: str) -> list[Any]:
+        """The leaves of ``tree``.
+
+        Args:
+            tree: a tree with the structure of the layout.
+            name: the name of the tree in errors.
+
+        Raises:
+            ValueError: the structure differs.
+        """
         leaves, treedef = jax.tree_util.tree_flatten(tree)
         if treedef != self.treedef:
             # nnx.Optimizer calls init with variables and update with the arrays in them. A tree
@@ -190,6 +199,14 @@ class Layout:
             x.astype(jnp.result_type(v)) for x, v in zip(jax.tree.leaves(tree), leaves, strict=True)
         ]
         return jax.tree_util.tree_unflatten(treedef, converted)
+
+
+def where(mask: PyTree, tree: PyTree) -> PyTree:
+    """``tree`` where the mask is true, 0 elsewhere; in the structure of ``tree``."""
+    leaves, treedef = jax.tree.flatten(tree)
+    pairs = zip(jax.tree.leaves(mask), leaves, strict=True)
+    inside = [jnp.where(keep, leaf, jnp.zeros_like(leaf)) for keep, leaf in pairs]
+    return jax.tree.unflatten(treedef, inside)
 
 
 class AnyLayout(Layout):

@@ -23,8 +23,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax import _checks, incremental, window
-from mfac_jax._layout import AnyLayout, Layout, PyTree
+from mfac_jax._layout import AnyLayout, Layout, PyTree, where
 from mfac_jax.rows import Dense, Storage
+from mfac_jax.rows._base import check_traceable
 from mfac_jax.rows._storage import check_storage
 
 ScalarOrSchedule = ArrayLike | Callable[[Int[Array, ""]], ArrayLike]
@@ -103,7 +104,8 @@ def mfac_precondition(
         ``optax.tree.get(state, "window")`` finds the window.
 
     Raises:
-        TypeError: an argument has the wrong type. Under ``optax.inject_hyperparams``, name
+        TypeError: an argument has the wrong type; or, in ``init``, the rows of the storage cannot
+            be written or ``jit`` cannot trace them. Under ``optax.inject_hyperparams``, name
             ``window_size`` in ``static_args``.
         ValueError: an argument has an impossible value.
 
@@ -142,6 +144,7 @@ def mfac_precondition(
 
     def init(params: PyTree) -> MfacState:
         held = window.init(params, m, storage=storage)
+        check_traceable(held.rows, "a window under jit")
         inverse = incremental.empty(m, held.gram.dtype) if m >= INCREMENTAL_FROM else None
         state = MfacState(jnp.zeros((), jnp.int32), held, inverse)
         if isinstance(params, _PLACEHOLDER):
@@ -233,7 +236,7 @@ def _prefix_of_states(state: MfacState) -> MfacState:
 
     optax.tree.map_params calls ``init`` with a placeholder for the parameters and maps over the
     result together with the real state. The two states differ only in the layout of the rows.
-    A leaf replaces the layout, or the rows if they keep their layout as static metadata.
+    A leaf replaces the layout, which rows keep as a child.
     """
 
     def is_layout(node: Any) -> bool:
@@ -242,8 +245,6 @@ def _prefix_of_states(state: MfacState) -> MfacState:
     rows = jax.tree.map(
         lambda node: AnyLayout() if is_layout(node) else node, state.window.rows, is_leaf=is_layout
     )
-    if not any(map(is_layout, jax.tree.leaves(rows))):
-        rows = AnyLayout()
     return state._replace(window=state.window._replace(rows=rows))
 
 
@@ -325,11 +326,4 @@ def _restrict(mask: Mask) -> optax.GradientTransformation:
 
 def _masked(tree: PyTree, alive: list[Array] | None) -> PyTree:
     """The tree with zeros where weights are not alive."""
-    if alive is None:
-        return tree
-    leaves, treedef = jax.tree.flatten(tree)
-    kept = [
-        jnp.where(keep, leaf, jnp.zeros_like(leaf))
-        for keep, leaf in zip(alive, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, kept)
+    return tree if alive is None else where(alive, tree)

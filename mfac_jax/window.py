@@ -437,7 +437,9 @@ def _better_conditioned(
     def column(unit: Float[Array, " d"]) -> Float[Array, " m"]:
         return rows.dots(layout.unflatten(unit))
 
-    columns: Float[Array, "d m"] = jax.vmap(column)(jnp.eye(layout.size, dtype=rows.dtype))
+    units = jnp.eye(layout.size, dtype=rows.dtype)
+    columns: Float[Array, "d m"]
+    columns = jax.vmap(column)(units) if rows.is_traceable else jnp.stack([*map(column, units)])
     fisher = jnp.dot(columns, columns.T, precision="highest") / n
     fisher_factor = algebra.factor(fisher, lam)
     rhs = layout.flatten(vector(), rows.dtype, "vector")

@@ -94,8 +94,8 @@ class Half(Storage):
 
 # -- Rows in host memory --
 @dataclass(frozen=True, eq=False)
-class HostRows(ColumnRows):
-    """Gradients in one NumPy matrix, which ``jit`` cannot trace."""
+class HostRows(WritableRows, ColumnRows):
+    """Gradients in one NumPy matrix, which ``jit`` cannot trace. A write copies the matrix."""
 
     matrix: np.ndarray
     layout: Layout
@@ -120,19 +120,34 @@ class HostRows(ColumnRows):
     def take(self, coordinates):
         return jnp.asarray(self.matrix[:, np.asarray(coordinates)])
 
+    def write(self, row, gradient):
+        new = self.layout.flatten(gradient, self.dtype, "gradient")
+        accepted = is_small_enough(jnp.sum(new**2), self.num_rows)
+        matrix = self.matrix.copy()
+        if accepted:
+            matrix[int(row)] = new
+        return replace(self, matrix=matrix), accepted
+
+    def put(self, row, gradient):
+        rows, accepted = self.write(row, gradient)
+        return rows, jnp.asarray(rows.matrix @ rows.matrix[int(row)]), accepted
+
+    def clear(self, row):
+        there = np.arange(self.num_rows)[:, None] == int(row)
+        return replace(self, matrix=np.where(there, np.float32(0), self.matrix))
+
+    def restrict(self, mask):
+        keep = np.asarray(self.layout.flat_mask(mask))
+        return replace(self, matrix=np.where(keep, self.matrix, np.float32(0)))
+
 
 @dataclass(frozen=True)
 class Host(Storage):
-    """Holds gradients in the memory of the host. Its rows cannot be written."""
+    """Stores gradients in the memory of the host."""
 
     def empty(self, params, num_rows):
         layout = Layout(params)
         return HostRows(np.zeros((num_rows, layout.size), np.float32), layout, num_rows)
-
-    def hold(self, gradients, params):
-        leaves = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(gradients)]
-        matrix = np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
-        return HostRows(matrix, Layout(params), len(matrix))
 
 
 # -- A pattern --

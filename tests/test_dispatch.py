@@ -167,8 +167,17 @@ def test_rows_pass_the_choice_on():
 
 
 def test_rows_in_float64_are_not_for_kernels():
-    with jax.enable_x64(True), pytest.raises(ValueError, match=r"float32 or bfloat16.*float64"):
-        Dense("float64", implementation="mosaic_gpu")
+    refused = pytest.raises(ValueError, match=r"'mosaic_gpu' cannot run: .*bfloat16.* got float64")
+    storage = Dense(implementation="mosaic_gpu")
+    with jax.enable_x64(True):
+        for chosen, params in (
+            (Dense("float64", implementation="mosaic_gpu"), jnp.ones(3)),
+            (storage, jnp.ones(3, "float64")),
+        ):
+            with refused:
+                chosen.empty(params, 2)
+            with refused:
+                chosen.hold(jnp.ones((2, 3), "float64"), params)
 
 
 @pytest.mark.parametrize("what", ["diagonal", "ihvp", "combination", "compensate"])
@@ -347,13 +356,12 @@ class NarrowBlocks(backends.Backend):
     """A backend for CPUs and blocks of at most ``most`` columns. It marks its results."""
 
     needs = "a CPU"
+    operations = ("dots",)
 
     def __init__(self, most, mark):
         self.most, self.mark = most, mark
 
     def why_not(self, operation, block):
-        if operation != "dots":
-            return f"it has no kernel for {operation}"
         if block.shape[-1] > self.most:
             return f"it needs at most {self.most} columns, got {block.shape[-1]}"
         return None
@@ -389,9 +397,48 @@ def test_a_backend_asked_for_by_name(two_backends):
     assert mark(128, implementation="xla") == 0
     with pytest.raises(ValueError, match="'narrow' cannot run: it needs at most 128 columns, got"):
         mark(256, implementation="narrow")
-    tx = mfac_precondition(4, storage=Dense(implementation="narrow"))
+    block, vector, _ = operands()
     with pytest.raises(ValueError, match="'narrow' cannot run: it has no kernel for write_row"):
-        tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
+        kernels.write_row(block, jnp.int32(0), vector, jnp.bool_(True), implementation="narrow")
+
+
+@pytest.mark.parametrize("packing", ["flat", "leaf"])
+def test_a_storage_names_a_backend_with_a_kernel_for_some_operations(two_backends, packing):
+    params, gradient = jnp.ones(3), jnp.array([1.0, 2.0, 3.0])
+    narrow = Dense(packing=packing, implementation="narrow")
+    tx, plain = (mfac_precondition(4, storage=s) for s in (narrow, Dense(packing=packing)))
+    direction, state = jax.jit(tx.update)(gradient, tx.init(params))
+    close(direction, plain.update(gradient, plain.init(params))[0])
+    held = state.window.rows
+    close(held.dots(gradient), 1000 + jnp.array([14.0, 0.0, 0.0, 0.0]))
+    close(held.gram()[0], jnp.array([14.0, 0.0, 0.0, 0.0]))
+    with pytest.raises(ValueError, match="'narrow' cannot run: it needs at most 128 columns, got"):
+        narrow.empty(jnp.ones(129), 4)
+
+
+class BlocksInAnyPrecision(backends.Backend):
+    """A backend for the diagonals of blocks. It marks its results."""
+
+    needs = "a CPU"
+    operations = ("block_inverse_diagonal",)
+
+    def why_not(self, operation, block):
+        return None
+
+    def run(self, operation, operands):
+        return jnp.full(operands["batch"].shape[::2], 7, operands["batch"].dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_storage_names_a_backend_for_blocks(two_backends, dtype):
+    backends.register("blocks", "cpu", BlocksInAnyPrecision)
+    with jax.enable_x64(True):
+        storage = Dense(dtype, implementation="blocks")
+        held = rows.as_rows(jnp.ones((3, 4), dtype), storage=storage)
+        inverse = fisher_inverse(held, 1.0, blocks=2)
+        close(inverse.diagonal(), jnp.full(4, 7.0))
+        plain = fisher_inverse(rows.as_rows(jnp.ones((3, 4), dtype)), 1.0, blocks=2)
+        close(inverse.ihvp(jnp.arange(4.0)), plain.ihvp(jnp.arange(4.0)))
 
 
 @pytest.mark.parametrize("name", ["write_row", "combine"])

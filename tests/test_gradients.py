@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import outside
 import pytest
 from flax import nnx
 from oracles import flat, relative_error
@@ -136,6 +137,14 @@ class HostRows(WritableRows):
 class Host(Storage):
     def empty(self, params, num_rows):
         return HostRows(Layout(params), num_rows)
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_rows_in_host_memory_are_written_one_by_one(per_example):
+    params, batches = make_params(), make_batches(5, 5, 2)
+    options = {"per_example": per_example, "storage": outside.Host()}
+    held = collect(loss, params, batches, 14, **options)
+    assert_rows_close(held.matrix, one_by_one(params, batches, 14, per_example))
 
 
 @pytest.mark.parametrize("per_example", [False, True])

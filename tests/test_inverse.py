@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfac_jax import fisher_inverse, reference, rows
-from mfac_jax.inverse import FisherInverse
-from mfac_jax.inverse._inverse import products_suffice
+from mfac_jax.inverse._inverse import inverse_of, products_suffice, whole_inverse
 from mfac_jax.rows import BlockRun, Dense, Partition, partition
 
 N, D = 6, 26
@@ -51,6 +50,11 @@ def gradient_rows(g, packing="flat"):
 
 def some(count, seed=0, d=D):
     return np.random.default_rng(seed).normal(size=(count, d)).astype(np.float32)
+
+
+def unchecked(held, mask, blocks):
+    """The inverse in blocks of any coordinates."""
+    return inverse_of(held, mask, jnp.float32(LAM), blocks, lambda: held.gram(mask))
 
 
 def build(g, blocks, packing="flat", damping=LAM):
@@ -163,7 +167,7 @@ def test_both_sides_of_n_and_b(n):
     g, v = some(n), some(1, 1)[0]
     for blocks, sizes in ((None, [D]), (15, [15, 11])):
         got = build(g, blocks)
-        assert (got.factor is None) == (n >= D or blocks is not None)
+        assert got.is_whole == (n < D and blocks is None)
         want = oracles.block_inverse(g, LAM, sizes) @ v
         condition = np.linalg.cond(oracles.fisher(g, LAM))
         oracles.assert_close(got.ihvp(jnp.asarray(v)), want, length=D, condition=condition)
@@ -172,14 +176,14 @@ def test_both_sides_of_n_and_b(n):
 @pytest.mark.parametrize(("n", "blocks"), [(D - 1, "whole"), (D, "direct"), (5, "whitened")])
 def test_the_cheaper_side_is_factored(n, blocks):
     inverse = build(some(n), 10 if blocks == "whitened" else None)
-    assert products_suffice(inverse.rows, inverse.blocks) == (blocks == "whole")
-    assert (inverse.gram is not None) == (blocks == "whole")
+    assert products_suffice(n, inverse.blocks) == (blocks == "whole")
+    assert inverse.is_whole == (blocks == "whole")
     if blocks == "whole":
         assert inverse.factor.lower.shape == (n, n)
         assert inverse.whiten().whitened.blocks.shape == (1, n, D)
     else:
         shapes = {"direct": [(1, D, D)], "whitened": [(2, 5, 10), (1, 5, 6)]}[blocks]
-        first = [jax.tree.leaves(part)[0].shape for part in inverse.whiten().whitened]
+        first = [jax.tree.leaves(part)[0].shape for part in inverse.whiten().inverted]
         assert first == shapes
 
 
@@ -293,9 +297,7 @@ def test_scattered_blocks_on_both_sides_of_n_have_the_right_samples():
     g = some(8)[:, :16]
     order = jnp.asarray(np.random.default_rng(1).permutation(16).astype(np.int32))
     blocks = Partition(order, (BlockRun(0, 1, 12), BlockRun(12, 1, 4)))
-    inverse = FisherInverse.of(
-        rows.as_rows(jnp.asarray(g, jnp.float32)), None, jnp.float32(LAM), blocks
-    )
+    inverse = unchecked(rows.as_rows(jnp.asarray(g, jnp.float32)), None, blocks)
     draws = jax.vmap(inverse.sample)(jax.random.split(jax.random.key(0), 20_000))
     np.testing.assert_allclose(np.var(draws, axis=0), inverse.diagonal(), rtol=0.1)
 
@@ -303,7 +305,7 @@ def test_scattered_blocks_on_both_sides_of_n_have_the_right_samples():
 def test_coordinates_in_no_block():
     g = some(N)
     blocks = Partition(None, (BlockRun(4, 2, 3),))
-    lone = FisherInverse.of(gradient_rows(g), None, jnp.float32(LAM), blocks)
+    lone = unchecked(gradient_rows(g), None, blocks)
     inside = np.zeros(D, bool)
     inside[4:10] = True
     want = np.diag(oracles.block_inverse(g * inside, LAM, [4, 3, 3, D - 10]))
@@ -499,9 +501,7 @@ def test_a_mask_that_does_not_fit_is_refused(name):
 def test_gradients_must_be_finite_where_the_mask_is_false_too(name, bad):
     g = some(N)
     g[2, 9] = bad
-    message = (
-        r"finite, also where mask is false: there is NaN or Inf in the gradients of params\['b'"
-    )
+    message = r"finite, also where mask is false; got NaN or Inf in those of params\['b'"
     with pytest.raises(FloatingPointError, match=message):
         fisher_inverse(gradient_rows(g), LAM, mask=tree(KEEP), blocks=BLOCKS[name][0])
 
@@ -606,7 +606,7 @@ def test_groups_in_blocks(blocks, size, order, n):
     held = gradient_rows(g)
     runs = partition(held.layout, blocks).runs
     cut = Partition(None if places is None else jnp.asarray(places), runs)
-    inverse = FisherInverse.of(held, tree(keep), jnp.float32(LAM), cut)
+    inverse = unchecked(held, tree(keep), cut)
     found = {
         what: inverse.group_blocks(
             size, Ask(what), tree(weights), tree(keep), constants=(jnp.float32(-2),)
@@ -643,11 +643,31 @@ def test_the_matrix_of_a_wide_group_is_not_computed_unless_it_is_asked_for():
     assert memory("matrix") > (d // 2) ** 2
 
 
+def test_groups_of_neighbours_under_the_whole_inverse():
+    """A number of neighbours means what the partition into them means."""
+    inverse, weights, keep = build(some(N), None), tree(some(1, 1)[0]), tree(np.ones(D, bool))
+    pairs = partition(inverse.rows.layout, 2)
+    one = (jnp.float32(1),)
+    got, want = (
+        inverse.group_blocks(groups, Ask("cost"), weights, keep, constants=one)
+        for groups in (2, pairs)
+    )
+    np.testing.assert_array_equal(oracles.flat(got), oracles.flat(want))
+
+
 @pytest.mark.wrong_types
 def test_groups_of_the_wrong_kind_are_refused():
     whole, blocks = (build(some(N), BLOCKS[name][0]) for name in ("whole", "fours"))
-    with pytest.raises(TypeError, match="must be a Partition or None, got int"):
-        whole.group_blocks(2, Ask("floor"))
+    for inverse, size in ((whole, D), (blocks, 2)):
+        for groups, error, message in (
+            (0, ValueError, "groups must be at least 1, got 0"),
+            (1.5, TypeError, "groups must be a Python int, got float"),
+            (5, ValueError, rf"groups of 5 in blocks of .*{size}"),
+        ):
+            with pytest.raises(error, match=message):
+                inverse.group_blocks(groups, Ask("floor"))
+    with pytest.raises(ValueError, match=f"got a block that ends at {D + 1}"):
+        whole.group_blocks(Partition(None, (BlockRun(0, 1, D + 1),)), Ask("floor"))
     with pytest.raises(TypeError, match="must be an int or None, got a Partition"):
         blocks.group_blocks(Partition(None, ()), Ask("floor"))
     with pytest.raises(ValueError, match=r"groups of 4 in blocks of \[2, 4\]"):
@@ -657,9 +677,13 @@ def test_groups_of_the_wrong_kind_are_refused():
 def test_a_gram_matrix_that_is_known_is_not_computed_again():
     held, cut = gradient_rows(some(N)), partition(gradient_rows(some(N)).layout, None)
     gram = 4 * held.gram()
-    inverse = FisherInverse.of(held, None, jnp.float32(LAM), cut, gram)
+    inverse = inverse_of(held, None, jnp.float32(LAM), cut, lambda: gram)
     assert inverse.gram is gram
-    assert FisherInverse.of(held, None, jnp.float32(LAM), partition(held.layout, 4)).gram is None
+
+    def refuse():
+        raise AssertionError("blocks need no Gram matrix")
+
+    inverse_of(held, None, jnp.float32(LAM), partition(held.layout, 4), refuse)
 
 
 def test_one_block_is_whole_where_that_is_asked_for():
@@ -667,8 +691,8 @@ def test_one_block_is_whole_where_that_is_asked_for():
     g, v = some(D + 4), some(1, 1)[0]
     held = gradient_rows(g)
     cut = partition(held.layout, None)
-    inverse = FisherInverse.whole(held, None, jnp.float32(LAM), cut)
-    assert inverse.factor is not None
+    inverse = whole_inverse(held, None, jnp.float32(LAM), cut, held.gram())
+    assert inverse.is_whole
     want = oracles.inverse(g, LAM) @ v
     condition = oracles.condition(g, LAM) * oracles.cancellation(v, want, LAM)
     oracles.assert_close(inverse.ihvp(jnp.asarray(v)), want, length=D, condition=condition)
@@ -676,7 +700,7 @@ def test_one_block_is_whole_where_that_is_asked_for():
 
 def test_blocks_of_scattered_coordinates_are_not_stored():
     cut = Partition(jnp.asarray(ORDER), (BlockRun(0, 13, 2),))
-    inverse = FisherInverse.of(gradient_rows(some(N)), None, jnp.float32(LAM), cut)
+    inverse = unchecked(gradient_rows(some(N)), None, cut)
     for ask in (inverse.whiten, lambda: inverse.entries(0, 0)):
         with pytest.raises(ValueError, match="blocks of consecutive coordinates only"):
             ask()
@@ -685,7 +709,7 @@ def test_blocks_of_scattered_coordinates_are_not_stored():
 def test_scattered_blocks_are_answered_where_they_lie():
     g, v = some(N), some(1, 1)[0]
     cut = Partition(jnp.asarray(ORDER), (BlockRun(0, 2, 10), BlockRun(20, 1, 6)))
-    inverse = FisherInverse.of(gradient_rows(g), None, jnp.float32(LAM), cut)
+    inverse = unchecked(gradient_rows(g), None, cut)
     dense = np.zeros((D, D))
     for q in groups_of(cut.runs, ORDER):
         dense[np.ix_(q, q)] = oracles.inverse(g[:, q], LAM)

@@ -428,3 +428,12 @@ def test_a_mask_function_needs_the_parameters():
     tx = mfac_precondition(2, mask=lambda p: {"w": p["w"] != 0})
     with pytest.raises(ValueError, match=r"update\(updates, state, params\)"):
         tx.update(params, tx.init(params))
+
+
+@pytest.mark.parametrize("make", [mfac_precondition, lambda **options: mfac(0.1, **options)])
+def test_rows_that_jit_cannot_trace_are_refused_before_the_first_step(make):
+    tx = make(window_size=4, storage=outside.Host())
+    with pytest.raises(
+        TypeError, match=r"window under jit needs .* got HostRows \(is_traceable=False\)"
+    ):
+        tx.init(jnp.ones(3))

@@ -8,6 +8,7 @@ import pytest
 
 from mfac_jax import pruning, rows
 from mfac_jax.pruning import Scope, _blocks
+from mfac_jax.pruning._scope import select
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_within_outputs_weights_stay_in_their_output():
 
 def within(shapes, most, **options):
     params = [jnp.zeros(shape) for shape in shapes]
-    selection = Scope(path_filter="", **options).select(params)
+    selection = select(Scope(path_filter="", **options), params)
     return _blocks.blocks_under(
         _blocks.cut_into_blocks(pruning.WithinOutputs(most), selection),
         selection,
@@ -161,7 +162,7 @@ def test_blocks_hold_weights_of_one_output(shapes, most, options, sizes):
 def test_the_coordinates_of_blocks_are_those_of_an_output():
     """Two kernels of Flax, between which a leaf that is not prunable has coordinates."""
     params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(5), "c": jnp.zeros((2, 2, 2, 2))}
-    selection = Scope().select(params)
+    selection = select(Scope(), params)
     blocks = _blocks.cut_into_blocks(pruning.WithinOutputs(4), selection)
     found = _blocks.blocks_under(blocks, selection, pruning.initial_mask(params))
     assert found.sizes.tolist() == [3, 3, 4, 4, 4, 4]
@@ -174,7 +175,7 @@ def test_the_coordinates_of_blocks_are_those_of_an_output():
 @pytest.mark.parametrize("output_axis", [0, -1])
 def test_blocks_of_leaves_are_neighbours_where_they_lie(output_axis):
     params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(5), "c": jnp.zeros((4, 2))}
-    selection = Scope(output_axis=output_axis).select(params)
+    selection = select(Scope(output_axis=output_axis), params)
     blocks = _blocks.cut_into_blocks("leaf", selection)
     found = _blocks.blocks_under(blocks, selection, pruning.initial_mask(params))
     assert found.order is None

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mfac_jax import pruning, rows
 from mfac_jax.pruning import Scope, _budgets, _masks, _targets
+from mfac_jax.pruning._scope import select
 
 
 def problem(shapes, n=3, seed=0):
@@ -35,7 +36,7 @@ def step(params, g, sparsity, **options):
 def counts_of(sparsity, budget, shapes):
     """What a budget gives to leaves of these shapes."""
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    selection = Scope(path_filter="").select(params)
+    selection = select(Scope(path_filter=""), params)
     return _targets.layer_counts(sparsity, _budgets.as_budget(budget), selection)
 
 

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import pkgutil
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ import pytest
 
 import mfac_jax
 from mfac_jax import pruning, rows
-from mfac_jax.inverse import GroupBlocks
+from mfac_jax.inverse import GroupBlocks, _whole
 from mfac_jax.pruning import Scope, _budgets, _targets
+from mfac_jax.pruning._scope import select
 from mfac_jax.rows import Dense
 
 N = 8
@@ -149,7 +150,7 @@ def hold(case, gradients, params):
 
 def groups_of(case, tree):
     """The prunable leaves of a tree, a group a row."""
-    selection = case.scope.select(draw(0))
+    selection = select(case.scope, draw(0))
     leaves = [np.asarray(leaf).reshape(-1) for leaf in selection.leaves(tree)]
     return [
         leaf[slice(None) if groups.order is None else groups.order].reshape(-1, groups.size)
@@ -161,12 +162,12 @@ def check_counts(case, mask, sparsity):
     """As many weights are pruned as there can be without more than was asked for."""
     pattern, scope = case.pattern, case.scope
     pruned = [int(np.sum(~leaf)) for leaf in groups_of(case, mask)]
-    largest = max(scope.select(draw(0)).group_sizes) if pattern.prunes_whole_groups else 1
+    largest = max(select(scope, draw(0)).group_sizes) if pattern.prunes_whole_groups else 1
     if case.budget == "global":
         assert 0 <= round(sparsity * 64) - sum(pruned) < largest
     else:
         budget = _budgets.as_budget(case.budget)
-        wanted = _targets.layer_counts(sparsity, budget, scope.select(draw(0)))
+        wanted = _targets.layer_counts(sparsity, budget, select(scope, draw(0)))
         assert wanted.sum() == round(sparsity * 64)
         np.testing.assert_array_equal(pruned, wanted)
 
@@ -409,7 +410,7 @@ def test_every_score_in_every_pattern(score, pattern, params, gradients):
     case = Case(PATTERNS[pattern], SCORES[score], "none", blocks=16 if score == "greedy" else None)
     mask, held = pruning.initial_mask(params), hold(case, gradients, params)
     if score == "greedy" and case.pattern.group_size is None:
-        with pytest.raises(ValueError, match="expected blocks=None or blocks='leaf', got"):
+        with pytest.raises(ValueError, match=r"one size, got .*; use score='mfac'"):
             case.step(params, mask, held, 0.4)
         return
     new, new_mask, info = case.step(params, mask, held, 0.4)
@@ -551,6 +552,28 @@ def test_columns_are_read_only_where_they_are_needed(params, gradients):
             run(case, params, batches=unreadable(), gradients=given)
 
 
+class FromArrays(outside.Half):
+    """Its rows begin as numbers, which no trace has."""
+
+    def empty(self, params, num_rows):
+        made = super().empty(params, num_rows)
+        return replace(made, matrix=jnp.asarray(np.array(made.matrix)))
+
+
+def test_the_kind_of_rows_is_known_from_one_row_outside_of_a_trace(params):
+    with jax.checking_leaks():
+        run(Case(storage=FromArrays()), params)
+
+
+def test_the_mask_before_the_first_step_is_read_once(params, monkeypatch):
+    reads, pruned_of_leaves = [], _targets.pruned_of_leaves
+    monkeypatch.setattr(
+        _targets, "pruned_of_leaves", lambda mask: (reads.append(mask), pruned_of_leaves(mask))[1]
+    )
+    run(Case(pruning.BlocksOf(4), "magnitude", "none"), params, steps=4)
+    assert len(reads) == 1
+
+
 def test_few_weights_are_one_block_whose_columns_are_read(params):
     """The gradients of all steps that are kept count."""
     case = Case(score="magnitude", storage=OnlyProducts())
@@ -642,6 +665,55 @@ def test_a_score_from_outside_that_knows_of_groups(pattern, params, gradients):
         halved = pruning.Score(half_of_groups, reads_columns=True, of_groups=True)
         _, got, _ = case._replace(score=halved).step(params, mask, held, 0.4)
         jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("pattern", [pruning.Slices(), outside.Diagonals()])
+@pytest.mark.parametrize("blocks", [16, (16, 16, 16, 16), pruning.WithinOutputs(4)])
+def test_blocks_that_cut_groups_are_refused_for_every_score_of_groups(
+    pattern, blocks, params, gradients
+):
+    case = Case(pattern, blocks=blocks)
+    held, mask = hold(case, gradients, params), pruning.initial_mask(params)
+    words = "do not fit into blocks smaller than a leaf"
+    own = pruning.Score(half_of_groups, reads_columns=True, of_groups=True)
+    for score in ("mfac", own):
+        with pytest.raises(ValueError, match=words):
+            case._replace(score=score).step(params, mask, held, 0.4)
+        with pytest.raises(ValueError, match=words):
+            run(case._replace(score=score), params, batches=unreadable())
+    # A score that does not say what it reads is refused as it reads groups.
+    for score in (half_of_groups, pruning.Score(half_of_groups, of_groups=True)):
+        with pytest.raises(ValueError, match=words):
+            case._replace(score=score).step(params, mask, held, 0.4)
+    # Magnitude scores groups of any size, without the Fisher.
+    _, got, _ = case._replace(score="magnitude").step(params, mask, held, 0.4)
+    check_mask(case, got, mask)
+
+
+def test_a_score_checks_the_pattern_and_the_blocks_before_any_work(params):
+    def check(pattern, largest):
+        raise ValueError(f"{pattern} with {largest} weights")
+
+    case = Case(pruning.BlocksOf(4), pruning.Score(outside.taylor, check=check), blocks=16)
+    with pytest.raises(ValueError, match=r"BlocksOf.* with 16 weights"):
+        run(case, params, batches=unreadable())
+
+
+def test_the_first_weight_of_a_group_scores_the_group(params, gradients):
+    def places(problem):
+        # The first row falls and the last row rises, so their groups would go in other orders.
+        return jax.tree.map(
+            lambda w: jnp.arange(w.size, dtype=w.dtype).reshape(w.shape)[::-1], problem.weights
+        )
+
+    score = pruning.Score(places, of_groups=True)
+    case, mask = Case(pruning.Slices(0), score, "none"), pruning.initial_mask(params)
+    scope = Scope("a/kernel", pruning.Slices(0))
+    held = hold(case, gradients, params)
+    _, got, _ = pruning.prune_step(
+        params, mask, held, 0.5, damping=DAMPING, score=score, update="none", scope=scope
+    )
+    assert got["a"]["kernel"].all(axis=1).tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -751,6 +823,7 @@ WHOLE = [
     pruning.Setting("mfac", "reference", None, DAMPING),
     pruning.Setting("magnitude", "none", None, DAMPING),
 ]
+BOUNDED = pruning.Setting("mfac", outside.bounded_joint, None, DAMPING)
 DESCENTS = (pruning.Descent(0.3, 0.1), pruning.Descent(0.03, 0.1))
 LEAVES = [
     pruning.Setting("mfac", "none", "leaf", DAMPING),
@@ -759,22 +832,32 @@ LEAVES = [
 
 
 @pytest.mark.parametrize(
-    ("pattern", "settings", "descents", "history", "a_step"),
+    ("pattern", "settings", "descents", "history", "grams", "factors"),
     [
         # Over the alive weights, for the damping, all scores and the reference's update; and
         # over those that stay, for the joint update and the descents.
-        (pruning.Unstructured(), WHOLE[:2], DESCENTS, 0, 2),
+        (pruning.Unstructured(), WHOLE[:2], DESCENTS, 0, 2, 4),
         # The rows of each of two parts, one Gram matrix a part.
-        (pruning.Unstructured(), WHOLE[:2], DESCENTS, 1, 4),
+        (pruning.Unstructured(), WHOLE[:2], DESCENTS, 1, 4, 4),
         # Magnitude has a mask of its own, and needs no Gram matrix of it.
-        (pruning.Unstructured(), WHOLE, (), 0, 2),
+        (pruning.Unstructured(), WHOLE, (), 0, 2, 2),
+        # Two updates of the same mask share a factor.
+        (pruning.Unstructured(), [*WHOLE[:2], BOUNDED], (), 0, 2, 2),
         # Over the alive weights for the damping, and over each of two leaves, for all dampings.
-        (pruning.Slices(), LEAVES, (), 0, 3),
+        (pruning.Slices(), LEAVES, (), 0, 3, 4),
     ],
 )
 def test_a_gram_matrix_is_computed_once_a_mask_in_prune(
-    pattern, settings, descents, history, a_step, params
+    pattern, settings, descents, history, grams, factors, params, monkeypatch
 ):
+    """And it is factored once for each damping."""
+    factored, factor = [], _whole.factor
+
+    def count(gram, damping):
+        factored.append(gram)
+        return factor(gram, damping)
+
+    monkeypatch.setattr(_whole, "factor", count)
     storage = outside.Half()
     run(
         Case(pattern=pattern),
@@ -782,7 +865,28 @@ def test_a_gram_matrix_is_computed_once_a_mask_in_prune(
         gradients=pruning.Gradients(N, storage=storage, history=history),
         search=pruning.Search(settings, descents=descents, num_calibration=2),
     )
-    assert storage.reads.of["gram"] == 2 * a_step
+    assert storage.reads.of["gram"] == 2 * grams
+    assert len(factored) == 2 * factors
+
+
+def test_an_inverse_is_made_once_a_mask(params, gradients):
+    seen = []
+
+    def score(problem):
+        empty = jax.tree.map(jnp.zeros_like, problem.mask)
+        seen.append(problem.inverse_over(problem.mask) is problem.inverse)
+        seen.append(problem.inverse_over(empty) is problem.inverse_over(empty))
+        seen.append(problem.inverse_over(empty) is not problem.inverse)
+        with pytest.raises(ValueError, match="mask does not have the structure"):
+            problem.inverse_over(problem.mask["a"])
+        with pytest.raises(TypeError, match="must be boolean, got float32"):
+            problem.inverse_over(problem.weights)
+        return outside.taylor(problem)
+
+    held, mask = hold(Case(), gradients, params), pruning.initial_mask(params)
+    for blocks in (None, 16):
+        Case(score=score, blocks=blocks).step(params, mask, held, 0.4)
+    assert seen == [True] * 6
 
 
 def test_settings_share_a_problem_if_their_blocks_are_the_same(params):
@@ -866,7 +970,7 @@ def test_given_gradients_are_used_as_they_are(storage, history, params, gradient
 
 PACKAGE = Path(mfac_jax.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-AT_HOME = [PACKAGE / "rows", *(PACKAGE / "pruning" / f"_{n}.py" for n in ("pattern", "patterns"))]
+AT_HOME = [PACKAGE / "rows", *(PACKAGE / "pruning" / f"_{n}.py" for n in ("interface", "patterns"))]
 
 
 def names_of_rows_and_patterns():
@@ -937,3 +1041,19 @@ def test_what_is_added_from_outside_is_short():
     ]  # fmt: skip
     for section in sections:
         assert sum(bool(line.strip()) for line in section.splitlines()[1:]) <= 60
+
+
+@pytest.mark.parametrize("history", [0, 2])
+def test_prune_collects_gradients_in_host_memory(params, history):
+    found = [
+        run(
+            case,
+            params,
+            steps=(0.2, 0.3, 0.45),
+            gradients=pruning.Gradients(N, storage=case.storage, history=history),
+        )
+        for case in (Case(storage=outside.Host()), Case(storage=Dense()))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, found[0].mask, found[1].mask)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, found[0].params, found[1].params)

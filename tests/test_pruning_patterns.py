@@ -12,6 +12,7 @@ import pytest
 from mfac_jax import pruning, rows
 from mfac_jax.inverse import GroupBlocks
 from mfac_jax.pruning import Groups, Pattern, Scope, _blocks, _choices, _problem, _scores
+from mfac_jax.pruning._scope import select
 
 N = 12
 SHAPES = {"a": (4, 8, 3), "b": (8, 4)}
@@ -288,7 +289,10 @@ def step(**options):
         ({"pattern": pruning.NofM(2, 4), "sparsity": 0.6}, r"at most 64 of 128"),
         ({"pattern": pruning.NofM(2, 4), "blocks": 6}, "multiples of 4"),
         ({"pattern": pruning.Slices(), "blocks": 16}, "blocks='leaf'"),
-        ({"score": "greedy", "pattern": pruning.Slices()}, "inside blocks"),
+        *(
+            ({"score": "greedy", "pattern": pruning.Slices(), "blocks": blocks}, "one size, got Sl")
+            for blocks in (None, 16, "leaf")
+        ),
         ({"sparsity": 1.0}, "allow_empty_layers"),
         ({"sparsity": {"a": 1.0, "b": 0.1}}, r"\['a'\].*allow_empty_layers"),
         ({"sparsity": {"a": 0.5}}, "structure"),
@@ -320,7 +324,7 @@ def test_patterns_that_are_none(make):
 
 @pytest.mark.wrong_types
 def test_patterns_of_wrong_type():
-    with pytest.raises(TypeError, match="pattern must be one of"):
+    with pytest.raises(TypeError, match="pattern must be a Pattern"):
         step(pattern="2:4")
     with pytest.raises(TypeError, match="axis must be a Python int"):
         pruning.Slices(axis=1.0)
@@ -420,7 +424,7 @@ def test_slices_of_a_leaf_below_n_do_not_cancel(damping):
     params = {"w": jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)}
     g = rng.normal(size=(256, 8, 16)).astype(np.float32)
     scope = Scope(pattern=pruning.Slices())
-    selection = scope.select(params)
+    selection = select(scope, params)
     held = rows.as_rows({"w": jnp.asarray(g)}, params)
     given = _problem.Problem(
         params,
@@ -502,7 +506,7 @@ def test_a_rule_of_a_pattern_of_your_own_holds(score):
 def test_greedy_masks_refuse_a_rule_that_they_do_not_know():
     w = jnp.ones((4, 4))
     held, scope = rows.as_rows(jnp.ones((3, 4, 4))), Scope("", FirstStays())
-    with pytest.raises(ValueError, match="'greedy' does not know the rule of FirstStays"):
+    with pytest.raises(ValueError, match="'greedy' cannot follow FirstStays"):
         pruning.prune_step(
             w,
             pruning.initial_mask(w),

@@ -121,6 +121,7 @@ def test_a_step_is_that_of_prune_step(params):
     assert [step.num_pruned for step in several.report.steps][-1] == 144
     with pytest.raises(ValueError, match="given must be count=8 gradients, got 32"):
         few(8, given=g)
+    assert (Gradients().count, Gradients(given=g).count) == (128, 32)
     with pytest.raises(
         ValueError, match=r"^given must be gradients of params: expected \{\['bias'"
     ):
@@ -413,6 +414,14 @@ def test_a_relative_damping_follows_the_scale_of_the_loss(params):
         (lambda: Search(()), ValueError, "settings is empty"),
         (lambda: Search(SETTINGS[0]), TypeError, r"give \[setting\]"),
         (lambda: Search(["mfac"]), TypeError, "settings must be Setting, got str"),
+        (lambda: Search(3), TypeError, "settings must be a sequence of Setting, got int"),
+        (
+            lambda: Search(descents=pruning.Descent(0.1, 0.1)),
+            TypeError,
+            r"descents must be a sequence of Descent, got one: give \[descent\]",
+        ),
+        (lambda: Search(descents=None), TypeError, "sequence of Descent, got NoneType"),
+        (lambda: pruning.default_settings("2:4"), TypeError, "pattern must be a Pattern.*'2:4'"),
         (
             lambda: Search([SETTINGS[0]._replace(scales=0.5)]),
             TypeError,
@@ -443,7 +452,7 @@ def test_a_relative_damping_follows_the_scale_of_the_loss(params):
         (lambda: among(SETTINGS[0]._replace(blocks=(8, 0))), ValueError, "blocks must be .* got 0"),
         (lambda: Scope(3), TypeError, "path_filter must be None, .* got int"),
         (lambda: Scope("("), ValueError, "path_filter must be a regular expression, got '\\('"),
-        (lambda: Scope(pattern="2:4"), TypeError, "pattern must be one of .* got '2:4'"),
+        (lambda: Scope(pattern="2:4"), TypeError, "pattern must be a Pattern.* got '2:4'"),
         (lambda: Scope(budget="equal"), ValueError, "budget must be one of 'global', .* 'equal'"),
         (lambda: Scope(budget=3), TypeError, "budget must be one of .* or a function, got 3"),
         (lambda: Scope(budget="erk", costs=[1]), ValueError, "costs need budget='global', got"),
@@ -489,7 +498,7 @@ def test_a_value_is_looked_at_as_it_is_made(make, error, words):
                 "scope": Scope(pattern=pruning.Slices()),
             },
             ValueError,
-            "inside blocks",
+            "score='greedy' needs a pattern whose groups have one size, got Slices.*use score='mf",
         ),
         (
             {"mask": {"a": {"bias": True, "kernel": False}, "b": {"kernel": True}}},
@@ -529,15 +538,16 @@ def test_calibration_batches_that_are_not_finite(params, monkeypatch):
         run(params, search=among(calibration=[(X, Y * jnp.nan)]))
 
 
-def test_another_sparsity_compiles_nothing_anew(params):
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_another_sparsity_compiles_nothing_anew(setting, params):
     options = {"gradients": few(history=1)}
-    run(params, 0.5, search=among(descents=[pruning.Descent(0.02, 1e-3)]), **options)
+    run(params, 0.5, search=among(setting, descents=[pruning.Descent(0.02, 1e-3)]), **options)
     with first_call.measured(figures := {}):
         run(
             params,
             0.7,
             steps=pruning.sparsity_schedule(0.7, 4, kind="cubic"),
-            search=among(descents=[pruning.Descent(0.03, 1e-2)]),
+            search=among(setting, descents=[pruning.Descent(0.03, 1e-2)]),
             **options,
         )
     assert figures["programs"] == 0

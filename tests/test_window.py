@@ -544,3 +544,21 @@ def test_what_is_no_storage_and_what_are_no_writable_rows_is_refused():
     read_only = rows.StackedRows.of((rows.as_rows(jnp.eye(3)),), jnp.ones(1))
     with pytest.raises(TypeError, match=r"a window needs rows that can be written .* StackedRows"):
         window.from_rows(read_only)
+
+
+@pytest.mark.parametrize("m", [4, 12])
+def test_rows_in_host_memory_eagerly(m):
+    """With fewer and with more gradients than parameters; pushed, replaced, removed, restricted."""
+    gradients = np.random.default_rng(0).normal(size=(2 * m, 10)).astype(np.float32)
+    vector, mask = jnp.asarray(gradients[0]), jnp.arange(10) != 3
+
+    def directions(storage):
+        held = window.init(jnp.zeros(10), m, storage=storage)
+        for gradient in gradients:
+            held, _ = window.push(held, jnp.asarray(gradient))
+        held, _ = window.replace(held, 1, vector)
+        held = window.restrict(window.remove(held, 2), mask)
+        return window.ihvp(held, vector, 0.1), window.ihvp_newest(held, 0.1)
+
+    for got, want in zip(directions(outside.Host()), directions(rows.Dense()), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

@@ -5,7 +5,8 @@
 determinant and samples.
 """
 
+from mfac_jax.inverse._base import FisherInverse
 from mfac_jax.inverse._groups import GroupBlocks
-from mfac_jax.inverse._inverse import FisherInverse, fisher_inverse
+from mfac_jax.inverse._inverse import fisher_inverse
 
 __all__ = ["FisherInverse", "GroupBlocks", "fisher_inverse"]

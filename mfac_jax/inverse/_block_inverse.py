@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from mfac_jax import algebra, kernels
 from mfac_jax.kernels._xla import accumulation_dtype
+from mfac_jax.kernels.backends import for_operation
 
 
 def block_inverse_diagonal(
@@ -32,15 +33,15 @@ def block_inverse_diagonal(
     Args:
         batch: ``G_b`` of every block.
         damping: ``lambda > 0``.
-        implementation: the implementation that the rows use. ``"xla"`` runs the plain form. The
-            name of a kernel concerns the scans, so blocks then run the best implementation of
-            the platform.
+        implementation: the implementation that the rows use. The plain form replaces a backend
+            that has no kernel for blocks.
 
     Returns:
         The diagonals, positive, in the accumulation dtype of ``batch``.
     """
+    chosen = for_operation(implementation, "block_inverse_diagonal")
     return kernels.block_inverse_diagonal(
-        batch, damping, plain=_inverse_diagonal, implementation=_of_blocks(implementation)
+        batch, damping, plain=_inverse_diagonal, implementation=chosen
     )
 
 
@@ -62,13 +63,8 @@ def block_ihvp(
     Returns:
         The products, in the accumulation dtype of ``batch``.
     """
-    return kernels.block_ihvp(
-        batch, vectors, damping, plain=_ihvp, implementation=_of_blocks(implementation)
-    )
-
-
-def _of_blocks(implementation: str | None) -> str | None:
-    return "xla" if implementation == "xla" else None
+    chosen = for_operation(implementation, "block_ihvp")
+    return kernels.block_ihvp(batch, vectors, damping, plain=_ihvp, implementation=chosen)
 
 
 def _inverse_diagonal(

@@ -7,9 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from mfac_jax import algebra
+from mfac_jax import _layout, algebra
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.inverse._coordinates import Pairs
 
@@ -46,16 +46,7 @@ def shared_solve(
     return jnp.multiply(scale, algebra.shared_solve(factor, gram, len(gram) * damping, rhs))
 
 
-@jax.jit
-def are_finite(tree: PyTree) -> list[Bool[Array, ""]]:
-    """Whether each leaf is finite."""
-    return [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-
-
-@jax.jit
-def where(mask: PyTree, tree: PyTree) -> PyTree:
-    """``tree`` where the mask is true, 0 elsewhere."""
-    return jax.tree.map(lambda keep, x: jnp.where(keep, x, jnp.zeros_like(x)), mask, tree)
+where = jax.jit(_layout.where)
 
 
 @jax.jit

@@ -35,8 +35,8 @@ from mfac_jax.pruning._blocks import WithinOutputs
 from mfac_jax.pruning._export import load, save, to_bcoo
 from mfac_jax.pruning._filters import prunable
 from mfac_jax.pruning._gradients import Gradients
+from mfac_jax.pruning._interface import Groups, Pattern
 from mfac_jax.pruning._masks import initial_mask, mask_to_count, mask_to_sparsity
-from mfac_jax.pruning._pattern import Groups, Pattern
 from mfac_jax.pruning._patterns import BlocksOf, NofM, Slices, Unstructured
 from mfac_jax.pruning._problem import Problem
 from mfac_jax.pruning._prune import Pruned, prune

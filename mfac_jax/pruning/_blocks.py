@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Int
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
+from mfac_jax.pruning._interface import Pattern
 from mfac_jax.pruning._scope import Selection
 from mfac_jax.rows import BlockRun, Blocks, Partition, partition
 
@@ -102,6 +103,25 @@ def cut_into_blocks(blocks: Blocks | WithinOutputs, selection: Selection) -> Fis
         return FisherBlocks(int(blocks), runs, ((1, total),) if moves and total else ())
     given = blocks if blocks is None or isinstance(blocks, str) else tuple(blocks)
     return FisherBlocks(given, runs)
+
+
+def check_groups(blocks: FisherBlocks, pattern: Pattern) -> None:
+    """Checks that the blocks hold whole groups of the pattern.
+
+    Raises:
+        ValueError: a block cuts a group.
+    """
+    size = pattern.group_size
+    if size is None and not (blocks.given is None or blocks.given == "leaf"):
+        raise ValueError(
+            f"the groups of {pattern} do not fit into blocks smaller than a leaf: "
+            f"expected blocks=None or blocks='leaf', got blocks={blocks.given!r}."
+        )
+    if size is not None and any(run.size % size for run in blocks.runs):
+        raise ValueError(
+            f"blocks must hold whole groups of {pattern}: expected sizes that are multiples "
+            f"of {size}, got blocks={blocks.given!r}."
+        )
 
 
 def _flat(size: int) -> Layout:

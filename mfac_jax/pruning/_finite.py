@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
+from mfac_jax._finite import finite_leaves
 from mfac_jax._layout import PyTree
 from mfac_jax.rows import GradientRows
 
@@ -24,7 +25,7 @@ def check_finite(tree: PyTree, paths: Sequence[str], name: str) -> None:
     Raises:
         FloatingPointError: a leaf has NaN or Inf in it; the error names the first one.
     """
-    for path, finite in zip(paths, jax.device_get(_are_finite(tree)), strict=True):
+    for path, finite in zip(paths, finite_leaves(jax.tree.leaves(tree)), strict=True):
         if not finite:
             raise FloatingPointError(f"{name}{path} has NaN or Inf in it.")
 
@@ -46,10 +47,10 @@ def check_finite_gradients(rows: GradientRows, name: str) -> None:
     # gradients do not cancel.
     coefficients = np.arange(1, rows.num_rows + 1) / rows.num_rows
     sums = rows.combine(jnp.asarray(coefficients.astype(rows.dtype)))
-    finite = jax.device_get(_are_finite(_squared(sums)))
-    if all(finite):
+    finite = finite_leaves(_squared(sums))
+    if finite.all():
         return
-    leaf = finite.index(False)
+    leaf = int(np.argmin(finite))
     masks = [np.full(shape, i == leaf) for i, shape in enumerate(rows.layout.shapes)]
     mask = jax.tree.unflatten(rows.layout.treedef, list(map(jnp.asarray, masks)))
     squares = np.diagonal(np.asarray(rows.gram(mask)))
@@ -64,8 +65,3 @@ def check_finite_gradients(rows: GradientRows, name: str) -> None:
 @jax.jit
 def _squared(tree: PyTree) -> list[Array]:
     return [jnp.square(leaf) for leaf in jax.tree.leaves(tree)]
-
-
-@jax.jit
-def _are_finite(tree: PyTree) -> list[Bool[Array, ""]]:
-    return [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]

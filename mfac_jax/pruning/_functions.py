@@ -1,4 +1,4 @@
-"""What scores and updates share: each is a function of a :class:`mfac_jax.pruning.Problem`."""
+"""The common base of scores and updates: a function of a :class:`mfac_jax.pruning.Problem`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mfac_jax._layout import Layout, PyTree
 
 @dataclass(frozen=True)
 class ProblemFunction:
-    """A function of a problem, and what a step must know of it before it takes gradients.
+    """A function of a problem, and what a step must know about it before it reads gradients.
 
     Attributes:
         function: the function.
@@ -79,5 +79,7 @@ def call(function: ProblemFunction, layout: Layout, what: str, *arguments: Any) 
         TypeError: a leaf is not a real floating-point array.
     """
     found = function.function(*arguments)
-    leaves = layout.check(found, f"what {name_of(function)} returns: {what}")
+    name = f"the {what} that {name_of(function)} returns"
+    layout.leaves(found, name)
+    leaves = layout.check(found, name if layout.paths == ("",) else f"{name}: ")
     return jax.tree.unflatten(layout.treedef, leaves)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ from mfac_jax.rows._storage import check_storage
 
 Fill = Callable[[WritableRows], WritableRows]
 
+_COUNT = 128
+
 
 # Compared by identity: two arrays are not simply equal or different.
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,8 @@ class Gradients:
     Two of them are equal only if they are the same object.
 
     Attributes:
-        count: the number of gradients that each step takes.
+        count: the number of gradients that each step takes; by default that of ``given``, or
+            128.
         per_example: take one gradient for each example instead of one for each batch.
         given: the gradients of the first step, taken at ``params``, for all leaves. Several
             sparsities can share them. They are used in their own storage, and never copied or
@@ -52,19 +56,21 @@ class Gradients:
             ``count`` gradients.
     """
 
-    count: int = 128
+    count: int | None = None
     per_example: bool = False
     given: GradientRows | None = None
     history: int = 1
     storage: Storage = Dense()  # noqa: RUF009  (immutable)
 
     def __post_init__(self) -> None:
-        _checks.positive_int(self.count, "count")
+        if self.count is not None:
+            _checks.positive_int(self.count, "count")
         _checks.non_negative_int(self.history, "history")
         check_storage(self.storage)
         if not isinstance(self.per_example, bool):
             raise TypeError(f"per_example must be a bool, got {type(self.per_example).__name__}.")
         if self.given is None:
+            object.__setattr__(self, "count", self.count or _COUNT)
             return
         try:
             check_rows(self.given)
@@ -73,6 +79,8 @@ class Gradients:
                 "given must be gradient rows (from mfac_jax.collect_gradients or "
                 f"mfac_jax.rows.as_rows), got {type(self.given).__name__}."
             ) from error
+        if self.count is None:
+            object.__setattr__(self, "count", self.given.num_rows)
         if self.given.num_rows != self.count:
             raise ValueError(
                 f"given must be count={self.count} gradients, got {self.given.num_rows}."
@@ -83,15 +91,17 @@ def check_gradients(
     gradients: Gradients,
     params: PyTree,
     steps: int,
-    column_readers: Callable[[GradientRows], list[str]],
+    column_readers: Callable[[int], list[str]],
 ) -> None:
-    """Checks before any work that the gradients can be stored, and read by what a run tries.
+    """Checks before any work that gradients can be stored and read.
+
+    Their rows must be writable, and their columns readable where a setting needs them.
 
     Args:
         gradients: how the run takes gradients.
         params: the parameters.
         steps: the number of steps.
-        column_readers: says, for rows of the number that a step uses, what needs their columns.
+        column_readers: names what needs the columns of rows; the argument is their number.
 
     Raises:
         TypeError: rows cannot be written, or columns cannot be read.
@@ -99,10 +109,9 @@ def check_gradients(
         FloatingPointError: a given gradient has NaN or Inf in it.
     """
     given, storage = gradients.given, gradients.storage
-    count = _num_parts(gradients, steps) * gradients.count
-    rows = _abstract_rows(storage, params, count)
-    readers = column_readers(rows)
+    readers = column_readers(_num_parts(gradients, steps) * _count_of(gradients))
     if given is None or steps > 1:
+        rows = storage.empty(_like(params), 1)  # any number of rows shows what they can do
         check_writable(rows, f"prune with storage={storage!r}")
         for reader in readers:
             check_columns(rows, f"{reader} with storage={storage!r}")
@@ -124,12 +133,9 @@ def _num_parts(gradients: Gradients, steps: int) -> int:
     return min(1 + gradients.history, steps)
 
 
-def _abstract_rows(storage: Storage, params: PyTree, num_rows: int) -> GradientRows:
-    """The rows that a storage makes, with abstract arrays: no memory of a device is allocated."""
-    made: list[GradientRows] = []
-    like = _like(params)
-    jax.eval_shape(lambda: made.append(storage.empty(like, num_rows)))
-    return made[0]
+def _count_of(gradients: Gradients) -> int:
+    """The number of gradients of a step, which :class:`Gradients` has set."""
+    return cast(int, gradients.count)
 
 
 def _like(params: PyTree) -> PyTree:
@@ -149,7 +155,7 @@ class History:
 
     def __init__(self, gradients: Gradients, params: PyTree, steps: int) -> None:
         self._gradients = gradients
-        self._num_parts = _num_parts(gradients, steps)
+        self._num_parts, self._count = _num_parts(gradients, steps), _count_of(gradients)
         self._like = _like(params)
         self._parts: list[GradientRows] = []
         self._taken = 0
@@ -183,7 +189,7 @@ class History:
         scales = _scales_to_newest(gram, slot, self._num_parts)
         self.rows = StackedRows.of(parts, jax.device_put(scales))
         self.grams = Grams(self.rows)
-        each = np.repeat(scales, self._gradients.count)
+        each = np.repeat(scales, self._count)
         self.grams.add(alive, jax.device_put(gram * each[:, None] * each[None, :]))
 
     @property
@@ -194,12 +200,12 @@ class History:
     @property
     def mean(self) -> Float[np.ndarray, " m"]:
         """``a`` such that ``G^T a`` is the mean of the newest gradients."""
-        slot, count = (self._taken - 1) % self._num_parts, self._gradients.count
+        slot, count = (self._taken - 1) % self._num_parts, self._count
         is_newest = np.repeat(np.arange(self._num_parts) == slot, count)
         return (is_newest / count).astype(np.float32)
 
     def _empty(self) -> WritableRows:
-        return self._gradients.storage.empty(self._like, self._gradients.count)
+        return self._gradients.storage.empty(self._like, self._count)
 
 
 def _scales_to_newest(

@@ -18,7 +18,7 @@ from mfac_jax.pruning._choices import (
     num_choices,
 )
 from mfac_jax.pruning._greedy import greedy_scores
-from mfac_jax.pruning._pattern import Groups, Pattern
+from mfac_jax.pruning._interface import Groups, Pattern
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,33 @@ from jaxtyping import Array, Float
 
 from mfac_jax._layout import PyTree
 from mfac_jax.inverse import FisherInverse
-from mfac_jax.inverse._inverse import products_suffice
-from mfac_jax.pruning._blocks import FisherBlocks, blocks_under
-from mfac_jax.pruning._pattern import Pattern
+from mfac_jax.inverse._inverse import inverse_of, products_suffice, whole_inverse
+from mfac_jax.pruning._blocks import FisherBlocks, blocks_under, check_groups
+from mfac_jax.pruning._interface import Pattern
 from mfac_jax.pruning._scope import Selection
 from mfac_jax.rows import BlockRun, GradientRows, Partition, partition
+
+Value = TypeVar("Value")
+
+
+class _OfMasks(Generic[Value]):
+    """One value for each mask. Two masks are the same if their leaves are the same objects."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[list[Array], Value]] = []
+
+    def of(self, mask: PyTree, make: Callable[[], Value]) -> Value:
+        """The value of a mask; ``make()`` for a new mask."""
+        leaves = jax.tree.leaves(mask)
+        for known, value in self._found:
+            if all(a is b for a, b in zip(known, leaves, strict=True)):
+                return value
+        return self.add(mask, make())
+
+    def add(self, mask: PyTree, value: Value) -> Value:
+        """Keeps a value, and returns it."""
+        self._found.append((jax.tree.leaves(mask), value))
+        return value
 
 
 class Grams:
@@ -23,21 +46,15 @@ class Grams:
 
     def __init__(self, rows: GradientRows) -> None:
         self.rows = rows
-        self._found: list[tuple[PyTree, Float[Array, "n n"]]] = []
+        self._known: _OfMasks[Float[Array, "n n"]] = _OfMasks()
 
     def of(self, mask: PyTree) -> Float[Array, "n n"]:
-        """The matrix over a mask. Two masks are the same if their leaves are the same objects."""
-        leaves = jax.tree.leaves(mask)
-        for known, gram in self._found:
-            if all(a is b for a, b in zip(jax.tree.leaves(known), leaves, strict=True)):
-                return gram
-        gram = self.rows.gram(mask)
-        self._found.append((mask, gram))
-        return gram
+        """The matrix over a mask."""
+        return self._known.of(mask, lambda: self.rows.gram(mask))
 
     def add(self, mask: PyTree, gram: Float[Array, "n n"]) -> None:
         """Keeps a matrix that was computed elsewhere."""
-        self._found.append((mask, gram))
+        self._known.add(mask, gram)
 
 
 class Problem:
@@ -84,6 +101,7 @@ class Problem:
     ) -> None:
         self.params, self.mask, self.rows, self.damping = params, mask, rows, damping
         self._selection, self._blocks, self._grams = selection, blocks, grams
+        self._inverses: _OfMasks[FisherInverse] = _OfMasks()
 
     @property
     def pattern(self) -> Pattern:
@@ -108,7 +126,7 @@ class Problem:
         products with the gradients only.
         """
         # The order of the weights is computed and uploaded only for what reads columns.
-        if products_suffice(self.rows, Partition(None, self._blocks.runs)):
+        if products_suffice(self.rows.num_rows, Partition(None, self._blocks.runs)):
             return partition(self.rows.layout, None)
         return self._ordered_blocks
 
@@ -123,9 +141,30 @@ class Problem:
         return self.inverse_over(self.mask)
 
     def inverse_over(self, mask: PyTree) -> FisherInverse:
-        """The inverse of the Fisher over the weights of another mask, in the same blocks."""
-        gram = self._grams.of(mask) if products_suffice(self.rows, self.blocks) else None
-        return FisherInverse.of(self.rows, mask, self.damping, self.blocks, gram)
+        """The inverse of the Fisher over the weights of another mask, in the same blocks.
+
+        A second call with the same arrays returns the same inverse.
+
+        Args:
+            mask: a tree of booleans like the parameters, false where :attr:`mask` is.
+
+        Raises:
+            TypeError: the mask is not boolean.
+            ValueError: the mask does not fit the parameters.
+        """
+        layout = self.rows.layout
+        mask = jax.tree.unflatten(layout.treedef, layout.check_mask(mask))
+        return self._inverses.of(mask, lambda: self._inverse_in(mask, self.blocks))
+
+    def _inverse_in(self, mask: PyTree, blocks: Partition) -> FisherInverse:
+        gram = functools.partial(self._grams.of, mask)
+        return inverse_of(self.rows, mask, self.damping, blocks, gram)
+
+    @functools.cached_property
+    def _factored(self) -> FisherInverse:
+        """:attr:`inverse` of one block of any size, with an n x n factor."""
+        gram = self._grams.of(self.mask)
+        return whole_inverse(self.rows, self.mask, self.damping, self.blocks, gram)
 
     @functools.cached_property
     def diagonal(self) -> PyTree:
@@ -150,7 +189,7 @@ class Problem:
         Returns:
             A tree like the parameters.
         """
-        groups = None if self.inverse.factor is None else self._ordered_blocks
+        groups = self._ordered_blocks if self.inverse.is_whole else None
         return self.inverse.group_blocks(groups, function, self.weights, self.mask)
 
     def map_groups(self, function: Callable[..., Array]) -> PyTree:
@@ -162,23 +201,19 @@ class Problem:
 
         Returns:
             A tree like the parameters.
-        """
-        size = self.pattern.group_size
-        if self._blocks.given == "leaf" and size is None:
-            return self._map_leaves(function)
-        if self.inverse.factor is not None or self._is_whole_of_many_sizes:
-            inverse = self.inverse
-            if inverse.factor is None:
-                inverse = FisherInverse.whole(
-                    self.rows, self.mask, self.damping, self.blocks, self._grams.of(self.mask)
-                )
-            groups = self._selection.partition_into_groups()
-            return inverse.group_blocks(groups, function, self.weights, self.mask)
-        return self.inverse.group_blocks(size, function, self.weights, self.mask)
 
-    @property
-    def _is_whole_of_many_sizes(self) -> bool:
-        return self._blocks.given is None and self.pattern.group_size is None
+        Raises:
+            ValueError: a block of the Fisher cuts a group.
+        """
+        check_groups(self._blocks, self.pattern)
+        size = self.pattern.group_size
+        if size is None and self._blocks.given == "leaf":
+            return self._map_leaves(function)
+        inverse = self.inverse
+        if size is None and not inverse.is_whole:
+            inverse = self._factored
+        groups = self._selection.partition_into_groups() if inverse.is_whole else size
+        return inverse.group_blocks(groups, function, self.weights, self.mask)
 
     def _map_leaves(self, function: Callable[..., Array]) -> PyTree:
         """:meth:`map_groups` with one block for each leaf, if each leaf has its own group size."""
@@ -189,9 +224,8 @@ class Problem:
             groups = selection.partition_into_groups(i)
             whole = Partition(groups.order, (BlockRun(0, 1, selection.sizes[i]),))
             own = selection.mask_of_leaf(self.mask, i)
-            gram = self._grams.of(own) if products_suffice(self.rows, whole) else None
-            inverse = FisherInverse.of(self.rows, own, self.damping, whole, gram)
-            asked = groups if inverse.factor is not None else size
+            inverse = self._inverse_in(own, whole)
+            asked = groups if inverse.is_whole else size
             found = inverse.group_blocks(asked, function, self.weights, own)
             total = _add(total, found)
         return total

@@ -22,19 +22,18 @@ from mfac_jax._collect import (
     fill_rows,
     on_device,
 )
-from mfac_jax._layout import PyTree
+from mfac_jax._layout import PyTree, where
 from mfac_jax.pruning._blocks import FisherBlocks
 from mfac_jax.pruning._finite import check_finite
 from mfac_jax.pruning._gradients import Gradients, History, check_gradients
 from mfac_jax.pruning._masks import initial_mask, pruned_of_leaves
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport, peak_memory
 from mfac_jax.pruning._schedules import schedule_of
-from mfac_jax.pruning._scope import Scope, Selection, check_scope
+from mfac_jax.pruning._scope import Scope, Selection, check_scope, select
 from mfac_jax.pruning._search import Search, Setting, settings_on
-from mfac_jax.pruning._searcher import Searcher, Step, mean_loss
 from mfac_jax.pruning._step import column_readers
-from mfac_jax.pruning._targets import Target, check_wanted, target_of
-from mfac_jax.rows import GradientRows
+from mfac_jax.pruning._targets import Start, Target, check_wanted, target_from
+from mfac_jax.pruning._trials import Searcher, Step, mean_loss
 
 FineTune = Callable[[PyTree, PyTree], PyTree]
 
@@ -108,7 +107,8 @@ def prune(
             the way that a setting needs. The error names the setting and the storage, and comes
             before any work.
         ValueError: as :func:`prune_step` and :func:`mfac_jax.collect_gradients`; or there are
-            no calibration batches or settings. The error comes before any work.
+            no calibration batches or settings. A malformed batch raises when it is read; every
+            other error comes before any work.
         FloatingPointError: a weight, the loss on the calibration batches, a gradient, every loss
             of a step, or the loss after ``fine_tune`` is not finite.
 
@@ -179,14 +179,12 @@ def _check_kinds(loss_fn: Any, fine_tune: Any, scope: Any, gradients: Any, searc
             raise TypeError(f"{name.lower()} must be a {name}, got {type(value).__name__}{hint}.")
 
 
-def _column_readers(
-    settings: Iterable[tuple[Setting, FisherBlocks]], rows: GradientRows
-) -> list[str]:
-    """What of all settings reads columns of the gradients."""
+def _column_readers(settings: Iterable[tuple[Setting, FisherBlocks]], num_rows: int) -> list[str]:
+    """The scores, updates and blocks of all settings that read columns."""
     return [
         reader
         for setting, blocks in settings
-        for reader in column_readers(setting.score, setting.update, blocks, rows)
+        for reader in column_readers(setting.score, setting.update, blocks, num_rows)
     ]
 
 
@@ -222,16 +220,17 @@ class _Plan:
         mask: PyTree | None,
     ) -> _Plan:
         """Checks the arguments of :func:`prune` and makes the plan."""
-        selection = scope.select(params)
+        selection = select(scope, params)
         layout = selection.layout
         if mask is not None:
             mask = jax.tree.unflatten(layout.treedef, layout.check_mask(mask))
         alive = selection.leaves(initial_mask(params) if mask is None else mask)
         check_wanted(sparsity, scope, selection)
-        fractions = schedule_of(sparsity, steps, scope, selection, alive)
+        start = Start(selection, alive)
+        fractions = schedule_of(sparsity, steps, scope, start)
         last = len(fractions) - 1
         targets = [
-            target_of(fraction, scope, selection, alive, is_last=i == last)
+            target_from(start, fraction, scope, is_last=i == last)
             for i, fraction in enumerate(fractions)
         ]
         check_finite(params, layout.paths, "params")
@@ -243,7 +242,7 @@ class _Plan:
             params = jax.tree.map(jnp.asarray, params)
             return params, self.selection.mask(self.selection.leaves(initial_mask(params)))
         alive = self.selection.mask(self.selection.leaves(self.given))
-        return _masked(params, self.given), alive
+        return _where(self.given, params), alive
 
     def whole(self, alive: PyTree) -> PyTree:
         """The mask of all parameters, given the mask of the prunable leaves."""
@@ -254,7 +253,7 @@ class _Plan:
         """The parameters that ``fine_tune`` returns, 0 where pruned."""
         mask, layout = self.whole(alive), self.selection.layout
         leaves = layout.check(fine_tune(params, mask), "the parameters from fine_tune")
-        return _masked(jax.tree.unflatten(layout.treedef, leaves), mask)
+        return _where(mask, jax.tree.unflatten(layout.treedef, leaves))
 
     def layers(self, alive: PyTree) -> tuple[LayerReport, ...]:
         """The report of each prunable leaf."""
@@ -264,9 +263,7 @@ class _Plan:
         return tuple(LayerReport(name or "value", size, count) for name, size, count in columns)
 
 
-@jax.jit
-def _masked(params: PyTree, mask: PyTree) -> PyTree:
-    return jax.tree.map(lambda w, k: jnp.where(k, w, jnp.zeros_like(w)), params, mask)
+_where = jax.jit(where)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
 from mfac_jax import _checks
 from mfac_jax._layout import PyTree
-from mfac_jax.pruning._masks import pruned_of_leaves
-from mfac_jax.pruning._scope import Scope, Selection
+from mfac_jax.pruning._scope import Scope
+from mfac_jax.pruning._targets import Start
 
 SCHEDULES = ("geometric", "cubic", "linear")
 
@@ -77,8 +76,7 @@ def schedule_of(
     sparsity: float | PyTree,
     steps: Any,
     scope: Scope,
-    selection: Selection,
-    mask: Sequence[Array],
+    before: Start,
 ) -> list[Any]:
     """The sparsity after each step of :func:`mfac_jax.pruning.prune`: numbers, or trees of them.
 
@@ -86,8 +84,7 @@ def schedule_of(
         sparsity: the sparsity after the last step; already checked.
         steps: the number of steps of a geometric schedule; or the sparsity after each step.
         scope: the cost of a weight of each leaf.
-        selection: the prunable leaves.
-        mask: which weights of the prunable leaves are alive so far.
+        before: the mask before the first step.
 
     Raises:
         TypeError: ``steps`` is neither a number nor a sequence.
@@ -105,7 +102,7 @@ def schedule_of(
         )
     if not is_count:
         return _given_schedule(sparsity, steps, is_number=is_number)
-    pruned = pruned_of_leaves(mask)
+    selection, pruned = before.selection, before.pruned
     if is_number:
         costs = [1] * len(pruned) if scope.costs is None else selection.leaf_values(scope.costs)
         spent = sum(cost * count for cost, count in zip(costs, pruned, strict=True))

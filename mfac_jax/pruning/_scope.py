@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.pruning._budgets import Budget, as_budget
 from mfac_jax.pruning._filters import PathFilter, as_filter, prunable
-from mfac_jax.pruning._pattern import (
+from mfac_jax.pruning._interface import (
     Groups,
     Pattern,
     check_group_scores,
@@ -37,8 +37,8 @@ class Scope:
 
     Attributes:
         path_filter: which leaves may be pruned; see :func:`prunable`.
-        pattern: which weights can only go together: :class:`Unstructured`,
-            :class:`NofM`, :class:`BlocksOf`, :class:`Slices` or your own :class:`Pattern`.
+        pattern: which weights can only go together; a :class:`Pattern` of the library or your
+            own.
         budget: how one number ``sparsity`` is spread over the leaves. ``"global"`` holds it over
             all leaves together. ``"uniform"`` holds it in each leaf. ``"erk"`` spreads it by the
             Erdos-Renyi kernel. A function ``(sparsity, shapes) -> sparsities`` returns one
@@ -74,25 +74,6 @@ class Scope:
                 f"allow_empty_layers must be a bool, got {type(self.allow_empty_layers).__name__}."
             )
         check_axis(self.output_axis, "output_axis")
-
-    def select(self, params: PyTree) -> Selection:
-        """The scope on given parameters.
-
-        Raises:
-            TypeError: a leaf is not real floating point, the filter does not return a bool, or
-                the pattern does not return :class:`Groups`.
-            ValueError: the filter selects nothing, the pattern does not fit a leaf, or there are
-                too many parameters.
-        """
-        layout = Layout(params)
-        partition(layout, None)  # which numbers the coordinates
-        keep = tuple(bool(flag) for flag in jax.tree.leaves(prunable(params, self.path_filter)))
-        groups = tuple(
-            groups_of(self.pattern, shape, self.output_axis, name)
-            for shape, name, kept in zip(layout.shapes, layout.paths, keep, strict=True)
-            if kept
-        )
-        return Selection(layout, keep, self.pattern, groups)
 
 
 def check_scope(scope: object) -> None:
@@ -202,8 +183,7 @@ class Selection:
     def leaf_orders(self) -> tuple[Int[Array, " k"] | None, ...]:
         """The places of the weights in each prunable leaf, group after group."""
         return tuple(
-            None if groups.order is None else jax.device_put(groups.order.astype(np.int32))
-            for groups in self.groups
+            None if groups.order is None else jax.device_put(groups.order) for groups in self.groups
         )
 
     def partition_into_groups(self, leaf: int | None = None) -> Partition:
@@ -238,6 +218,26 @@ class Selection:
             sizes=self.group_sizes,
         )
         return self.tree(combined, scores)
+
+
+def select(scope: Scope, params: PyTree) -> Selection:
+    """A scope on given parameters.
+
+    Raises:
+        TypeError: a leaf is not real floating point, the filter does not return a bool, or the
+            pattern does not return :class:`Groups`.
+        ValueError: the filter selects nothing, the pattern does not fit a leaf, or there are too
+            many parameters.
+    """
+    layout = Layout(params)
+    partition(layout, None)  # which numbers the coordinates
+    keep = tuple(bool(flag) for flag in jax.tree.leaves(prunable(params, scope.path_filter)))
+    groups = tuple(
+        groups_of(scope.pattern, shape, scope.output_axis, name)
+        for shape, name, kept in zip(layout.shapes, layout.paths, keep, strict=True)
+        if kept
+    )
+    return Selection(layout, keep, scope.pattern, groups)
 
 
 def in_groups(leaf: Array, order: Int[Array, " k"] | None, size: int) -> Array:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from mfac_jax import _checks
-from mfac_jax._layout import Layout, PyTree
+from mfac_jax._layout import Layout, PyTree, where
 from mfac_jax.inverse import GroupBlocks, fisher_inverse
-from mfac_jax.pruning._blocks import FisherBlocks
+from mfac_jax.pruning._blocks import FisherBlocks, check_groups
 from mfac_jax.pruning._functions import ProblemFunction, as_kind, call
 from mfac_jax.pruning._greedy import greedy_scores
-from mfac_jax.pruning._pattern import Pattern, check_group_scores
+from mfac_jax.pruning._interface import Pattern, check_group_scores
 from mfac_jax.pruning._problem import Problem
 from mfac_jax.pruning._scope import Selection
 from mfac_jax.rows import Blocks, GradientRows
@@ -114,11 +114,7 @@ def magnitude(params: PyTree, *, mask: PyTree | None = None) -> PyTree:
 
 
 def _restricted(scores: PyTree, mask: PyTree | None) -> PyTree:
-    if mask is None:
-        return scores
-    pairs = zip(jax.tree.leaves(scores), jax.tree.leaves(mask), strict=True)
-    kept = [jnp.where(alive, leaf, jnp.zeros_like(leaf)) for leaf, alive in pairs]
-    return jax.tree.unflatten(jax.tree.structure(scores), kept)
+    return scores if mask is None else where(mask, scores)
 
 
 @jax.jit
@@ -151,7 +147,7 @@ def _magnitude(params: PyTree, mask: PyTree | None) -> PyTree:
 
 @dataclass(frozen=True)
 class Score(ProblemFunction):
-    """A score, and what a step must know of it before it takes gradients.
+    """A score, and what a step must know about it before it reads gradients.
 
     A function ``score(problem)`` of your own is the same as ``Score(score)``.
 
@@ -162,8 +158,13 @@ class Score(ProblemFunction):
             :attr:`Problem.diagonal` and :meth:`Problem.map_groups` do. If the gradients have no
             columns to read, there is then an error before any work.
         of_groups: whether the function scores groups, for example by
-            :meth:`Problem.map_groups`. All weights of a group that goes whole must then have the
-            same score. By default the pattern combines the scores of single weights.
+            :meth:`Problem.map_groups`. By default the pattern combines the scores of single
+            weights. The score of a group that goes whole is that of its first weight in the
+            order of the pattern. If the function also reads columns, a block of the Fisher that
+            cuts a group raises an error before any work.
+        check: ``check(pattern, largest)`` raises a ValueError if the function cannot score this
+            pattern, or a Fisher whose largest block has ``largest`` weights. It is called before
+            any work.
 
     Raises:
         TypeError: an attribute has another type.
@@ -192,22 +193,14 @@ class Score(ProblemFunction):
     """
 
     of_groups: bool = False
+    check: Callable[[Pattern, int], None] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.of_groups, bool):
             raise TypeError(f"of_groups must be a bool, got {type(self.of_groups).__name__}.")
-
-
-@dataclass(frozen=True)
-class _CheckedScore(Score):
-    """A score that fits some patterns and blocks only.
-
-    Attributes:
-        check: ``check(selection, blocks)`` raises a ValueError if they do not fit.
-    """
-
-    check: Callable[[Selection, FisherBlocks], None] = field(kw_only=True)
+        if self.check is not None and not callable(self.check):
+            raise TypeError(f"check must be a function or None, got {self.check!r}.")
 
 
 def _magnitude_score(problem: Problem) -> PyTree:
@@ -274,39 +267,30 @@ class _GreedyScores:
         return found.reshape(weights.shape)
 
 
-def _check_groups_in_blocks(selection: Selection, blocks: FisherBlocks) -> None:
-    pattern, size = selection.pattern, selection.pattern.group_size
-    if size is None and not (blocks.given is None or blocks.given == "leaf"):
+def _check_greedy(pattern: Pattern, largest: int) -> None:
+    size = pattern.group_size
+    if size is None:
         raise ValueError(
-            f"the groups of {pattern} do not fit into blocks smaller than a leaf: "
-            f"expected blocks=None or blocks='leaf', got blocks={blocks.given!r}."
+            "score='greedy' needs a pattern whose groups have one size, "
+            f"got {pattern}; use score='mfac'."
         )
-    if size is not None and any(run.size % size for run in blocks.runs):
+    if not pattern.supports_greedy:
         raise ValueError(
-            f"blocks must hold whole groups of {pattern}: expected sizes that are multiples "
-            f"of {size}, got blocks={blocks.given!r}."
+            f"score='greedy' cannot follow {pattern}, which overrides combine or cost and has "
+            "no greedy_quota; use score='mfac'."
         )
-
-
-def _check_greedy(selection: Selection, blocks: FisherBlocks) -> None:
-    _check_groups_in_blocks(selection, blocks)
-    if not selection.pattern.supports_greedy:
-        raise ValueError(
-            f"score='greedy' does not know the rule of {selection.pattern}: it overrides combine "
-            "or cost: expected score='mfac', or a pattern with a greedy_quota."
-        )
-    largest = max((run.size for run in blocks.runs), default=0)
-    if selection.pattern.group_size is None or largest > LARGEST_GREEDY:
+    if largest > LARGEST_GREEDY:
+        fits = f"blocks={128 // size * size or size} is a good choice"
+        hint = fits if size <= LARGEST_GREEDY else "use score='mfac'"
         raise ValueError(
             "score='greedy' removes weight by weight inside blocks of at most "
-            f"{LARGEST_GREEDY} weights, got blocks={blocks.given!r} with {selection.pattern}; "
-            "blocks=128 is a good choice."
+            f"{LARGEST_GREEDY} weights, got a block of {largest} weights with {pattern}; {hint}."
         )
 
 
 SCORES: dict[str, Score] = {
-    "mfac": _CheckedScore(_mfac_score, True, True, check=_check_groups_in_blocks),
-    "greedy": _CheckedScore(_greedy_score, True, True, check=_check_greedy),
+    "mfac": Score(_mfac_score, reads_columns=True, of_groups=True),
+    "greedy": Score(_greedy_score, reads_columns=True, of_groups=True, check=_check_greedy),
     "obd": Score(_obd_score, reads_columns=True),
     "magnitude": Score(_magnitude_score, of_groups=True),
 }
@@ -323,8 +307,10 @@ def check_score(score: Score, selection: Selection, blocks: FisherBlocks) -> Non
     Raises:
         ValueError: they do not fit.
     """
-    if isinstance(score, _CheckedScore):
-        score.check(selection, blocks)
+    if score.check is not None:
+        score.check(selection.pattern, max((run.size for run in blocks.runs), default=0))
+    if score.of_groups and score.reads_columns:
+        check_groups(blocks, selection.pattern)
 
 
 def scores_of(score: Score, problem: Problem) -> PyTree:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mfac_jax import _checks
 from mfac_jax._collect import check_batches
@@ -20,7 +20,7 @@ from mfac_jax.pruning._blocks import (
     cut_into_blocks,
 )
 from mfac_jax.pruning._functions import name_of
-from mfac_jax.pruning._pattern import Pattern
+from mfac_jax.pruning._interface import Pattern, check_pattern
 from mfac_jax.pruning._patterns import Unstructured
 from mfac_jax.pruning._scope import Selection
 from mfac_jax.pruning._scores import LARGEST_GREEDY, Score, ScoreFn, as_score, check_score
@@ -54,7 +54,7 @@ class Descent(NamedTuple):
     """A step of the remaining weights down the loss, after their update.
 
     Its direction is that of the optimizer, ``-F^-1`` times the mean of the step's gradients. The
-    attributes are those of :func:`mfac_jax.mfac`.
+    attributes have the meaning they have in :func:`mfac_jax.mfac`.
 
     Attributes:
         relative_damping: ``lambda`` as a fraction of the trace of the undamped Fisher.
@@ -116,7 +116,11 @@ def default_settings(pattern: Pattern = Unstructured()) -> tuple[Setting, ...]: 
         of the paper's code with the whole Fisher; and magnitude without an update. For patterns
         without a common group size, or with very large groups, joint updates in a block for
         each leaf replace the first two.
+
+    Raises:
+        TypeError: ``pattern`` is not a pattern.
     """
+    check_pattern(pattern)
     size = pattern.group_size
     if size is None or size > LARGEST_GREEDY or not pattern.supports_greedy:
         joint = Setting("mfac", "joint", "leaf", _RELATIVE_DAMPING, (1.0, 0.5), relative=True)
@@ -176,9 +180,7 @@ def settings_on(
 
 
 def _checked_settings(settings: Sequence[Setting]) -> tuple[Setting, ...]:
-    if isinstance(settings, Setting):
-        raise TypeError("settings must be a sequence of Setting, got one: give [setting].")
-    chosen = tuple(settings)
+    chosen = _sequence(settings, Setting, "setting")
     if not chosen:
         raise ValueError("settings is empty: expected at least one Setting.")
     for setting in chosen:
@@ -202,7 +204,15 @@ def _checked_settings(settings: Sequence[Setting]) -> tuple[Setting, ...]:
     )
 
 
+def _sequence(values: Any, kind: type, name: str) -> tuple[Any, ...]:
+    if isinstance(values, kind) or not isinstance(values, Sequence) or isinstance(values, str):
+        got = f"one: give [{name}]" if isinstance(values, kind) else type(values).__name__
+        raise TypeError(f"{name}s must be a sequence of {kind.__name__}, got {got}.")
+    return tuple(values)
+
+
 def _checked_descents(descents: Sequence[Descent]) -> tuple[Descent, ...]:
+    descents = _sequence(descents, Descent, "descent")
     for descent in descents:
         if not isinstance(descent, Descent):
             raise TypeError(f"descents must be Descent, got {type(descent).__name__}.")

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array
 
 from mfac_jax import window
-from mfac_jax._layout import Layout, PyTree
+from mfac_jax._layout import Layout, PyTree, where
 from mfac_jax.pruning._masks import initial_mask
 
 
@@ -74,7 +74,7 @@ def sparse(
     ) -> tuple[optax.Updates, SparseState]:
         if params is None:
             raise ValueError("sparse needs the parameters: update(updates, state, params).")
-        gradients = jax.tree.map(_where, state.mask, updates, _zeros(updates))
+        gradients = where(state.mask, updates)
         updates, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
         updates = jax.tree.map(_where_alive, state.mask, updates, params)
         return updates, SparseState(state.mask, inner_state)
@@ -156,11 +156,3 @@ def _where_alive(mask: Array, update: Array, weight: Array) -> Array:
     """The update; ``-w`` for a pruned weight, in a dtype that holds it exactly."""
     dtype = np.promote_types(update.dtype, jnp.asarray(weight).dtype)
     return jnp.where(mask, update.astype(dtype), -jnp.asarray(weight).astype(dtype))
-
-
-def _where(mask: Array, inside: Array, outside: Array) -> Array:
-    return jnp.where(mask, inside, outside)
-
-
-def _zeros(tree: PyTree) -> PyTree:
-    return jax.tree.map(jnp.zeros_like, tree)

@@ -19,7 +19,7 @@ from mfac_jax.pruning._finite import check_finite, check_finite_gradients
 from mfac_jax.pruning._functions import name_of
 from mfac_jax.pruning._masks import choose, num_pruned
 from mfac_jax.pruning._problem import Grams, Problem
-from mfac_jax.pruning._scope import Scope, Selection, check_scope
+from mfac_jax.pruning._scope import Scope, Selection, check_scope, select
 from mfac_jax.pruning._scores import Score, ScoreFn, as_score, check_score, scores_of
 from mfac_jax.pruning._targets import Target, target_of
 from mfac_jax.pruning._updates import Update, UpdateFn, as_update, curvature_along, delta_of
@@ -146,23 +146,22 @@ def prune_step(
     masks = rows.layout.check_mask(mask)
     _checks.positive_scalar(damping, "damping")
     _checks.scalar(step_scale, "step_scale")
-    selection = scope.select(params)
+    selection = select(scope, params)
     fisher_blocks = cut_into_blocks(blocks, selection)
     check_score(as_score(score), selection, fisher_blocks)
-    for reader in column_readers(score, update, fisher_blocks, rows):
+    for reader in column_readers(score, update, fisher_blocks, rows.num_rows):
         check_columns(rows, reader)
     whole_mask = jax.tree.unflatten(rows.layout.treedef, masks)
-    alive = selection.leaves(whole_mask)
-    target = target_of(sparsity, scope, selection, alive)
+    target = target_of(sparsity, scope, selection, selection.leaves(whole_mask))
     lam = jnp.asarray(damping).astype(rows.dtype)
-    mask = selection.mask(alive)
-    problem = Problem(params, mask, rows, lam, selection, fisher_blocks, Grams(rows))
+    alive = selection.mask(selection.leaves(whole_mask))
+    problem = Problem(params, alive, rows, lam, selection, fisher_blocks, Grams(rows))
     keep_layers = not scope.allow_empty_layers
     kept, good = new_mask(problem, selection, as_score(score), target, keep_layers=keep_layers)
     delta = delta_of(as_update(update), problem, kept)
     info = info_of(problem, selection, kept, delta)
     scale = jnp.asarray(step_scale, rows.dtype)
-    new, kept, info = _take(selection, params, mask, kept, delta, scale, info, good)
+    new, kept, info = _take(selection, params, alive, kept, delta, scale, info, good)
     if not isinstance(info.accepted, jax.core.Tracer) and not bool(info.accepted):
         check_finite(selection.leaves(params), selection.names, "params")
         check_finite_gradients(rows, "rows")
@@ -187,16 +186,16 @@ def column_readers(
     score: str | ScoreFn | Score,
     update: str | UpdateFn | Update,
     blocks: FisherBlocks,
-    rows: GradientRows,
+    num_rows: int,
 ) -> list[str]:
-    """What of a step reads columns of the gradients, as the caller gave it."""
+    """The score, update or blocks of a step that read columns, in the caller's words."""
     found = []
     if as_score(score).reads_columns:
         found.append(f"score={name_of(score)!r}")
     if as_update(update).reads_columns:
         found.append(f"update={name_of(update)!r}")
-    if not products_suffice(rows, Partition(None, blocks.runs)):
-        whole = f"one block of at most n={rows.num_rows} weights"
+    if not products_suffice(num_rows, Partition(None, blocks.runs)):
+        whole = f"one block of at most n={num_rows} weights"
         found.append(whole if blocks.given is None else f"blocks={blocks.given!r}")
     return found
 

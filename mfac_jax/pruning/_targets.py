@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,21 +47,60 @@ def check_wanted(sparsity: ArrayLike | PyTree, scope: Scope, selection: Selectio
         _checks.unit_interval(sparsity, "sparsity")
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """The mask before the first step. Each property is read from the device once.
+
+    Attributes:
+        selection: the prunable weights and their groups.
+        mask: which weights of the prunable leaves are alive.
+    """
+
+    selection: Selection
+    mask: Sequence[Array]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the mask is not traced."""
+        return not any(isinstance(leaf, jax.core.Tracer) for leaf in self.mask)
+
+    @functools.cached_property
+    def pruned(self) -> list[int]:
+        """The number of pruned weights of each prunable leaf."""
+        return pruned_of_leaves(self.mask)
+
+    @functools.cached_property
+    def torn(self) -> dict[str, int]:
+        """The leaves with groups that are pruned in part, and the number of these groups."""
+        selection, found = self.selection, {}
+        for leaf, name, groups in zip(self.mask, selection.names, selection.groups, strict=True):
+            if groups.size <= 1 or not leaf.size:
+                continue
+            # NumPy computes immediately, even while a caller is traced.
+            flat = np.asarray(leaf).reshape(-1)
+            rows = (flat if groups.order is None else flat[groups.order]).reshape(-1, groups.size)
+            torn = int(np.sum(rows.any(axis=1) & ~rows.all(axis=1)))
+            if torn:
+                found[name] = torn
+        return found
+
+
 def target_of(
-    sparsity: ArrayLike | PyTree,
-    scope: Scope,
-    selection: Selection,
-    mask: Sequence[Array],
-    *,
-    is_last: bool = True,
+    sparsity: ArrayLike | PyTree, scope: Scope, selection: Selection, mask: Sequence[Array]
+) -> Target:
+    """How much is pruned after a single step; see :func:`target_from`."""
+    return target_from(Start(selection, mask), sparsity, scope)
+
+
+def target_from(
+    start: Start, sparsity: ArrayLike | PyTree, scope: Scope, *, is_last: bool = True
 ) -> Target:
     """How much is pruned after a step; see :func:`mfac_jax.pruning.prune_step`.
 
     Args:
+        start: the mask before the first step.
         sparsity: one number, or a tree like all parameters.
         scope: the budget, the costs, and whether layers may vanish.
-        selection: the prunable weights and their groups.
-        mask: which weights of the prunable leaves are alive so far.
         is_last: whether this is the last step. Before the last step, a leaf may already have
             more pruned weights than its budget; it then loses no more.
 
@@ -71,6 +111,7 @@ def target_of(
         TypeError: as :func:`check_wanted`, or ``sparsity`` is traced and must be known.
         ValueError: as :func:`check_wanted`, or the target cannot be met.
     """
+    selection = start.selection
     check_wanted(sparsity, scope, selection)
     fractions = _fractions(sparsity, selection)
     costs = _costs(scope, selection, fractions is None)
@@ -94,11 +135,11 @@ def target_of(
     else:
         counts = pruned_count(sparsity, total)
     if not is_last and np.ndim(counts):
-        counts = np.maximum(counts, pruned_of_leaves(mask)).astype(np.int32)
+        counts = np.maximum(counts, start.pruned).astype(np.int32)
     if known:
         target = _KnownTarget(counts, costs, sparsity, selection)
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in mask):
-            target.check_possible(mask)
+        if start.is_known:
+            target.check_possible(start)
         if not scope.allow_empty_layers:
             target.check_layers_stay()
         counts = jax.device_put(counts.astype(np.int32))  # which compiles nothing
@@ -200,11 +241,15 @@ class _KnownTarget:
     sparsity: Any
     selection: Selection
 
-    def check_possible(self, mask: Sequence[Array]) -> None:
+    def check_possible(self, start: Start) -> None:
         """Checks that no weight must be revived, and that the pattern can prune this much."""
-        already = np.asarray(pruned_of_leaves(mask))
+        already = np.asarray(start.pruned)
         if self.selection.pattern.prunes_whole_groups:
-            self._check_whole_groups(mask)
+            for name, torn in start.torn.items():
+                raise ValueError(
+                    f"{self.selection.pattern} prunes whole groups, but {torn} groups of "
+                    f"params{name} are pruned in part already."
+                )
         counts, sizes = self.counts, np.asarray(self.selection.sizes)
         most = np.round(sizes * self.selection.pattern.removable).astype(int)
         where, columns = (
@@ -228,21 +273,6 @@ class _KnownTarget:
                 raise ValueError(
                     f"{self.selection.pattern} prunes at most {largest} of {total} {unit}{here}, "
                     f"got sparsity={self.sparsity} ({count} {unit})."
-                )
-
-    def _check_whole_groups(self, mask: Sequence[Array]) -> None:
-        selection = self.selection
-        for leaf, name, groups in zip(mask, selection.names, selection.groups, strict=True):
-            if groups.size <= 1 or not leaf.size:
-                continue
-            # NumPy computes immediately, even while a caller is traced.
-            flat = np.asarray(leaf).reshape(-1)
-            rows = (flat if groups.order is None else flat[groups.order]).reshape(-1, groups.size)
-            torn = int(np.sum(rows.any(axis=1) & ~rows.all(axis=1)))
-            if torn:
-                raise ValueError(
-                    f"{selection.pattern} prunes whole groups, but {torn} groups of params{name} "
-                    "are pruned in part already."
                 )
 
     def check_layers_stay(self) -> None:

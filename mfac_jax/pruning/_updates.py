@@ -164,7 +164,7 @@ def predicted_loss_increase(
 
 def curvature_along(delta: PyTree, rows: GradientRows, blocks: Partition) -> Float[Array, ""]:
     """``delta^T (G^T G / n) delta``, whole or in blocks."""
-    if products_suffice(rows, blocks):
+    if products_suffice(rows.num_rows, blocks):
         return _mean_square(rows.dots(delta), num_rows=rows.num_rows)
     squares = check_columns(rows, "blocks").map_blocks(blocks, _block_squares, delta)
     return _mean(squares, num_rows=rows.num_rows)
@@ -219,7 +219,7 @@ def _excess(removed: PyTree, diagonal: PyTree, damping: Float[Array, ""]) -> PyT
 
 @dataclass(frozen=True)
 class Update(ProblemFunction):
-    """An update, and what a step must know of it before it takes gradients.
+    """An update, and what a step must know about it before it reads gradients.
 
     A function ``update(problem, kept)`` of your own is the same as ``Update(update)``.
 

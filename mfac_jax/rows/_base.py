@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mfac_jax._layout import Layout, PyTree
+from mfac_jax._layout import Layout, PyTree, where
 from mfac_jax.rows._map import map_columns
-from mfac_jax.rows._partition import Partition, pieces_of
+from mfac_jax.rows._partition import Partition, check_partition, pieces_of
 
 # The number of rows that are multiplied at a time by all other rows. They take little memory beside
 # the gradients and are enough for a matrix product.
@@ -62,7 +63,10 @@ class GradientRows(abc.ABC):
 
     @property
     def is_traceable(self) -> bool:
-        """Whether ``jit`` can trace the rows. If so, defaults of methods run as one program."""
+        """Whether ``jit`` can trace the rows.
+
+        If true, each default method runs as one compiled program.
+        """
         return True
 
     @abc.abstractmethod
@@ -163,8 +167,8 @@ class WritableRows(GradientRows):
     ) -> tuple[Writable, Bool[Array, " k"]]:
         """Writes the first ``count`` of k stacked gradients to ``rows[first : first + count]``.
 
-        Outside ``jit`` these rows are donated, so use the returned rows. Rows that ``jit`` cannot
-        trace override this method.
+        Outside ``jit`` these rows are donated, so use the returned rows. If ``jit`` cannot trace
+        the rows, the default writes one gradient after another.
 
         Args:
             first: the first row, at least 0.
@@ -174,7 +178,14 @@ class WritableRows(GradientRows):
         Returns:
             The new rows, and which gradients were accepted; (k,).
         """
-        return _write_rows(self, first, gradients, count)
+        if self.is_traceable:
+            return _write_rows(self, first, gradients, count)
+        rows, accepted = self, np.ones(_length(gradients), bool)
+        for i in range(int(count)):
+            gradient = jax.tree.map(operator.itemgetter(i), gradients)
+            rows, is_good = rows.write(jnp.asarray(first + i), gradient)
+            accepted[i] = is_good
+        return rows, jnp.asarray(accepted)
 
 
 class ColumnRows(GradientRows):
@@ -221,9 +232,11 @@ class ColumnRows(GradientRows):
             of all blocks of each run.
 
         Raises:
-            ValueError: a vector does not fit, or ``by_run`` is set for blocks that are not of
-                consecutive coordinates.
+            TypeError: ``partition`` has another type.
+            ValueError: the partition or a vector does not fit, or ``by_run`` is set for blocks
+                that are not of consecutive coordinates.
         """
+        check_partition(partition, self.layout)
         if by_run and partition.order is not None:
             raise ValueError(
                 "by_run needs blocks of consecutive coordinates, got a partition with an order."
@@ -297,10 +310,7 @@ def _products_of_row(
     return second.dots(jax.tree.unflatten(second.layout.treedef, leaves))
 
 
-@jax.jit
-def _where(mask: list[Array], leaves: list[Array]) -> list[Array]:
-    pairs = zip(mask, leaves, strict=True)
-    return [jnp.where(keep, leaf, jnp.zeros_like(leaf)) for keep, leaf in pairs]
+_where = jax.jit(where)
 
 
 @jax.jit
@@ -313,12 +323,16 @@ def _products(
     return jax.lax.map(of_row, units, batch_size=min(_ROWS_AT_A_TIME, first.num_rows))
 
 
+def _length(gradients: PyTree) -> int:
+    """The number of stacked gradients."""
+    leaves = jax.tree.leaves(gradients)
+    return len(leaves[0]) if leaves else 1
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_rows(
     rows: Writable, first: Int[Array, ""], gradients: PyTree, count: Int[Array, ""]
 ) -> tuple[Writable, Bool[Array, " k"]]:
-    length = len(jax.tree.leaves(gradients)[0]) if jax.tree.leaves(gradients) else 1
-
     def write(
         i: Int[Array, ""], carry: tuple[Writable, Bool[Array, " k"]]
     ) -> tuple[Writable, Bool[Array, " k"]]:
@@ -326,7 +340,7 @@ def _write_rows(
         rows, is_good = rows.write(first + i, jax.tree.map(lambda g: g[i], gradients))
         return rows, accepted.at[i].set(is_good)
 
-    return jax.lax.fori_loop(0, count, write, (rows, jnp.ones(length, bool)))
+    return jax.lax.fori_loop(0, count, write, (rows, jnp.ones(_length(gradients), bool)))
 
 
 _map_blocks = jax.jit(map_columns, static_argnames=("function", "by_run"))
@@ -388,3 +402,19 @@ def check_writable(rows: Any, what: str) -> WritableRows:
             f"got {type(rows).__name__}, which cannot."
         )
     return rows
+
+
+def check_traceable(rows: GradientRows, what: str) -> None:
+    """Checks that ``jit`` can trace ``rows``.
+
+    Args:
+        rows: the rows.
+        what: what needs it, for the error.
+
+    Raises:
+        TypeError: ``jit`` cannot trace them.
+    """
+    if not rows.is_traceable:
+        raise TypeError(
+            f"{what} needs rows that jit can trace, got {type(rows).__name__} (is_traceable=False)."
+        )

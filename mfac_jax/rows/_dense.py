@@ -20,10 +20,14 @@ from mfac_jax import kernels
 from mfac_jax._layout import PyTree
 from mfac_jax.kernels._xla import MAX_TILE, accumulation_dtype, set_row
 from mfac_jax.kernels._xla import products as products_of_blocks
+from mfac_jax.kernels.backends import check_supports, for_operation
 from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows, is_small_enough
 
 # The width of a tile is a multiple of this, as the vector units of GPUs and TPUs require.
 _ALIGNMENT = 128
+
+# The operations of a storage that have kernels.
+_SCANS = ("dots", "write_row", "combine")
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +51,7 @@ class DenseRows(WritableRows, ColumnRows):
         layout: the parameters that the gradients belong to.
         num_rows: ``m`` (static).
         packing: ``"flat"`` or ``"leaf"`` (static).
-        implementation: which implementation the scans use; None for the best one on each
+        implementation: which implementation the kernels use; None for the best one on each
             platform (static).
     """
 
@@ -63,12 +67,25 @@ class DenseRows(WritableRows, ColumnRows):
         dtypes = [accumulation_dtype(block.dtype) for block in jax.tree.leaves(self.blocks)]
         return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
+    def supported(self) -> DenseRows:
+        """These rows, once their implementation is known to support the shapes and dtypes.
+
+        Raises:
+            ValueError: it does not.
+        """
+        for operation in _SCANS:
+            chosen = for_operation(self.implementation, operation)
+            for tile in self._tiles():
+                check_supports(chosen, operation, jax.core.ShapedArray(tile.shape, tile.dtype))
+        return self
+
     def put(
         self, row: Int[Array, ""], gradient: PyTree
     ) -> tuple[DenseRows, Float[Array, " m"], Bool[Array, ""]]:
         pieces, accepted = self._gradient(gradient)
+        chosen = for_operation(self.implementation, "write_row")
         pairs = [
-            kernels.write_row(block, row, piece, accepted, implementation=self.implementation)
+            kernels.write_row(block, row, piece, accepted, implementation=chosen)
             for block, piece in zip(self._tiles(), pieces, strict=True)
         ]
         dots = self._total([dots for _, dots in pairs], (self.num_rows,))
@@ -204,8 +221,9 @@ class DenseRows(WritableRows, ColumnRows):
 # Jitted for eager callers. The callers check trees first, because their errors show the trees.
 @jax.jit
 def _dots(rows: DenseRows, leaves: tuple[Array, ...]) -> Float[Array, " m"]:
+    chosen = for_operation(rows.implementation, "dots")
     pairs = zip(rows._tiles(), rows._cut_vector(leaves), strict=True)
-    terms = [kernels.dots(tile, piece, implementation=rows.implementation) for tile, piece in pairs]
+    terms = [kernels.dots(tile, piece, implementation=chosen) for tile, piece in pairs]
     return rows._total(terms, (rows.num_rows,))
 
 
@@ -216,6 +234,7 @@ def _combine(
     leaves: tuple[Array, ...] | None,
     scale: Float[Array, ""] | None,
 ) -> PyTree:
+    chosen = for_operation(rows.implementation, "combine")
     combined = [
         kernels.combine(
             tile,
@@ -223,7 +242,7 @@ def _combine(
             vector=piece,
             scale=scale,
             dtype=rows.dtype,
-            implementation=rows.implementation,
+            implementation=chosen,
         )
         for tile, piece in zip(rows._tiles(), rows._cut_vector(leaves), strict=True)
     ]

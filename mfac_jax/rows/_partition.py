@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +142,27 @@ def check_size(layout: Layout) -> None:
     if layout.size > _MOST_COORDINATES:
         raise ValueError(
             f"at most {_MOST_COORDINATES} coordinates can be cut into blocks, got {layout.size}."
+        )
+
+
+def check_partition(partition: Any, layout: Layout) -> None:
+    """Checks that ``partition`` is a partition of coordinates of the parameters.
+
+    Raises:
+        TypeError: it has another type.
+        ValueError: a block has places that do not exist.
+    """
+    if not isinstance(partition, Partition):
+        raise TypeError(
+            "partition must be a Partition, for example from mfac_jax.rows.partition, "
+            f"got {type(partition).__name__}."
+        )
+    places = layout.size if partition.order is None else partition.order.size
+    end = max((run.start + run.width for run in partition.runs), default=0)
+    if max(places, end) > layout.size or end > places:
+        raise ValueError(
+            f"the blocks of a partition must lie within its {min(places, layout.size)} places, "
+            f"got a block that ends at {end} and an order of {places} of {layout.size} coordinates."
         )
 
 

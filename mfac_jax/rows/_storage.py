@@ -37,18 +37,19 @@ class Storage(abc.ABC):
         """``num_rows`` zero rows for gradients of ``params``.
 
         Args:
-            params: the parameters, or anything with their shapes and dtypes.
+            params: the parameters, or a tree of ``jax.ShapeDtypeStruct``: a storage reads
+                shapes and dtypes only, and a sharding if there is one.
             num_rows: ``m``, at least 1.
         """
 
     def hold(self, gradients: PyTree, params: PyTree) -> GradientRows:
         """Stores existing gradients.
 
+        A storage whose rows cannot be written overrides this method.
+
         Args:
             gradients: a tree like the parameters with leaves ``(n, *shape)``.
-            params: the parameters, or anything with their shapes and dtypes.
-
-        A storage whose rows cannot be written overrides this method.
+            params: the parameters or a tree of ``jax.ShapeDtypeStruct``, as in :meth:`empty`.
 
         Raises:
             TypeError: the rows cannot be written.
@@ -79,9 +80,11 @@ class Dense(Storage):
         packing: ``"flat"`` stores one block for all parameters and is fastest. ``"leaf"`` stores
             one block for each parameter, with the sharding of the parameter if that is a
             ``NamedSharding``.
-        implementation: which implementation the kernels use: ``"xla"``, ``"mosaic_gpu"`` or
-            ``"mosaic_tpu"``; by default the best one on each platform. See
-            :mod:`mfac_jax.kernels`.
+        implementation: which implementation the kernels use: ``"xla"``, ``"mosaic_gpu"``,
+            ``"mosaic_tpu"`` or the name of your own backend; by default the best one on each
+            platform. A backend runs the operations that it has a kernel for, and XLA's form runs
+            the others. There is an error if the backend does not support the shape, the dtype or
+            the device.
 
     Raises:
         TypeError: ``dtype`` is not a dtype.
@@ -111,11 +114,6 @@ class Dense(Storage):
             ) from error
         if chosen.name not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {chosen.name}.")
-        if chosen == jnp.float64 and self.implementation not in (None, "xla"):
-            raise ValueError(
-                f"implementation={self.implementation!r} needs float32 or bfloat16 gradients, "
-                "got float64."
-            )
         if chosen == jnp.float64 and jnp.result_type(float) != chosen:
             raise ValueError("dtype float64 needs jax_enable_x64, which is off.")
         object.__setattr__(self, "dtype", chosen)
@@ -129,7 +127,8 @@ class Dense(Storage):
 
         Raises:
             TypeError: ``num_rows`` is not an int, or a leaf is not real floating point.
-            ValueError: ``num_rows`` is below 1.
+            ValueError: ``num_rows`` is below 1, or the implementation does not support these
+                gradients.
         """
         m = _checks.positive_int(num_rows, "num_rows")
         layout = Layout(params)
@@ -143,7 +142,7 @@ class Dense(Storage):
                 lambda leaf: jnp.zeros((m, *jnp.shape(leaf)), dtype, device=_sharding(leaf)),
                 params,
             )
-        return DenseRows(blocks, layout, m, self.packing, self.implementation)
+        return DenseRows(blocks, layout, m, self.packing, self.implementation).supported()
 
     def hold(self, gradients: PyTree, params: PyTree) -> DenseRows:
         """Stores existing gradients; see :meth:`Storage.hold`.
@@ -162,7 +161,7 @@ class Dense(Storage):
             dtype = functools.reduce(np.promote_types, [leaf.dtype for leaf in leaves])
             flat = [leaf.reshape(n, -1).astype(dtype) for leaf in leaves]
             blocks = tiles_of(jnp.concatenate(flat, axis=1))
-        return DenseRows(blocks, layout, n, self.packing, self.implementation)
+        return DenseRows(blocks, layout, n, self.packing, self.implementation).supported()
 
 
 def as_rows(

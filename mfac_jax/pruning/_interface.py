@@ -48,6 +48,9 @@ class Pattern(abc.ABC):
       then be smaller than a leaf.
     - :attr:`removable`, :meth:`combine` and :meth:`cost`, if only some weights of a group may
       go.
+    - :attr:`greedy_quota`, if ``score="greedy"`` can follow such a pattern. It supports other
+      patterns if they override neither :meth:`combine` nor :meth:`cost`;
+      :attr:`supports_greedy` says whether it does.
 
     Example:
         >>> from dataclasses import dataclass
@@ -165,8 +168,7 @@ def check_pattern(pattern: object) -> None:
     """
     if not isinstance(pattern, Pattern):
         raise TypeError(
-            "pattern must be one of Unstructured(), NofM(n, m), BlocksOf(size) and Slices(), or "
-            f"a Pattern of your own; got {pattern!r}."
+            f"pattern must be a Pattern, such as mfac_jax.pruning.Unstructured(), got {pattern!r}."
         )
     try:
         hash(pattern)
@@ -196,6 +198,8 @@ def _overridden(pattern: Pattern) -> list[str]:
 def groups_of(pattern: Pattern, shape: tuple[int, ...], output_axis: int, name: str) -> Groups:
     """The groups of a leaf; checks that they hold every weight exactly once.
 
+    The order is in int32.
+
     Args:
         pattern: the pattern.
         shape: the shape of the leaf.
@@ -217,7 +221,7 @@ def groups_of(pattern: Pattern, shape: tuple[int, ...], output_axis: int, name: 
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise TypeError(f"{where} must have an int as {field}, got {value!r}.")
     if not total:
-        return groups
+        return groups._replace(order=None)
     expected = pattern.group_size or groups.size
     if groups.size != expected or groups.size < 1 or total % groups.size:
         raise ValueError(
@@ -237,7 +241,7 @@ def groups_of(pattern: Pattern, shape: tuple[int, ...], output_axis: int, name: 
             f"{where} must hold every weight once: expected an order of the places "
             f"0 .. {total - 1}, got {groups.order}."
         )
-    return groups._replace(order=order)
+    return groups._replace(order=order.astype(np.int32))
 
 
 def _is_permutation(order: np.ndarray, total: int) -> bool:

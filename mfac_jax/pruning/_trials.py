@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from mfac_jax._collect import LossFn, check_scalar
 from mfac_jax._layout import PyTree
-from mfac_jax.inverse import FisherInverse
+from mfac_jax.inverse._inverse import whole_inverse
 from mfac_jax.pruning._blocks import FisherBlocks
 from mfac_jax.pruning._gradients import History
 from mfac_jax.pruning._masks import pruned_of_leaves
@@ -52,9 +52,8 @@ class Step(NamedTuple):
 class Searcher:
     """Tries every setting of a step, and every descent after the best setting.
 
-    The Fisher is an average over the filled rows, which is 1 / ``filled`` times the average over
-    all rows. The average over all rows, with ``filled`` times the damping, gives the same masks
-    and updates.
+    The Fisher averages over the filled rows: 1 / ``filled`` times the average over all rows. The
+    average over all rows, with ``filled`` times the damping, gives the same masks and updates.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class Searcher:
         """The best scale of a setting; None if no loss is finite."""
         problem, selection = self._problem(setting, blocks), self._selection
         score = as_score(setting.score)
-        # Functions need not be hashable. The setting keeps them alive, so an id stays theirs.
+        # Functions need not be hashable. The setting holds the function, so its id is not reused.
         key = (id(score.function), score.of_groups, id(problem))
         if key not in self._masks:
             self._masks[key] = new_mask(problem, selection, score, target, keep_layers=keep_layers)
@@ -188,7 +187,7 @@ class Searcher:
         gram = history.grams.of(mask)
         damping = np.asarray(relative_damping * _or_one(_trace(np.asarray(gram))), self._dtype)
         whole = partition(rows.layout, None)
-        inverse = FisherInverse.whole(rows, mask, jax.device_put(damping), whole, gram)
+        inverse = whole_inverse(rows, mask, jax.device_put(damping), whole, gram)
         # The inverse of the average over all rows is 1 / filled times as large.
         return inverse.combination(history.filled * history.mean)
 
