@@ -7,9 +7,9 @@ ARGS ?=
 # jaxlib needs AVX.
 ISA ?= AVX2
 # The numerical tests.
-NUMBERS := accuracy algebra incremental inverse kernels_xla map_blocks optimizer products \
-  pruning_greedy pruning_prune pruning_robustness pruning_step pruning_updates reference robustness \
-  two_words window
+NUMBERS := accuracy algebra direction incremental inverse kernels_xla map_blocks natural optimizer \
+  products pruning_greedy pruning_prune pruning_robustness pruning_step pruning_updates reference \
+  robustness two_words window
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20

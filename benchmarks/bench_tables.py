@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import workloads
 
 from mfac_jax.incremental import ON_CPU_FROM
-from mfac_jax.optimizer import INCREMENTAL_FROM
+from mfac_jax.optimizer._precondition import INCREMENTAL_FROM
 
 Results = dict[str, Any]
 

@@ -17,15 +17,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
-import multiprocessing
-import os
-import platform
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import parallel
 from flax import nnx
 from prune_tables import DEFAULT, PATTERNS, REFERENCES, draw, tables
 from resnet20 import (
@@ -435,68 +431,8 @@ def full_scale() -> Scale:
 
 
 def measure(setup: Setup, run: Run) -> dict[str, Any]:
-    """Performs a run and adds its time."""
-    everything = experiments(setup)
-    began = time.perf_counter()
-    done = getattr(everything, run.part)(*run.arguments)
-    return done | {"seconds": time.perf_counter() - began}
-
-
-def cores(workers: int) -> list[int | None]:
-    """A core for each worker. Workers share cores if there are too few; None sets no core."""
-    pins = hasattr(os, "sched_setaffinity")
-    available = sorted(os.sched_getaffinity(0)) if pins else [None]
-    return list(itertools.islice(itertools.cycle(available), workers))
-
-
-def _start(pins: Any, cache: str) -> None:
-    """Binds a process to its core and to the cache of compiled programs that all runs share."""
-    core = pins.get()
-    if core is not None:
-        os.sched_setaffinity(0, {core})
-    jax.config.update("jax_compilation_cache_dir", cache)
-
-
-def num_workers(setup: Setup) -> int:
-    """The number of parallel runs: one for each core on a CPU, otherwise one."""
-    if jax.default_backend() == "cpu" and hasattr(os, "sched_setaffinity") and not setup.smoke:
-        return min(len(os.sched_getaffinity(0)), 4)
-    return 1
-
-
-def outcomes(setup: Setup, todo: list[Run], workers: int) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Yields every run with its result when it ends; several ``workers`` are processes."""
-    if workers == 1:
-        for run in todo:
-            yield run, measure(setup, run)
-        return
-    # Large pages (glibc reads this at process start; other libraries ignore it): on a CPU every
-    # gradient allocates its memory again, which is slow in small pages.
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    context = multiprocessing.get_context("spawn")
-    pins = context.Queue()
-    for core in cores(workers):
-        pins.put(core)
-    pool = ProcessPoolExecutor(workers, context, _start, (pins, str(setup.out / "compiled")))
-    with pool:
-        waiting, left = {}, list(todo)
-        while left or waiting:
-            # At most as many runs as workers are submitted, so that an interruption is quick.
-            while left and len(waiting) < workers:
-                run = left.pop(0)
-                waiting[pool.submit(measure, setup, run)] = run
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                yield waiting.pop(future), future.result()
-
-
-def processor() -> str:
-    """The name of the processor or the accelerator."""
-    device = jax.devices()[0].device_kind
-    info = Path("/proc/cpuinfo")
-    if jax.default_backend() != "cpu" or not info.exists():
-        return device
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "name" in line]
-    return next((name for name in names if name), device)
+    """Performs a run."""
+    return getattr(experiments(setup), run.part)(*run.arguments)
 
 
 def run_all(setup: Setup, todo: list[Run], path: Path) -> dict[str, Any]:
@@ -508,13 +444,8 @@ def run_all(setup: Setup, todo: list[Run], path: Path) -> dict[str, Any]:
         sys.exit(
             f"The dense network has {dense:.2f} %: expected {DENSE} %, with the paper's weights."
         )
-    environment = {
-        "device": processor(),
-        "cores": os.cpu_count(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "scale": json.loads(json.dumps(experiments(setup).scale._asdict())),
-    }
+    scale = json.loads(json.dumps(experiments(setup).scale._asdict()))
+    environment = parallel.environment() | {"scale": scale}
     results = {"environment": environment | {"date": time.strftime("%Y-%m-%d")}}
     results |= {"dense": dense, "wall_seconds": 0.0}
     if path.exists():
@@ -526,7 +457,9 @@ def run_all(setup: Setup, todo: list[Run], path: Path) -> dict[str, Any]:
     print(f"Dense accuracy {results['dense']:.2f} %; {len(todo)} runs to do.")
     before = results["wall_seconds"]
     with tqdm(total=len(todo), unit="run", disable=None) as bar:
-        for run, done in outcomes(setup, todo, num_workers(setup)):
+        workers = 1 if setup.smoke else parallel.num_workers()
+        arguments = {run: (setup, run) for run in todo}
+        for run, done in parallel.outcomes(measure, arguments, setup.out / "compiled", workers):
             results.setdefault(run.part, {})[run.key] = done
             results["wall_seconds"] = before + time.perf_counter() - began
             part = path.with_suffix(".part")

@@ -43,7 +43,7 @@ def one_shot_cells(found: dict[str, Any]) -> Cells:
     for key, run in found.items():
         seed, method = key.split(" ", 1)
         for sparsity, outcome in run.items():
-            if sparsity != "seconds":
+            if not sparsity.endswith("seconds"):
                 row = cells.setdefault(method, {}).setdefault((float(sparsity), 1), {})
                 row[int(seed)] = outcome["accuracy"]
     return cells

@@ -14,7 +14,7 @@ from mfac_jax import (
 )
 from mfac_jax.gradients import collect_gradients
 from mfac_jax.inverse import fisher_inverse
-from mfac_jax.optimizer import mfac, mfac_precondition
+from mfac_jax.optimizer import mfac, mfac_precondition, mfacw, natural_gradient
 
 __version__ = "0.2.0"
 
@@ -29,6 +29,8 @@ __all__ = [
     "kernels",
     "mfac",
     "mfac_precondition",
+    "mfacw",
+    "natural_gradient",
     "optimizer",
     "pruning",
     "reference",

@@ -50,6 +50,21 @@ def unit_interval(value: Any, name: str) -> None:
         raise ValueError(f"{name} must lie in [0, 1], got {value}.")
 
 
+def decay(value: Any, name: str) -> None:
+    """Checks for a Python number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}.")
+    if not 0.0 <= float(value) < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}.")
+
+
+def instance(value: Any, name: str, kind: Any) -> None:
+    """Checks the type of ``value``; ``kind`` is a type or a union."""
+    if not isinstance(value, kind):
+        wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}.")
+
+
 def scalar(value: Any, name: str) -> None:
     """Checks for a real scalar of any value."""
     _number(value, name)

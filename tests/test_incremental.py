@@ -9,7 +9,8 @@ import optax
 import oracles
 import pytest
 
-from mfac_jax import incremental, mfac_precondition, optimizer, window
+from mfac_jax import incremental, mfac_precondition, window
+from mfac_jax.optimizer import _precondition as optimizer
 
 M, D = 24, 150
 

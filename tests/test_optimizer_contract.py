@@ -16,9 +16,10 @@ import outside
 import pytest
 from jax import lax
 
-from mfac_jax import mfac, mfac_precondition
+from mfac_jax import mfac, mfac_precondition, mfacw
+from mfac_jax.optimizer import ByAge, Direction, LeafWindows, SecondMoments, UnitNorm
 from mfac_jax.rows import Dense
-from mfac_jax.window import Window, num_held
+from mfac_jax.window import Window
 
 M = 3
 PARAMS = {
@@ -43,6 +44,13 @@ TRANSFORMS = {
     "schedule": mfac_precondition(M, schedule, storage=Dense(jnp.bfloat16)),
     "leaf": mfac_precondition(M, 0.1, storage=Dense(packing="leaf"), mask=alive),
     "outside": mfac_precondition(M, 0.1, storage=outside.Half()),
+    "metric": mfac_precondition(
+        M, metric=SecondMoments(), direction=Direction(momentum=0.9, length=0.2, weights=UnitNorm())
+    ),
+    "root by leaf": mfac_precondition(
+        M, blocks="leaf", direction=Direction(power=0.5, weights=ByAge(0.9)), storage=outside.Half()
+    ),
+    "mfacw": mfacw(schedule, 0.1, window_size=M, mask=alive),
     "mfac": mfac(
         schedule,
         M,
@@ -177,8 +185,8 @@ def test_vmap_over_seeds(tx):
 def test_the_window_is_found_and_parameters_are_mapped(tx):
     _, state = loop(tx)[-1]
     held = optax.tree.get(state, "window")
-    assert isinstance(held, Window)
-    assert num_held(held) == M
+    assert isinstance(held, Window | LeafWindows)
+    assert jnp.sum(held.stamps >= 0) == M
 
     # Only what has a leaf for each parameter is mapped: a momentum, and the rows packed by leaf.
     mapped = optax.tree.map_params(tx, lambda x: x + 1, state)

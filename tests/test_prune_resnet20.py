@@ -6,6 +6,7 @@ import pickle
 
 import jax
 import numpy as np
+import parallel
 import prune_resnet20
 import prune_tables
 import pytest
@@ -49,19 +50,21 @@ def test_it_goes_on_where_it_was(out, monkeypatch, capsys):
     prune_resnet20.main(["--smoke", "--out", str(out)])
     assert measured == [lost[0]]
     assert "1 runs to do" in capsys.readouterr().out
-    assert json.loads(path.read_text())["influence"] == results["influence"] | dict([lost])
+    again = json.loads(path.read_text())["influence"]
+    times = {key: again[lost[0]][key] for key in ("seconds", "processor_seconds")}
+    assert again == results["influence"] | {lost[0]: lost[1] | times}
 
 
 @pytest.mark.parametrize(("available", "want"), [({4}, [4] * 3), ({7, 2}, [2, 7, 2])])
 def test_more_workers_than_cores_share_them(monkeypatch, available, want):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: available, raising=False)
     monkeypatch.setattr(os, "sched_setaffinity", None, raising=False)
-    assert prune_resnet20.cores(3) == want
+    assert parallel.cores(3) == want
 
 
 def test_workers_run_where_they_may_on_a_system_without_affinity(monkeypatch):
     monkeypatch.delattr(os, "sched_setaffinity", raising=False)
-    assert prune_resnet20.cores(2) == [None, None]
+    assert parallel.cores(2) == [None, None]
 
 
 @pytest.mark.slow
@@ -76,11 +79,13 @@ def test_runs_of_several_processes_on_one_core(tmp_path, monkeypatch):
         run for run in prune_resnet20.runs(prune_resnet20.SMOKE) if run.key.endswith("magnitude")
     ]
     todo = [run for run in todo if run.part in ("one_shot", "recomputation")]
-    done = dict(prune_resnet20.outcomes(setup, todo, 2))
+    arguments = {run: (setup, run) for run in todo}
+    cache = tmp_path / "compiled"
+    done = dict(parallel.outcomes(prune_resnet20.measure, arguments, cache, 2))
     assert set(done) == set(todo)
     assert len(todo) == 2
     for run, got in done.items():
-        want = prune_resnet20.measure(setup, run)
+        want = parallel.timed(prune_resnet20.measure, (setup, run))
         assert got.keys() == want.keys()
         assert got["seconds"] > 0
     assert any((tmp_path / "compiled").iterdir())

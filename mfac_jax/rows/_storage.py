@@ -173,7 +173,8 @@ def as_rows(
     """Makes rows from gradients that are stacked along a leading axis.
 
     Args:
-        gradients: a tree with leaves ``(n, *shape)``, or one array ``(n, d)``.
+        gradients: a tree with leaves ``(n, *shape)``, or one array ``(n, d)``. Rows are returned
+            as they are.
         params: the parameters. They are needed if ``gradients`` is one (n, d) array for a tree
             of parameters. By default they have the structure of one row of ``gradients``.
         storage: how the rows store the gradients.
@@ -192,6 +193,10 @@ def as_rows(
         4
     """
     check_storage(storage)
+    if isinstance(gradients, GradientRows):
+        if params is not None:
+            gradients.layout.check(params, "params")
+        return gradients
     stacked = Layout(gradients, "gradients")
     counts = {shape[0] if shape else None for shape in stacked.shapes}
     if len(counts) != 1 or counts & {None, 0}:

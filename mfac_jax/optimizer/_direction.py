@@ -1,0 +1,249 @@
+"""What a step does in the n x n space: momentum, weights, powers and lengths, at no scan's cost.
+
+Every direction is a combination ``G^T c`` of the window's own gradients, and ``c`` follows from
+``K = G G^T`` alone:
+
+- momentum: the right-hand side ``v = sum_j a_j g_j`` with ``a_j`` falling with the age of ``g_j``,
+  so no momentum is stored;
+- weights: ``F = lambda I + (1/n) sum_j w_j g_j g_j^T`` and ``v = sum_j s_j a_j g_j``;
+- powers: ``F^-1/2 v = G^T h(lambda I + K / n) a`` with ``h(x) = x^-1/2``;
+- lengths: ``|G^T c|^2 = c^T K c`` and ``(G^T c)^T F (G^T c) = lambda c^T K c + |K c|^2 / n``.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mfac_jax import _checks, algebra
+
+# The smallest weight, as a fraction of the largest one. A solution is divided by the roots of the
+# weights and multiplied by them again.
+_LEAST_WEIGHT = 1e-12
+
+
+class Held(NamedTuple):
+    """The gradients of a window, as weights see them.
+
+    Attributes:
+        norms: ``|g_j|`` in the metric of the window; 0 in empty slots; (m,).
+        ages: the number of gradients that came after; (m,) int32. Large in empty slots.
+        values: the ``value`` that ``update`` received with each gradient; (m,). NaN where there
+            was none, and if the weights do not read values.
+    """
+
+    norms: Float[Array, " m"]
+    ages: Int[Array, " m"]
+    values: Float[Array, " m"]
+
+
+class Weights(abc.ABC):
+    """How much each gradient counts; a small immutable value.
+
+    Attributes:
+        reads_values: whether the weights read :attr:`Held.values`. Every ``update`` then needs
+            ``value=``.
+    """
+
+    reads_values: bool = False
+
+    @abc.abstractmethod
+    def __call__(self, held: Held) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
+        """The weights ``w`` in the Fisher, positive, and ``s`` in the right-hand side.
+
+        Args:
+            held: the gradients of the window. What is returned for empty slots does not count.
+        """
+
+
+@dataclass(frozen=True)
+class Direction:
+    """How a step follows from the gradients held; the default is the paper's ``F^-1 g``.
+
+    Attributes:
+        momentum: ``beta`` in [0, 1). The right-hand side is the mean of the gradients held with
+            weights ``beta^age``. This is Adam's bias-corrected momentum, cut off after m gradients.
+        nesterov: whether the newest gradient counts once more, as in NAdam.
+        power: 1 for ``F^-1 v``, or 0.5 for ``F^-1/2 v``, a full-matrix Adagrad over the window.
+        length: ``"natural"`` leaves the length as it is. ``"graft"`` gives the direction the
+            length that ``D^-1 v``, the direction without the window, has in the metric: then the
+            learning rate means what it means to SGD or, with
+            :class:`~mfac_jax.optimizer.SecondMoments`, to Adam. A number is the root mean square
+            of all entries of the direction.
+        weights: how much each gradient counts: :class:`UnitNorm`, :class:`ByAge`,
+            :class:`ByValue` or :class:`Weights` of your own. All count alike by default.
+
+    Raises:
+        TypeError: an attribute has the wrong type.
+        ValueError: an attribute has an impossible value.
+    """
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    power: float = 1.0
+    length: str | float = "natural"
+    weights: Weights | None = None
+
+    def __post_init__(self) -> None:
+        _checks.decay(self.momentum, "momentum")
+        if self.power not in (0.5, 1.0):
+            raise ValueError(f"power must be 1 or 0.5, got {self.power}.")
+        if isinstance(self.length, str):
+            _checks.one_of(self.length, "length", ("natural", "graft"))
+        else:
+            _checks.positive_scalar(self.length, "length")
+        _checks.instance(self.weights, "weights", Weights | None)
+
+    @property
+    def is_newest(self) -> bool:
+        """Whether the direction is ``F^-1 g`` for the newest gradient, up to a given RMS."""
+        is_plain = self.power == 1 and self.length != "graft" and self.weights is None
+        return self.momentum == 0 and is_plain
+
+
+@dataclass(frozen=True)
+class UnitNorm(Weights):
+    """Every gradient counts as if it had the same norm, so that no outlier owns the window.
+
+    Example:
+        >>> from mfac_jax.optimizer import Direction, UnitNorm, mfac_precondition
+        >>> tx = mfac_precondition(16, direction=Direction(momentum=0.9, weights=UnitNorm()))
+    """
+
+    def __call__(self, held: Held) -> tuple[Array, Array]:
+        is_held = held.norms > 0
+        norms = jnp.where(is_held, held.norms, jnp.ones_like(held.norms))
+        count = jnp.maximum(jnp.sum(is_held, dtype=norms.dtype), 1)
+        # The geometric mean: one outlier hardly moves it.
+        logs = jnp.where(is_held, jnp.log(norms), jnp.zeros_like(norms))
+        relative = jnp.exp(jnp.sum(logs) / count) / norms
+        return relative * relative, relative
+
+
+@dataclass(frozen=True)
+class ByAge(Weights):
+    """Older gradients count less in the Fisher: ``w_j = decay^age``.
+
+    Attributes:
+        decay: in (0, 1].
+
+    Raises:
+        TypeError: ``decay`` is not a number.
+        ValueError: ``decay`` is out of range.
+    """
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        _checks.positive_scalar(self.decay, "decay")
+        _checks.unit_interval(self.decay, "decay")
+
+    def __call__(self, held: Held) -> tuple[Array, Array]:
+        decay = jnp.asarray(self.decay, held.norms.dtype)
+        return decay ** held.ages.astype(decay.dtype), jnp.ones_like(held.norms)
+
+
+@dataclass(frozen=True)
+class ByValue(Weights):
+    """Gradients count in the right-hand side by the ``value`` that ``update`` received with them.
+
+    With losses as values this is the improved empirical Fisher for mini-batches: a batch that the
+    network already fits does not ask for the same decrease of the loss as the others.
+
+    Reference: Wu et al., "An Improved Empirical Fisher Approximation for Natural Gradient
+    Descent", NeurIPS 2024.
+    """
+
+    reads_values = True
+
+    def __call__(self, held: Held) -> tuple[Array, Array]:
+        is_held = held.norms > 0
+        values = jnp.where(is_held, held.values, jnp.zeros_like(held.values))
+        mean = jnp.sum(values) / jnp.maximum(jnp.sum(is_held, dtype=values.dtype), 1)
+        return jnp.ones_like(values), values / jnp.where(mean == 0, jnp.ones_like(mean), mean)
+
+
+def right_hand_side(direction: Direction, stamps: Int[Array, " m"]) -> Float[Array, " m"]:
+    """``a``: the weight of each gradient in the right-hand side; they add up to 1."""
+    ages, is_held = _ages(stamps)
+    newest = ((ages == 0) & is_held).astype(jnp.float32)
+    if direction.momentum == 0:
+        return newest
+    beta = jnp.float32(direction.momentum)
+    powers = jnp.where(is_held, beta ** ages.astype(jnp.float32), jnp.zeros_like(newest))
+    mean = powers / jnp.maximum(jnp.sum(powers), jnp.finfo(jnp.float32).tiny)
+    if direction.nesterov:
+        mean = beta * mean + (1 - beta) * newest
+    return mean
+
+
+def solve(
+    direction: Direction,
+    gram: Float[Array, "m m"],
+    stamps: Int[Array, " m"],
+    values: Float[Array, " m"] | None,
+    damping: Callable[[Float[Array, ""]], Float[Array, ""]],
+    denominator: Float[Array, ""],
+) -> Float[Array, " m"]:
+    """The coefficients ``c`` of the direction ``G^T c``. O(m^3).
+
+    Args:
+        direction: what the direction is.
+        gram: ``K``, zero in the rows and columns of empty slots.
+        stamps: the order in which the slots were filled, -1 where a slot is empty.
+        values: the values of the gradients held; None if no weights read them.
+        damping: ``lambda`` as a function of the trace of the undamped Fisher.
+        denominator: ``n``, the divisor of the sum of outer products.
+    """
+    a = right_hand_side(direction, stamps).astype(gram.dtype)
+    root = None
+    if direction.weights is not None:
+        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
+        values = jnp.full_like(norms, jnp.nan) if values is None else values
+        in_fisher, in_vector = direction.weights(Held(norms, _ages(stamps)[0], values))
+        in_fisher = jnp.asarray(in_fisher).astype(gram.dtype)
+        largest = jnp.max(in_fisher)
+        root = jnp.sqrt(jnp.maximum(in_fisher, _LEAST_WEIGHT * largest))
+        a = a * jnp.asarray(in_vector).astype(gram.dtype) / root
+        gram = gram * root[:, None] * root[None, :]
+    lam = damping(jnp.trace(gram) / denominator)
+    if direction.power == 1:
+        factor = algebra.factor(gram, denominator * lam)
+        c = denominator * algebra.shared_solve(factor, gram, denominator * lam, a)
+    else:
+        c = _inverse_root(gram / denominator, lam, a)
+    if direction.length == "graft":
+        c = c * _ratio(_square(gram, a), _square(gram, c))
+    return c if root is None else c * root
+
+
+def _inverse_root(
+    fisher: Float[Array, "m m"], lam: Float[Array, ""], a: Float[Array, " m"]
+) -> Float[Array, " m"]:
+    """``(lambda I + K / n)^-1/2 a``."""
+    values, vectors = jnp.linalg.eigh(fisher)
+    inner = jnp.dot(a, vectors, precision="highest") * jax.lax.rsqrt(lam + jnp.maximum(values, 0))
+    return jnp.dot(vectors, inner, precision="highest")
+
+
+def _square(gram: Float[Array, "m m"], c: Float[Array, " m"]) -> Float[Array, ""]:
+    """``|G^T c|^2``, at least 0."""
+    return jnp.maximum(jnp.dot(c, jnp.dot(gram, c, precision="highest"), precision="highest"), 0)
+
+
+def _ratio(wanted: Float[Array, ""], got: Float[Array, ""]) -> Float[Array, ""]:
+    """``sqrt(wanted / got)``, 0 for a zero direction. The quotient itself may underflow."""
+    root = jnp.sqrt(jnp.where(got > 0, got, jnp.ones_like(got)))
+    return jnp.where(got > 0, jnp.sqrt(wanted) / root, jnp.zeros_like(got))
+
+
+def _ages(stamps: Int[Array, " m"]) -> tuple[Int[Array, " m"], Array]:
+    """The age of each gradient, and which slots hold one."""
+    is_held = stamps >= 0
+    return jnp.where(is_held, jnp.max(stamps) - stamps, jnp.iinfo(jnp.int32).max), is_held

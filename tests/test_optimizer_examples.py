@@ -1,0 +1,54 @@
+"""The examples that compare optimizers, in small."""
+
+import json
+
+import natural_gradients
+import numpy as np
+import optimizer_tables
+import optimizers
+import pytest
+
+pytestmark = [pytest.mark.jax_defaults, pytest.mark.once, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("optimizers")
+    arguments = ["--smoke", "--out", str(out), "--only", "characters", "sst2"]
+    return out, optimizers.main([*arguments, "--methods", "AdamW", "mfacw"]), arguments
+
+
+def test_every_optimizer_is_tuned_trained_and_shown(trained):
+    out, results, _ = trained
+    assert json.loads((out / "smoke.json").read_text())["runs"].keys() == results["runs"].keys()
+    for task in ("characters", "sst2"):
+        for method in ("AdamW", "mfacw"):
+            runs = [r for k, r in results["runs"].items() if k.startswith(f"{task}, {method}, ")]
+            assert len(runs) >= 2
+            assert all(np.isfinite(run["validation"]) and run["ms"] > 0 for run in runs)
+    made = optimizer_tables.tables(results)
+    assert {"characters", "sst2", "ranges"} == made.keys()
+    assert "| AdamW |" in made["characters"]
+    assert (out / "learning_rates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_runs_are_not_repeated(trained, monkeypatch):
+    _, results, arguments = trained
+    monkeypatch.setattr(optimizers, "measure", None)
+    again = optimizers.main([*arguments, "--methods", "AdamW", "mfacw"])
+    assert again["runs"] == results["runs"]
+
+
+def test_missing_data_are_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"characters: no tinyshakespeare.txt in None"):
+        optimizers.main(["--out", str(tmp_path), "--only", "characters"])
+
+
+def test_natural_gradients(tmp_path, monkeypatch):
+    for task in (natural_gradients.Poisson, natural_gradients.Ising):
+        chosen = {k: v for k, v in task.contenders.items() if k in ("Adam", "SPRING")}
+        monkeypatch.setattr(task, "contenders", chosen)
+    results = natural_gradients.main(["--smoke", "--out", str(tmp_path)])
+    assert all(np.isfinite(run["final"]) for run in results["runs"].values())
+    assert "| Ising ground state | SPRING |" in natural_gradients.table(results)
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
