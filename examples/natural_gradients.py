@@ -371,10 +371,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for seed in seeds:
             todo[key_of(name, method, setting, seed)] = (name, options.smoke, method, setting, seed)
     parallel.perform(measure, todo, results, path, workers=workers)
-    print(table(results))
-    (options.out / "table.md").write_text(table(results) + "\n")
-    draw(results, options.out / "errors.png")
-    print(f"\nWritten to {options.out}: {path.name}, table.md, errors.png")
+    parallel.write_up(results, path, lambda found: {"errors": table(found)}, draw, "errors.png")
     return results
 
 

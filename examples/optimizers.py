@@ -226,11 +226,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for seed in seeds if setting is not None and "mfacw" in options.methods else ():
             todo[key_of(name, "mfacw", *setting, seed)] = (name, "mfacw", *setting, seed, setup)
         parallel.perform(measure, todo, results, path, workers=workers)
-    made = tables(results)
-    (options.out / "tables.md").write_text("\n\n".join(made.values()) + "\n")
-    draw(results, options.out / "learning_rates.png")
-    print("\n\n".join(made.values()))
-    print(f"\nWritten to {options.out}: {path.name}, tables.md, learning_rates.png")
+    parallel.write_up(results, path, tables, draw, "learning_rates.png")
     return results
 
 

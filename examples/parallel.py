@@ -150,3 +150,18 @@ def _start(pins: Any, cache: str) -> None:
     if core is not None:
         os.sched_setaffinity(0, {core})
     jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def write_up(
+    results: dict[str, Any],
+    path: Path,
+    tables: Callable[[dict[str, Any]], dict[str, str]],
+    draw: Callable[[dict[str, Any], Path], None],
+    figure: str,
+) -> None:
+    """Writes the tables and the figure beside the file of results, and prints the tables."""
+    text = "\n\n".join(tables(results).values())
+    (path.parent / "tables.md").write_text(text + "\n")
+    draw(results, path.parent / figure)
+    print(text)
+    print(f"\nWritten to {path.parent}: {path.name}, tables.md, {figure}")

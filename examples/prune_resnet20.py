@@ -493,13 +493,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         sys.exit(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
     todo = runs(SMOKE if options.smoke else full_scale())
-    name = "smoke.json" if options.smoke else "results.json"
-    results = run_all(setup, [run for run in todo if run.part in options.only], options.out / name)
-    made = tables(results)
-    (options.out / "tables.md").write_text("\n\n".join(made.values()) + "\n")
-    draw(results, options.out / "accuracy.png")
-    print("\n\n".join(made.values()))
-    print(f"\nWritten to {options.out}: {name}, tables.md, accuracy.png")
+    path = options.out / ("smoke.json" if options.smoke else "results.json")
+    results = run_all(setup, [run for run in todo if run.part in options.only], path)
+    parallel.write_up(results, path, tables, draw, "accuracy.png")
     return results
 
 

@@ -61,7 +61,8 @@ def decay(value: Any, name: str) -> None:
 def instance(value: Any, name: str, kind: Any) -> None:
     """Checks the type of ``value``; ``kind`` is a type or a union."""
     if not isinstance(value, kind):
-        wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+        kinds = (kind,) if isinstance(kind, type) else kind.__args__
+        wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}.")
 
 

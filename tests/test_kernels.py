@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from kernel_cases import as_matrix, columns
 
-from mfac_jax.inverse import _block_inverse
+from mfac_jax.inverse import _block_products
 from mfac_jax.kernels import _mosaic_gpu, _tpu, _tpu_blocks, _xla
 
 
@@ -55,7 +55,7 @@ _ON_TPU |= {f"_{kind}": 256 for kind in ("DOTS_COLUMNS", "COMBINE_COLUMNS")} | {
 
 # fmt: off
 IMPLEMENTATIONS = [
-    Implementation("xla", _xla, kernel_cases.XLA, 5, {}, _block_inverse),
+    Implementation("xla", _xla, kernel_cases.XLA, 5, {}, _block_products),
     Implementation(
         "mosaic_gpu", _mosaic_gpu, kernel_cases.MOSAIC_GPU, 3, {"interpret": True},
         # Several pieces of work for each thread block. The interpreter does not keep the
@@ -124,7 +124,7 @@ def _program(function, options):
 
 def run(implementation, name, *arguments, keywords=None):
     module = implementation.blocks if name.startswith("block_") else implementation.scans
-    options = {} if module is _block_inverse else implementation.options
+    options = {} if module is _block_products else implementation.options
     program = _program(getattr(module, name), tuple(options.items()))
     return jax.block_until_ready(program(*arguments, **(keywords or {})))
 

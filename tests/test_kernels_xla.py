@@ -12,7 +12,7 @@ import pytest
 from kernel_cases import as_matrix
 
 from mfac_jax import kernels
-from mfac_jax.inverse import _block_inverse
+from mfac_jax.inverse import _block_products
 from mfac_jax.kernels._xla import MAX_TILE as TILE
 
 row_shape = kernel_cases.columns
@@ -123,11 +123,11 @@ def test_blocks_on_both_block_inverse(n, size, dtype):
     batch = jnp.asarray(rng.normal(size=(3, n, size)), dtype)
     vectors = jnp.asarray(rng.normal(size=(3, size)), jnp.float32)
     inverses = [oracles.inverse(part, 0.1) for part in np.asarray(batch, np.float64)]
-    got = _block_inverse.block_inverse_diagonal(batch, jnp.float32(0.1))
+    got = _block_products.block_inverse_diagonal(batch, jnp.float32(0.1))
     assert got.dtype == jnp.float32
     want = np.stack([np.diagonal(inverse) for inverse in inverses])
     oracles.assert_close(got, want, length=n, condition=100)
-    got = _block_inverse.block_ihvp(batch, vectors, jnp.float32(0.1))
+    got = _block_products.block_ihvp(batch, vectors, jnp.float32(0.1))
     want = np.stack([inverse @ v for inverse, v in zip(inverses, vectors, strict=True)])
     oracles.assert_close(got, want, length=n, condition=100)
 

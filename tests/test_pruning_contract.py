@@ -23,7 +23,7 @@ import pytest
 
 import mfac_jax
 from mfac_jax import pruning, rows
-from mfac_jax.inverse import GroupBlocks, _whole
+from mfac_jax.inverse import GroupBlocks, _whole_algebra
 from mfac_jax.pruning import Scope, _budgets, _targets
 from mfac_jax.pruning._scope import select
 from mfac_jax.rows import Dense
@@ -851,13 +851,13 @@ def test_a_gram_matrix_is_computed_once_a_mask_in_prune(
     pattern, settings, descents, history, grams, factors, params, monkeypatch
 ):
     """And it is factored once for each damping."""
-    factored, factor = [], _whole.factor
+    factored, factor = [], _whole_algebra.factor
 
     def count(gram, damping):
         factored.append(gram)
         return factor(gram, damping)
 
-    monkeypatch.setattr(_whole, "factor", count)
+    monkeypatch.setattr(_whole_algebra, "factor", count)
     storage = outside.Half()
     run(
         Case(pattern=pattern),

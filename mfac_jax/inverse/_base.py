@@ -110,11 +110,9 @@ class FisherInverse(abc.ABC):
 
         An entry is never below ``1 / F_jj``, its lower bound for any positive definite ``F``,
         even after rounding. It is ``1 / lambda`` where the mask is false and at coordinates
-        outside all blocks. Beside the gradients it needs only a
-        fraction of their memory.
+        outside all blocks. Beside the gradients it needs only a fraction of their memory.
         """
 
-    @abc.abstractmethod
     def group_blocks(
         self,
         groups: Partition | int | None,
@@ -144,6 +142,7 @@ class FisherInverse(abc.ABC):
             ValueError: a block is not a whole number of groups, or a partition does not fit the
                 parameters.
         """
+        return self._group_blocks(groups, function, vectors, constants)
 
     def entries(self, rows: ArrayLike, columns: ArrayLike) -> Float[Array, "..."]:
         """Single entries ``(F^-1)_ij``.
@@ -246,6 +245,11 @@ class FisherInverse(abc.ABC):
 
     @abc.abstractmethod
     def _sample(self, noise: PyTree, key: Key[Array, ""]) -> PyTree: ...
+
+    @abc.abstractmethod
+    def _group_blocks(
+        self, groups: Any, function: Callable[..., Any], vectors: tuple[PyTree, ...], constants: Any
+    ) -> Any: ...
 
     def _neighbours(self, size: int | None) -> Partition:
         """The partition into groups of ``size`` neighbours in a block, checked.

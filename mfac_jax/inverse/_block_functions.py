@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mfac_jax import algebra
-from mfac_jax.inverse._block_inverse import block_ihvp
+from mfac_jax.inverse._block_products import block_ihvp
 from mfac_jax.inverse._factored import invert_blocks
 from mfac_jax.inverse._groups import GroupBlocks, WideGroups, floors, whole_blocks
 
@@ -55,7 +55,7 @@ class MethodOfInverse:
 
 @dataclass(frozen=True)
 class WithImplementation:
-    """A function of this module or of :mod:`mfac_jax.inverse._block_inverse`.
+    """A function of this module or of :mod:`mfac_jax.inverse._block_products`.
 
     Attributes:
         function: ``function(batch, *rest, implementation=...)``.

@@ -26,9 +26,9 @@ from jaxtyping import Array, Float
 from mfac_jax import _checks
 from mfac_jax._finite import finite_leaves
 from mfac_jax._layout import PyTree
-from mfac_jax.inverse import _whole
+from mfac_jax.inverse import _whole_algebra
 from mfac_jax.inverse._base import FisherInverse
-from mfac_jax.inverse._block_wise import BlockwiseInverse
+from mfac_jax.inverse._blockwise_inverse import BlockwiseInverse
 from mfac_jax.inverse._whole_inverse import WholeInverse
 from mfac_jax.rows import Blocks, GradientRows, Partition, partition
 from mfac_jax.rows._base import check_columns, check_rows
@@ -125,7 +125,7 @@ def whole_inverse(
     gram: Float[Array, "n n"],
 ) -> FisherInverse:
     """:func:`inverse_of` for one block of any size, always with an n x n factor."""
-    return WholeInverse(rows, mask, damping, blocks, gram, _whole.factor(gram, damping))
+    return WholeInverse(rows, mask, damping, blocks, gram, _whole_algebra.factor(gram, damping))
 
 
 def products_suffice(num_rows: int, blocks: Partition) -> bool:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from mfac_jax import algebra
 from mfac_jax._layout import PyTree
-from mfac_jax.inverse import _whole
+from mfac_jax.inverse import _whole_algebra
 from mfac_jax.inverse._base import FisherInverse
 from mfac_jax.inverse._block_functions import GroupsOfWhole
 from mfac_jax.inverse._coordinates import Pairs
@@ -45,7 +45,7 @@ class WholeInverse(FisherInverse):
         solved = self._solve(self.rows.dots(inside))
         out = self.rows.combine(solved, vector=inside, scale=1 / self.damping)
         if self.mask is not None:
-            out = _whole.where_or_scaled(self.mask, out, tree, self.damping)
+            out = _whole_algebra.where_or_scaled(self.mask, out, tree, self.damping)
         return out
 
     def _combination(self, a: Float[Array, " n"]) -> PyTree:
@@ -57,23 +57,21 @@ class WholeInverse(FisherInverse):
     def diagonal(self) -> PyTree:
         rows = self._columns("diagonal")
         if self.whitened is None:
-            lower = _whole.inverse_lower(self.factor)
+            lower = _whole_algebra.inverse_lower(self.factor)
             squares, inner = rows.both_column_square_sums(lower, lower=True)
         else:
             whitened = check_columns(self.whitened, "whitened rows")
             squares, inner = rows.column_square_sums(), whitened.column_square_sums()
-        return _whole.diagonal(inner, squares, self.damping, self.mask, num_rows=rows.num_rows)
+        return _whole_algebra.diagonal(
+            inner, squares, self.damping, self.mask, num_rows=rows.num_rows
+        )
 
-    def group_blocks(
-        self,
-        groups: Partition | int | None,
-        function: Callable[..., Any],
-        *vectors: PyTree,
-        constants: PyTree = (),
+    def _group_blocks(
+        self, groups: Any, function: Callable[..., Any], vectors: tuple[PyTree, ...], constants: Any
     ) -> Any:
         if not isinstance(groups, Partition):
             groups = self._neighbours(groups)
-        constants = (self.gram, _whole.inverse_lower(self.factor), *constants)
+        constants = (self.gram, _whole_algebra.inverse_lower(self.factor), *constants)
         of_whole = GroupsOfWhole(function, len(vectors))
         return self._map("group_blocks", groups, of_whole, *vectors, constants=constants)
 
@@ -84,15 +82,19 @@ class WholeInverse(FisherInverse):
             w = check_columns(self.whitened, "whitened rows")
             whitened = w.take(pairs.rows), w.take(pairs.columns)
         layout = g.layout
-        return _whole.entries(pairs, given, whitened, self.factor, self.damping, layout, self.mask)
+        return _whole_algebra.entries(
+            pairs, given, whitened, self.factor, self.damping, layout, self.mask
+        )
 
     def _quadratic_form(self, tree: PyTree) -> Float[Array, ""]:
         inside = self._where_in(tree)
         solved = self._solve(self.rows.dots(inside))
         outside = self.rows.combine(solved, vector=inside)
         if self.mask is not None:
-            outside = _whole.where_or_scaled(self.mask, outside, tree, jnp.ones_like(self.damping))
-        return _whole.sum_of_squares(outside, solved, self.damping)
+            outside = _whole_algebra.where_or_scaled(
+                self.mask, outside, tree, jnp.ones_like(self.damping)
+            )
+        return _whole_algebra.sum_of_squares(outside, solved, self.damping)
 
     def log_det(self) -> Float[Array, ""]:
         n, log_lambda = self.rows.num_rows, jnp.log(self.damping)
@@ -104,19 +106,19 @@ class WholeInverse(FisherInverse):
         z_n = jax.random.normal(key, (n,), dtype)
         inner = jnp.sqrt(self.damping) * jnp.sqrt(n).astype(dtype) * z_n
         solved = self._solve(inner - self.rows.dots(self._where_in(noise)))
-        return _whole.sample(noise, self._where_in(self.rows.combine(solved)), self.damping)
+        return _whole_algebra.sample(noise, self._where_in(self.rows.combine(solved)), self.damping)
 
     def whiten(self) -> WholeInverse:
-        lower = _whole.inverse_lower(self.factor)
+        lower = _whole_algebra.inverse_lower(self.factor)
         return replace(self, whitened=self.rows.transform(lower, lower=True))
 
     def _solve(self, dots: Float[Array, " n"]) -> Float[Array, " n"]:
-        return _whole.refined_solve(self.factor, self.gram, self.damping, dots)
+        return _whole_algebra.refined_solve(self.factor, self.gram, self.damping, dots)
 
     def _shared_solve(self, rhs: Float[Array, " n"], scale: int) -> Float[Array, " n"]:
         """``scale A^-1 b`` for a product with ``G^T``; one program for every scale."""
         number = np.asarray(scale, self.rows.dtype)
-        return _whole.shared_solve(self.factor, self.gram, self.damping, rhs, number)
+        return _whole_algebra.shared_solve(self.factor, self.gram, self.damping, rhs, number)
 
     def _where_in(self, tree: PyTree) -> PyTree:
-        return tree if self.mask is None else _whole.where(self.mask, tree)
+        return tree if self.mask is None else _whole_algebra.where(self.mask, tree)

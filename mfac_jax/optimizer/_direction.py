@@ -7,7 +7,7 @@ Every direction is a combination ``G^T c`` of the window's own gradients, and ``
   so no momentum is stored;
 - weights: ``F = lambda I + (1/n) sum_j w_j g_j g_j^T`` and ``v = sum_j s_j a_j g_j``;
 - powers: ``F^-1/2 v = G^T h(lambda I + K / n) a`` with ``h(x) = x^-1/2``;
-- lengths: ``|G^T c|^2 = c^T K c`` and ``(G^T c)^T F (G^T c) = lambda c^T K c + |K c|^2 / n``.
+- lengths: ``|G^T c|^2 = c^T K c``.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
@@ -32,13 +32,12 @@ class Metric(abc.ABC):
         """The state for these parameters: any tree of arrays."""
 
     @abc.abstractmethod
-    def update(self, state: PyTree, gradient: PyTree, accepted: Bool[Array, ""]) -> PyTree:
-        """The state after a gradient.
+    def update(self, state: PyTree, gradient: PyTree) -> PyTree:
+        """The state after a gradient. If the window rejects the gradient, the result is dropped.
 
         Args:
             state: the state.
             gradient: a tree like the parameters.
-            accepted: whether the gradient is finite; if not, the state must not change.
         """
 
     @abc.abstractmethod
@@ -93,20 +92,13 @@ class SecondMoments(Metric):
     def init(self, params: PyTree) -> SecondMomentsState:
         return SecondMomentsState(jax.tree.map(_wide_zeros, params), jnp.zeros((), jnp.int32))
 
-    def update(
-        self,
-        state: SecondMomentsState,
-        gradient: PyTree,
-        accepted: Bool[Array, ""],
-    ) -> SecondMomentsState:
+    def update(self, state: SecondMomentsState, gradient: PyTree) -> SecondMomentsState:
         def step(nu: Array, g: Array) -> Array:
-            new = self.decay * nu + (1 - self.decay) * jnp.square(g.astype(nu.dtype))
-            return jnp.where(accepted, new, nu)
+            return self.decay * nu + (1 - self.decay) * jnp.square(g.astype(nu.dtype))
 
         leaves, treedef = jax.tree.flatten(state.nu)
         moved = [step(nu, g) for nu, g in zip(leaves, jax.tree.leaves(gradient), strict=True)]
-        nu = jax.tree.unflatten(treedef, moved)
-        return SecondMomentsState(nu, state.steps + accepted.astype(jnp.int32))
+        return SecondMomentsState(jax.tree.unflatten(treedef, moved), state.steps + 1)
 
     def scale(self, state: SecondMomentsState) -> PyTree:
         def of_leaf(nu: Array) -> Array:
@@ -146,8 +138,8 @@ class Diagonal(Metric):
 
         return jax.tree_util.tree_map_with_path(root, params, self.values)
 
-    def update(self, state: PyTree, gradient: PyTree, accepted: Bool[Array, ""]) -> PyTree:
-        del gradient, accepted
+    def update(self, state: PyTree, gradient: PyTree) -> PyTree:
+        del gradient
         return state
 
     def scale(self, state: PyTree) -> PyTree:

@@ -238,6 +238,9 @@ class _Preconditioner:
         if self.metric is not None:
             gradient, moments, scale = self._in_metric(gradient, state, layout)
         held, info = _windows.push(state.window, gradient)
+        moments = jax.tree.map(
+            lambda new, old: jnp.where(info.accepted, new, old), moments, state.metric
+        )
         values = self._values(state.values, value, info)
         lam = functools.partial(self.damping, state.count)
         step, inverse = self._direction(held, lam, values, state.inverse)
@@ -252,11 +255,11 @@ class _Preconditioner:
     def _in_metric(
         self, gradient: PyTree, state: MfacState, layout: Layout
     ) -> tuple[PyTree, PyTree, PyTree]:
-        """``D^-1/2 g``, the state of the metric and ``D^-1/2``; NaN for a bad gradient."""
+        """``D^-1/2 g``, the new state of the metric and ``D^-1/2``; NaN for a bad gradient."""
         assert self.metric is not None
         leaves = layout.check(gradient, "gradient")
         accepted = _windows.is_storable(leaves, state.window.gram.dtype, self.window_size)
-        moments = self.metric.update(state.metric, gradient, accepted)
+        moments = self.metric.update(state.metric, gradient)
         scale = self.metric.scale(moments)
         row = _times(scale, gradient, layout)
         row = jax.tree.map(lambda g: jnp.where(accepted, g, jnp.full_like(g, jnp.nan)), row)

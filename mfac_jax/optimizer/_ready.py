@@ -102,7 +102,8 @@ def mfacw(
     The window lives in Adam's metric: ``F = lambda sqrt(nu) + (1/n) sum_i g_i g_i^T`` with Adam's
     second moments ``nu``. The direction is ``F^-1`` times the mean of the window's gradients with
     momentum, and it has the length of Adam's direction in that metric. So AdamW's learning rate
-    and weight decay serve, and a large damping gives AdamW itself.
+    and weight decay serve. A large damping gives AdamW, except that an older gradient keeps the
+    second moments of its own step in one of two factors ``nu^-1/4``.
 
     Args:
         learning_rate: AdamW's: a number, a scalar array or a schedule.

@@ -2,7 +2,8 @@
 
 A window for each parameter makes the Fisher block-diagonal. Each parameter then has rows and a
 Gram matrix of its own. The Gram matrices are one batch (l, m, m), so the algebra of all parameters
-is one program. A gradient is stored in every window or in none.
+is one program. A gradient that is not finite is stored in no window. If the storage of a parameter
+rejects a gradient that is finite, this parameter has a zero row in its place.
 """
 
 from __future__ import annotations
@@ -97,15 +98,18 @@ def push(windows: Windows, gradient: PyTree) -> tuple[Windows, PushInfo]:
         part.put(slot, jnp.where(accepted, leaf, jnp.full_like(leaf, jnp.nan)))
         for part, leaf in zip(windows.rows, leaves, strict=True)
     ]
-    gram = windows.gram
+    gram, nowhere = windows.gram, len(windows.stamps)
+    # Storage of few bits may reject a leaf of a finite gradient.
+    rows = tuple(
+        part.clear(jnp.where(stored | ~accepted, nowhere, slot)) for part, _, stored in put
+    )
     if put:
-        dots = jnp.stack([dots.astype(gram.dtype) for _, dots, _ in put])
-        # A storage of few bits may reject a leaf that others accept. Its window keeps its old row.
-        stored = jnp.stack([stored for _, _, stored in put])[:, None, None]
-        gram = jnp.where(stored, gram.at[:, slot, :].set(dots).at[:, :, slot].set(dots), gram)
+        each = [jnp.where(stored, dots, jnp.zeros_like(dots)) for _, dots, stored in put]
+        dots = jnp.stack([row.astype(gram.dtype) for row in each])
+        gram = jnp.where(accepted, gram.at[:, slot, :].set(dots).at[:, :, slot].set(dots), gram)
     stamps = windows.stamps.at[slot].set(jnp.max(windows.stamps) + 1)
     new = windows._replace(
-        rows=tuple(rows for rows, _, _ in put),
+        rows=rows,
         gram=gram,
         stamps=jnp.where(accepted, stamps, windows.stamps),
         rejected=windows.rejected + (1 - accepted.astype(jnp.int32)),

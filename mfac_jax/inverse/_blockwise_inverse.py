@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Key
 
 from mfac_jax._layout import PyTree
 from mfac_jax.inverse import _block_functions as of_blocks
-from mfac_jax.inverse import _stored, _whole
+from mfac_jax.inverse import _stored, _whole_algebra
 from mfac_jax.inverse._base import FisherInverse
-from mfac_jax.inverse._block_inverse import block_ihvp, block_inverse_diagonal
+from mfac_jax.inverse._block_products import block_ihvp, block_inverse_diagonal
 from mfac_jax.inverse._coordinates import Pairs
 from mfac_jax.inverse._factored import Inverted, invert_blocks
 from mfac_jax.rows import Partition
@@ -54,14 +54,10 @@ class BlockwiseInverse(FisherInverse):
 
     def diagonal(self) -> PyTree:
         found = self._call("diagonal", alone=block_inverse_diagonal)
-        return _whole.filled(found, self.damping)
+        return _whole_algebra.filled(found, self.damping)
 
-    def group_blocks(
-        self,
-        groups: Partition | int | None,
-        function: Callable[..., Any],
-        *vectors: PyTree,
-        constants: PyTree = (),
+    def _group_blocks(
+        self, groups: Any, function: Callable[..., Any], vectors: tuple[PyTree, ...], constants: Any
     ) -> Any:
         if isinstance(groups, Partition):
             raise TypeError(
