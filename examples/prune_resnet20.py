@@ -437,7 +437,6 @@ def measure(setup: Setup, run: Run) -> dict[str, Any]:
 
 def run_all(setup: Setup, todo: list[Run], path: Path) -> dict[str, Any]:
     """Performs the runs that ``path`` does not hold yet, and writes each to it."""
-    began = time.perf_counter()
     network = experiments(setup).network
     dense = network.accuracy(network.params)
     if not setup.smoke and abs(dense - DENSE) > 0.2:
@@ -447,7 +446,7 @@ def run_all(setup: Setup, todo: list[Run], path: Path) -> dict[str, Any]:
     scale = json.loads(json.dumps(experiments(setup).scale._asdict()))
     environment = parallel.environment() | {"scale": scale}
     results = {"environment": environment | {"date": time.strftime("%Y-%m-%d")}}
-    results |= {"dense": dense, "wall_seconds": 0.0}
+    results |= {"dense": dense}
     if path.exists():
         results = json.loads(path.read_text())
         there = {key: results["environment"].get(key) for key in environment}
@@ -455,13 +454,11 @@ def run_all(setup: Setup, todo: list[Run], path: Path) -> dict[str, Any]:
             sys.exit(f"{path} comes from elsewhere: expected {environment}, got {there}.")
     todo = [run for run in todo if run.key not in results.get(run.part, {})]
     print(f"Dense accuracy {results['dense']:.2f} %; {len(todo)} runs to do.")
-    before = results["wall_seconds"]
     with tqdm(total=len(todo), unit="run", disable=None) as bar:
         workers = 1 if setup.smoke else parallel.num_workers()
         arguments = {run: (setup, run) for run in todo}
         for run, done in parallel.outcomes(measure, arguments, setup.out / "compiled", workers):
             results.setdefault(run.part, {})[run.key] = done
-            results["wall_seconds"] = before + time.perf_counter() - began
             part = path.with_suffix(".part")
             part.write_text(json.dumps(results, indent=1) + "\n")
             part.replace(path)  # an interruption leaves the file as it was
