@@ -17,7 +17,7 @@ import timing
 import workloads
 from flax import nnx
 
-from mfac_jax import mfac
+from mfac_jax import mfac, mfacw
 
 sys.path.insert(0, str(report.ROOT / "examples"))
 
@@ -32,6 +32,8 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 for _name, _size in WINDOW_SIZES.items():
     OPTIMIZERS[_name] = functools.partial(mfac, 0.1, _size)
+OPTIMIZERS["mfacw"] = lambda: mfacw(1e-3)
+WINDOW_SIZES["mfacw"] = 16
 
 
 def _fill(tx: Any, name: str, gradient: Any, params: Any) -> Any:

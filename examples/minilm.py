@@ -86,13 +86,41 @@ class MiniLM(nnx.Module):
         self.head = nnx.Linear(width, classes, kernel_init=small, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.classify(self.hidden(tokens, 0), 0)
+
+    def hidden(self, tokens: jax.Array, last: int) -> jax.Array:
+        """The states before the ``last`` layers, with 1 for a word and 0 for padding behind them.
+
+        Args:
+            tokens: (b, length) int32.
+            last: the number of layers to leave out; 0 runs all of them.
+        """
         is_word = tokens != PAD
         h = self.words(jnp.abs(tokens)) + self.segments((tokens < 0).astype(jnp.int32))
         h = self.norm(h + self.places(jnp.arange(tokens.shape[1])))
-        for layer in self.layers:
+        for layer in self.layers[: len(self.layers) - last]:
+            h = layer(h, is_word)
+        return jnp.concatenate([h, is_word[..., None].astype(h.dtype)], axis=-1)
+
+    def classify(self, states: jax.Array, last: int) -> jax.Array:
+        """The logits, from what :meth:`hidden` returns."""
+        h, is_word = states[..., :-1], states[..., -1] > 0
+        for layer in self.layers[len(self.layers) - last :]:
             h = layer(h, is_word)
         weights = is_word[..., None].astype(h.dtype)
         return self.head(jnp.sum(h * weights, axis=1) / jnp.sum(weights, axis=1))
+
+
+class Top(nnx.Module):
+    """The last layers of an encoder and its classifier, on the states before these layers."""
+
+    def __init__(self, model: MiniLM, last: int):
+        self.layers = nnx.List(model.layers[len(model.layers) - last :])
+        self.head = model.head
+        self.last = last
+
+    def __call__(self, states: jax.Array) -> jax.Array:
+        return MiniLM.classify(self, states.astype(jnp.float32), self.last)
 
 
 def load_weights(model: MiniLM, folder: Path) -> None:

@@ -19,6 +19,7 @@ TITLES = {
     "sst2": "MiniLM-L6, SST-2",
     "mrpc": "MiniLM-L6, MRPC",
 }
+METHODS = ("SGD + momentum", "AdamW", "Muon", "mfac", "mfacw")
 WIDE = 1.05  # a learning rate is good if its loss is at most this times the best
 
 
@@ -29,12 +30,14 @@ class Trained(NamedTuple):
         method: the optimizer.
         setting: learning rate and weight decay.
         seed: the seed.
+        is_short: whether it had only a part of the task's steps.
         run: what was measured.
     """
 
     method: str
     setting: tuple[float, float]
     seed: int
+    is_short: bool
     run: dict[str, Any]
 
 
@@ -42,10 +45,11 @@ def trained(results: dict[str, Any], task: str) -> list[Trained]:
     """All runs of a task."""
     found = []
     for key, run in results["runs"].items():
-        name, method, rate, decay, seed = key.split(", ")
+        name, method, rate, decay, seed, *short = key.split(", ")
         if name == task:
             setting = (float(rate), float(decay))
-            found.append(Trained(method, setting, int(seed.removeprefix("seed ")), run))
+            number = int(seed.removeprefix("seed "))
+            found.append(Trained(method, setting, number, bool(short), run))
     return found
 
 
@@ -65,22 +69,26 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         if any(t.seed != TRIAL_SEED for t in found):
             made[task] = _table(found)
     if made:
-        made["ranges"] = _ranges(results, list(made))
+        tasks = list(made)
+        made["ranges"] = _ranges(results, tasks)
+        made["variants"] = _variants(results, tasks)
     return made
 
 
 def _table(found: list[Trained]) -> str:
     """One line for each optimizer: its tuned setting, means over the seeds, costs."""
-    methods = list(dict.fromkeys(t.method for t in found))
+    methods = [method for method in METHODS if any(t.method == method for t in found)]
     adamw = chosen(found, "AdamW")
     goal = None
     lines: list[list[str]] = []
-    names = [(method, chosen(found, method), method) for method in methods]
-    if adamw is not None and adamw != chosen(found, "mfacw"):
-        names.append(("mfacw", adamw, "mfacw at AdamW's setting"))
-    goal = _mean(_finals(found, "AdamW", adamw), "train") if adamw else None
-    for method, setting, label in names:
-        runs = _finals(found, method, setting)
+    names = [(method, chosen(found, method), method, False) for method in methods]
+    if "mfacw" in methods:
+        if adamw is not None and adamw != chosen(found, "mfacw"):
+            names.append(("mfacw", adamw, "mfacw at AdamW's setting", False))
+        names.append(("mfacw", chosen(found, "mfacw"), "mfacw, fewer steps", True))
+    goal = _mean(finals(found, "AdamW", adamw), "train") if adamw else None
+    for method, setting, label, is_short in names:
+        runs = finals(found, method, setting, is_short=is_short)
         if not runs:
             continue
         cells = [label, f"{setting[0]:g}, {setting[1]:g}"]
@@ -88,6 +96,7 @@ def _table(found: list[Trained]) -> str:
         if runs[0]["has_accuracy"]:
             cells.append(_with_error(runs, "test_error", "{:.1f}"))
         cells.append(f"{_mean(runs, 'train'):.3f}")
+        cells.append(f"{runs[0]['steps']}")
         cells.append(_steps_to(runs, goal))
         cells.append(f"{_median(runs, 'ms'):.0f}")
         cells.append(f"{runs[0]['state_bytes'] / runs[0]['parameters']:.0f}")
@@ -95,42 +104,76 @@ def _table(found: list[Trained]) -> str:
     has_accuracy = found[0].run["has_accuracy"]
     head = ["optimizer", "rate, decay", "validation loss", "test loss"]
     head += ["test error, %"] * has_accuracy
-    head += ["training loss", "steps to AdamW's", "ms a step", "bytes a parameter"]
+    head += ["training loss", "steps", "steps to AdamW's", "ms a step", "state, bytes a parameter"]
     return _markdown([head, *lines])
 
 
-def _finals(
-    found: list[Trained], method: str, setting: tuple[float, float] | None
+def finals(
+    found: list[Trained],
+    method: str,
+    setting: tuple[float, float] | None,
+    *,
+    is_short: bool = False,
 ) -> list[dict[str, Any]]:
+    """The runs of a setting with the seeds of the tables."""
     return [
-        t.run for t in found if t.method == method and t.setting == setting and t.seed != TRIAL_SEED
+        t.run
+        for t in found
+        if (t.method, t.setting, t.is_short) == (method, setting, is_short) and t.seed != TRIAL_SEED
     ]
 
 
 def _steps_to(runs: list[dict[str, Any]], goal: float | None) -> str:
-    """The share of the steps after which the mean training loss is below the goal."""
+    """The steps after which the mean training loss is below the goal, and their time."""
     curves = [run["curve"] for run in runs]
     length = min(map(len, curves))
     mean = np.mean([curve[:length] for curve in curves], axis=0)
     below = np.flatnonzero(mean <= goal) if goal is not None else []
-    return f"{(below[0] + 1) / length:.0%}" if len(below) else "not reached"
+    if not len(below):
+        return "not reached"
+    steps = round((below[0] + 1) / length * runs[0]["steps"])
+    return f"{steps} ({1e-3 * _median(runs, 'ms') * steps:.0f} s)"
 
 
 def _ranges(results: dict[str, Any], tasks: list[str]) -> str:
     """For each optimizer the range of learning rates that are nearly as good as its best one."""
     head = ["good learning rates", *[TITLES[task] for task in tasks]]
     found = {task: trained(results, task) for task in tasks}
-    methods = list(dict.fromkeys(t.method for task in tasks for t in found[task]))
     lines = [head]
-    for method in methods:
+    for method in METHODS:
         cells = [method]
         for task in tasks:
-            curve = by_rate(found[task], method)
-            least = min(map(_or_inf, curve.values()), default=np.inf)
-            good = [rate for rate, loss in curve.items() if _or_inf(loss) <= WIDE * least]
+            good = good_rates(found[task], method)
             cells.append(f"{min(good):g} to {max(good):g}" if good else "")
+        if any(cells[1:]):
+            lines.append(cells)
+    return _markdown(lines)
+
+
+def _variants(results: dict[str, Any], tasks: list[str]) -> str:
+    """The loss of each variant of mfacw, its time and its memory."""
+    found = {task: trained(results, task) for task in tasks}
+    names = dict.fromkeys(t.method for task in tasks for t in found[task])
+    head = ["mfacw", *[TITLES[task] for task in tasks]]
+    lines = [head]
+    for name in ["mfacw", *[name for name in names if name not in METHODS]]:
+        cells = ["default" if name == "mfacw" else name]
+        for task in tasks:
+            setting = chosen(found[task], "mfacw")
+            runs = [
+                t.run
+                for t in found[task]
+                if (t.method, t.setting, t.seed) == (name, setting, TRIAL_SEED)
+            ]
+            cells.append(_cost(runs[0]) if runs else "")
         lines.append(cells)
     return _markdown(lines)
+
+
+def _cost(run: dict[str, Any]) -> str:
+    """Validation loss, time of a step and bytes of state."""
+    share = run["state_bytes"] / run["parameters"]
+    return f"{run['validation']:.3f} ({run['ms']:.0f} ms, {share:.0f} B)"
 
 
 def by_rate(found: list[Trained], method: str) -> dict[float, float]:
@@ -143,6 +186,13 @@ def by_rate(found: list[Trained], method: str) -> dict[float, float]:
     return dict(sorted(curve.items()))
 
 
+def good_rates(found: list[Trained], method: str) -> list[float]:
+    """The learning rates whose loss is nearly the best one of this optimizer."""
+    curve = by_rate(found, method)
+    least = min(curve.values(), default=np.inf)
+    return [rate for rate, loss in curve.items() if loss <= WIDE * least]
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
     """Validation loss against learning rate: what an untuned user gets."""
     tasks = [task for task in TITLES if trained(results, task)]
@@ -150,7 +200,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for axis, task in zip(axes[0], tasks, strict=True):
         found = trained(results, task)
         losses: list[float] = []
-        for method in dict.fromkeys(t.method for t in found):
+        for method in [m for m in METHODS if any(t.method == m for t in found)]:
             curve = by_rate(found, method)
             axis.semilogx([*curve], [*curve.values()], "o-", label=method)
             losses += [x for x in curve.values() if np.isfinite(x)]

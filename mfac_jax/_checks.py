@@ -115,3 +115,13 @@ def index(value: Any, name: str, size: int) -> None:
     if values.size and not (values.min() >= 0 and values.max() < size):
         wrong = values[(values < 0) | (values >= size)].flat[0]
         raise ValueError(f"{name} must lie in 0..{size - 1}, got {wrong}.")
+
+
+def axis(value: object, name: str) -> None:
+    """Checks that ``value`` is an int.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a Python int, got {type(value).__name__}.")

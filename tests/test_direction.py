@@ -1,6 +1,7 @@
 """Metrics, momentum, powers, lengths, weights and blocks against dense float64 matrices."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +24,20 @@ from mfac_jax.optimizer import (
 )
 from mfac_jax.rows import Dense
 
-SHAPES = {"b": (3,), "w": (2, 4)}
-SIZES = [3, 8]
-D, M, LAMBDA = 11, 6, 0.05
+D, M, LAMBDA = 27, 6, 0.05
 DIAGONAL = {
     "b": jnp.array([0.5, 1.0, 4.0]),
-    "w": jnp.linspace(0.1, 2.0, 8, dtype=jnp.float32).reshape(2, 4),
+    "w": jnp.linspace(0.1, 2.0, 24, dtype=jnp.float32).reshape(4, 6),
 }
+# The blocks of each leaf. A block has at least M weights: two outputs with 4 weights each.
+EVERY = np.arange(D)
+OUTPUTS = np.moveaxis(EVERY[3:].reshape(4, 6), -1, 0).reshape(3, 8)
+LEAVES = {None: [[EVERY]], "leaf": [[EVERY[:3]], [EVERY[3:]]], "output": [[EVERY[:3]], OUTPUTS]}
 
 
 def tree_of(vector):
     lead = vector.shape[:-1]
-    return {"b": vector[..., :3], "w": vector[..., 3:].reshape(*lead, 2, 4)}
+    return {"b": vector[..., :3], "w": vector[..., 3:].reshape(*lead, 4, 6)}
 
 
 def gradients_of(kind, steps):
@@ -92,14 +95,32 @@ class Oracle:
             mean = powers / powers.sum()
             nest = direction.momentum if direction.nesterov else 1.0
             a = nest * mean + (1 - nest) * a
-        self.parts = [slice(0, D)] if blocks is None else [slice(0, 3), slice(3, D)]
-        self.out, self.plain = np.zeros(D), np.zeros(D)
-        for part in self.parts:
-            self._solve(part, g, a, ages, direction, values)
+        self.out, self.fisher = np.zeros(D), 0.0
+        for parts in LEAVES[blocks]:
+            self._leaf(parts, g, a, ages, direction, values)
+        if direction.limit is not None:
+            self.out *= min(1, direction.limit / np.sqrt(self.fisher))
         if not isinstance(direction.length, str):
             self.out *= direction.length / np.sqrt(np.mean(self.out**2))
 
-    def _solve(self, part, g, a, ages, direction, values):
+    def _leaf(self, parts, g, a, ages, direction, values):
+        """The blocks of a leaf have one damping and one length."""
+        systems = [self._system(part, g, a, ages, direction, values) for part in parts]
+        trace = np.mean([np.trace(fisher) for fisher, _ in systems])
+        plain = square = form = 0.0
+        for part, (fisher, v) in zip(parts, systems, strict=True):
+            damped = fisher + LAMBDA * trace * np.eye(len(v))
+            values_, vectors = np.linalg.eigh(damped)
+            u = vectors @ (values_**-direction.power * (vectors.T @ v))
+            self.out[part] = u / np.sqrt(self.d[part])
+            plain, square, form = plain + v @ v, square + u @ u, form + u @ damped @ u
+        if direction.length == "graft":
+            for part in parts:
+                self.out[part] *= np.sqrt(plain / square)
+            form *= plain / square
+        self.fisher += form
+
+    def _system(self, part, g, a, ages, direction, values):
         h = g[:, part] / np.sqrt(self.d[part])
         w, s = np.ones(self.n), np.ones(self.n)
         norms = np.linalg.norm(h, axis=1)
@@ -110,14 +131,7 @@ class Oracle:
             s = values[-self.n :] / np.mean(values[-self.n :])
         elif direction.weights is not None:
             w = direction.weights.decay**ages
-        fisher = LAMBDA * np.eye(h.shape[1]) * np.sum(w * norms**2) / self.n
-        fisher = fisher + (h.T * w) @ h / self.n
-        v = h.T @ (s * a)
-        values_, vectors = np.linalg.eigh(fisher)
-        u = vectors @ (values_**-direction.power * (vectors.T @ v))
-        if direction.length == "graft":
-            u *= np.linalg.norm(v) / np.linalg.norm(u)
-        self.out[part] = u / np.sqrt(self.d[part])
+        return (h.T * w) @ h / self.n, h.T @ (s * a)
 
 
 DIRECTIONS = {
@@ -130,10 +144,12 @@ DIRECTIONS = {
     "unit": Direction(momentum=0.5, weights=UnitNorm()),
     "age": Direction(weights=ByAge(0.7), length="graft"),
     "value": Direction(momentum=0.5, weights=ByValue()),
+    "limit": Direction(momentum=0.9, limit=0.3),
+    "limited graft": Direction(momentum=0.9, length="graft", limit=0.1),
 }
 
 
-@pytest.mark.parametrize("blocks", [None, "leaf"])
+@pytest.mark.parametrize("blocks", LEAVES)
 @pytest.mark.parametrize("metric", [None, Diagonal(DIAGONAL)], ids=["identity", "diagonal"])
 @pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS)
 def test_directions_are_those_of_dense_matrices(direction, metric, blocks):
@@ -152,12 +168,12 @@ def test_directions_are_those_of_dense_matrices(direction, metric, blocks):
             assert_close(flat(step), want, length=D * M, condition=1e3)
 
 
-@pytest.mark.parametrize("blocks", [None, "leaf"])
+@pytest.mark.parametrize("blocks", LEAVES)
 @pytest.mark.jax_defaults
-def test_a_large_damping_is_adamw(blocks):
+def test_a_large_damping_is_nadamw(blocks):
     rate = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 5, 20)
     ours = mfacw(rate, 0.1, window_size=40, relative_damping=1e7, blocks=blocks)
-    theirs = optax.adamw(rate, weight_decay=0.1)
+    theirs = optax.nadamw(rate, weight_decay=0.1)
     start = tree_of(jnp.linspace(-1.0, 1.0, D))
     found, expected = start, start
     state, other = ours.init(start), theirs.init(start)
@@ -177,13 +193,15 @@ def test_the_first_step_is_adams():
     np.testing.assert_allclose(flat(updates), -1e-2 * np.sign(flat(g)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("blocks", [None, "leaf"])
 @pytest.mark.parametrize(
-    "storage",
-    [Dense(), Dense(jnp.bfloat16, packing="leaf"), outside.Half()],
-    ids=["flat", "leaf", "outside"],
+    ("blocks", "storage"),
+    [
+        *itertools.product(LEAVES, [Dense(), Dense(jnp.bfloat16, packing="leaf")]),
+        *itertools.product((None, "leaf"), [outside.Half()]),
+    ],
+    ids=lambda x: getattr(x, "packing", type(x).__name__ if x else x),
 )
-def test_a_bad_gradient_changes_nothing(storage, blocks):
+def test_a_bad_gradient_changes_nothing(blocks, storage):
     tx = mfac_precondition(
         M, metric=SecondMoments(), blocks=blocks, direction=DIRECTIONS["unit"], storage=storage
     )
@@ -211,7 +229,7 @@ def test_a_leaf_that_its_storage_rejects_is_zero_in_its_window():
     assert not flat(direction["b"]).any()
     assert flat(direction["w"]).all()
     newest = int(jnp.argmax(after.window.stamps))
-    assert not flat(after.window.rows[0].combine(jax.nn.one_hot(newest, M))).any()
+    assert not flat(after.window.rows[0].combine(jax.nn.one_hot(newest, M)[None])).any()
     assert not flat(after.window.gram[0, newest]).any()
     np.testing.assert_array_equal(after.window.gram[0, :newest], state.window.gram[0, :newest])
 
@@ -259,7 +277,11 @@ def test_a_metric_of_ones_own():
         (lambda: SecondMoments(decay=1.0), ValueError, r"decay must lie in \[0, 1\)"),
         (lambda: SecondMoments(eps=0.0), ValueError, "eps must be finite and greater than 0"),
         (lambda: Diagonal({"b": jnp.arange(3)}), TypeError, "values.*floating-point"),
-        (lambda: mfac_precondition(blocks=8), ValueError, 'blocks must be None or "leaf", got 8'),
+        (
+            lambda: mfac_precondition(blocks=8),
+            ValueError,
+            r"blocks must be one of 'leaf', 'output', 'output_first'; got 8",
+        ),
         (
             lambda: mfac_precondition(metric=0.5),
             TypeError,

@@ -17,13 +17,13 @@ import pytest
 from jax import lax
 
 from mfac_jax import mfac, mfac_precondition, mfacw
-from mfac_jax.optimizer import ByAge, Direction, LeafWindows, SecondMoments, UnitNorm
+from mfac_jax.optimizer import BlockWindows, ByAge, Direction, SecondMoments, UnitNorm
 from mfac_jax.rows import Dense
 from mfac_jax.window import Window
 
 M = 3
 PARAMS = {
-    "w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3),
+    "w": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3),
     "half": jnp.ones(2, jnp.bfloat16),
     "scalar": jnp.float32(0.5),
     "none": None,
@@ -49,6 +49,12 @@ TRANSFORMS = {
     ),
     "root by leaf": mfac_precondition(
         M, blocks="leaf", direction=Direction(power=0.5, weights=ByAge(0.9)), storage=outside.Half()
+    ),
+    "root by output": mfac_precondition(
+        M,
+        blocks="output_first",
+        direction=Direction(power=0.5, limit=0.5),
+        storage=Dense(jnp.bfloat16),
     ),
     "mfacw": mfacw(schedule, 0.1, window_size=M, mask=alive),
     "mfac": mfac(
@@ -185,7 +191,7 @@ def test_vmap_over_seeds(tx):
 def test_the_window_is_found_and_parameters_are_mapped(tx):
     _, state = loop(tx)[-1]
     held = optax.tree.get(state, "window")
-    assert isinstance(held, Window | LeafWindows)
+    assert isinstance(held, Window | BlockWindows)
     assert jnp.sum(held.stamps >= 0) == M
 
     # Only what has a leaf for each parameter is mapped: a momentum, and the rows packed by leaf.

@@ -27,7 +27,8 @@ def test_every_optimizer_is_tuned_trained_and_shown(trained):
             assert len(runs) >= 2
             assert all(np.isfinite(run["validation"]) and run["ms"] > 0 for run in runs)
     made = optimizer_tables.tables(results)
-    assert {"characters", "sst2", "ranges"} == made.keys()
+    assert {"characters", "sst2", "ranges", "variants"} == made.keys()
+    assert "| bfloat16 window |" in made["variants"]
     assert "| AdamW |" in made["characters"]
     assert (out / "learning_rates.png").read_bytes().startswith(b"\x89PNG")
 

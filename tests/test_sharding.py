@@ -1,12 +1,16 @@
 """Rows in leaf packing follow the sharding of their parameters."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mfac_jax import fisher_inverse, mfac_precondition
+from mfac_jax import fisher_inverse, mfac_precondition, mfacw
+from mfac_jax.optimizer import SecondMoments
 from mfac_jax.rows import Dense, as_rows
 
 SPECS = {"kernel": PartitionSpec("x", "y"), "bias": PartitionSpec("y"), "scale": PartitionSpec()}
@@ -43,13 +47,39 @@ def test_steps_on_shards_equal_steps_on_one_device(shardings):
             assert block.sharding.is_equivalent_to(rows, block.ndim)
 
 
-def test_no_parameter_and_no_row_is_gathered(shardings):
-    tx = mfac_precondition(4, damping=0.1, storage=Dense(packing="leaf"))
+def test_rows_by_output_follow_the_sharding(shardings):
+    tx = mfacw(0.1, window_size=4)
+    step = jax.jit(tx.update, donate_argnums=1)
+    plain = tx.init(gradient(0))
+    spread = tx.init(jax.device_put(gradient(0), shardings))
+    for seed in range(6):
+        want, plain = step(gradient(seed), plain, gradient(9))
+        sharded = (jax.device_put(gradient(i), shardings) for i in (seed, 9))
+        got, spread = step(next(sharded), spread, next(sharded))
+        chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+        outputs = spread[0].window.rows[1].outputs
+        rows = NamedSharding(shardings["kernel"].mesh, PartitionSpec("y", None, "x"))
+        assert outputs.shape == (6, 4, 8)
+        assert outputs.sharding.is_equivalent_to(rows, 3)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        mfac_precondition(4, damping=0.1, storage=Dense(packing="leaf")),
+        mfac_precondition(4, blocks="output", metric=SecondMoments()),
+    ],
+    ids=["whole", "output"],
+)
+def test_no_parameter_and_no_row_is_gathered(shardings, tx):
     grads = jax.device_put(gradient(0), shardings)
     compiled = jax.jit(tx.update).lower(grads, tx.init(grads)).compile().as_text()
     assert "all-reduce" in compiled
-    for collective in ("all-gather", "all-to-all", "collective-permute"):
-        assert collective not in compiled
+    # What is exchanged is of the size of the products: m numbers for each of five blocks at most.
+    names = "all-reduce|all-gather|all-to-all|collective-permute"
+    for results in re.findall(rf"= (.*?) (?:{names})\(", compiled):
+        for shape in re.findall(r"\w\[([\d,]*)\]", results):
+            assert np.prod([int(n) for n in shape.split(",") if n]) <= 5 * 4
 
 
 def test_abstract_parameters_carry_their_sharding(shardings):

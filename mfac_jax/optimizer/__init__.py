@@ -15,15 +15,15 @@ from mfac_jax.optimizer._precondition import (
     mfac_precondition,
 )
 from mfac_jax.optimizer._ready import mfac, mfacw
-from mfac_jax.optimizer._windows import LeafWindows
+from mfac_jax.optimizer._windows import BlockWindows
 
 __all__ = [
+    "BlockWindows",
     "ByAge",
     "ByValue",
     "Diagonal",
     "Direction",
     "Held",
-    "LeafWindows",
     "Metric",
     "MfacState",
     "NaturalGradientState",

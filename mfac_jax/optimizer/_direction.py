@@ -7,13 +7,13 @@ Every direction is a combination ``G^T c`` of the window's own gradients, and ``
   so no momentum is stored;
 - weights: ``F = lambda I + (1/n) sum_j w_j g_j g_j^T`` and ``v = sum_j s_j a_j g_j``;
 - powers: ``F^-1/2 v = G^T h(lambda I + K / n) a`` with ``h(x) = x^-1/2``;
-- lengths: ``|G^T c|^2 = c^T K c``.
+- lengths: that of ``v`` is ``sqrt(a^T K a)``. That of ``u = G^T c`` is taken from ``u`` itself:
+  ``c^T K c`` would cancel, because the coefficients of similar gradients have both signs.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +41,40 @@ class Held(NamedTuple):
     norms: Float[Array, " m"]
     ages: Int[Array, " m"]
     values: Float[Array, " m"]
+
+
+class System(NamedTuple):
+    """The system ``(lambda I + K / n) c = a`` of one window, or of a batch of windows.
+
+    Attributes:
+        gram: ``K``, with the weights of the gradients in it; (m, m).
+        rhs: ``a``; (m,).
+        root: the roots of the weights, by which ``c`` is multiplied; (m,).
+    """
+
+    gram: Float[Array, "*b m m"]
+    rhs: Float[Array, "*b m"]
+    root: Float[Array, "*b m"]
+
+    @property
+    def trace(self) -> Float[Array, "*b"]:
+        """The trace of ``K``."""
+        return jnp.trace(self.gram, axis1=-2, axis2=-1)
+
+
+class Solution(NamedTuple):
+    """The direction ``u = G^T c`` of one window, or of a batch of windows, before its length.
+
+    Attributes:
+        coefficients: ``c``; (m,). If the length is to be that of ``v``, they are those of
+            ``(lambda F^-1)^power v``, which is at most as long as ``v``, so nothing overflows.
+        plain: ``|v|^2`` in the metric, ``v`` the right-hand side; scalar.
+        image: ``|G u|^2 / n``, so ``u^T F u = lambda |u|^2 + image``; scalar.
+    """
+
+    coefficients: Float[Array, "*b m"]
+    plain: Float[Array, "*b"]
+    image: Float[Array, "*b"]
 
 
 class Weights(abc.ABC):
@@ -74,8 +108,13 @@ class Direction:
         length: ``"natural"`` leaves the length as it is. ``"graft"`` gives the direction the
             length that ``D^-1 v``, the direction without the window, has in the metric: then the
             learning rate means what it means to SGD or, with
-            :class:`~mfac_jax.optimizer.SecondMoments`, to Adam. A number is the root mean square
-            of all entries of the direction.
+            :class:`~mfac_jax.optimizer.SecondMoments`, to Adam. In blocks, each
+            parameter has its own length. A number is the root mean square of all entries of the
+            direction.
+        limit: the largest ``sqrt(u^T F u)`` of a direction ``u``, a longer one is shortened; None
+            for no limit. A step ``t u`` changes the local model of the predictions by
+            ``t^2 u^T F u / 2``, so the limit bounds this change, as in a trust region. It is taken
+            over all blocks together.
         weights: how much each gradient counts: :class:`UnitNorm`, :class:`ByAge`,
             :class:`ByValue` or :class:`Weights` of your own. All count alike by default.
 
@@ -89,6 +128,7 @@ class Direction:
     power: float = 1.0
     length: str | float = "natural"
     weights: Weights | None = None
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         _checks.decay(self.momentum, "momentum")
@@ -99,12 +139,24 @@ class Direction:
         else:
             _checks.positive_scalar(self.length, "length")
         _checks.instance(self.weights, "weights", Weights | None)
+        if self.limit is not None:
+            _checks.positive_scalar(self.limit, "limit")
+            if not isinstance(self.length, str):
+                raise ValueError(
+                    f"limit={self.limit} and a length that is a number exclude each other, got "
+                    f"length={self.length}."
+                )
 
     @property
     def is_newest(self) -> bool:
         """Whether the direction is ``F^-1 g`` for the newest gradient, up to a given RMS."""
-        is_plain = self.power == 1 and self.length != "graft" and self.weights is None
+        is_plain = self.power == 1 and self.weights is None and not self.is_scaled
         return self.momentum == 0 and is_plain
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the length follows from that of each window's direction."""
+        return self.length == "graft" or self.limit is not None
 
 
 @dataclass(frozen=True)
@@ -183,44 +235,86 @@ def right_hand_side(direction: Direction, stamps: Int[Array, " m"]) -> Float[Arr
     return mean
 
 
-def solve(
+def system(
     direction: Direction,
     gram: Float[Array, "m m"],
     stamps: Int[Array, " m"],
     values: Float[Array, " m"] | None,
-    damping: Callable[[Float[Array, ""]], Float[Array, ""]],
-    denominator: Float[Array, ""],
-) -> Float[Array, " m"]:
-    """The coefficients ``c`` of the direction ``G^T c``. O(m^3).
+) -> System:
+    """The system of one window, before its damping.
 
     Args:
         direction: what the direction is.
         gram: ``K``, zero in the rows and columns of empty slots.
         stamps: the order in which the slots were filled, -1 where a slot is empty.
         values: the values of the gradients held; None if no weights read them.
-        damping: ``lambda`` as a function of the trace of the undamped Fisher.
-        denominator: ``n``, the divisor of the sum of outer products.
     """
     a = right_hand_side(direction, stamps).astype(gram.dtype)
-    root = None
-    if direction.weights is not None:
-        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
-        values = jnp.full_like(norms, jnp.nan) if values is None else values
-        in_fisher, in_vector = direction.weights(Held(norms, _ages(stamps)[0], values))
-        in_fisher = jnp.asarray(in_fisher).astype(gram.dtype)
-        largest = jnp.max(in_fisher)
-        root = jnp.sqrt(jnp.maximum(in_fisher, _LEAST_WEIGHT * largest))
-        a = a * jnp.asarray(in_vector).astype(gram.dtype) / root
-        gram = gram * root[:, None] * root[None, :]
-    lam = damping(jnp.trace(gram) / denominator)
+    if direction.weights is None:
+        return System(gram, a, jnp.ones_like(a))
+    norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
+    values = jnp.full_like(norms, jnp.nan) if values is None else values
+    in_fisher, in_vector = direction.weights(Held(norms, _ages(stamps)[0], values))
+    in_fisher = jnp.asarray(in_fisher).astype(gram.dtype)
+    root = jnp.sqrt(jnp.maximum(in_fisher, _LEAST_WEIGHT * jnp.max(in_fisher)))
+    a = a * jnp.asarray(in_vector).astype(gram.dtype) / root
+    return System(gram * root[:, None] * root[None, :], a, root)
+
+
+def solve(
+    direction: Direction,
+    system: System,
+    lam: Float[Array, ""],
+    denominator: Float[Array, ""],
+) -> Solution:
+    """The direction of one window before its length. O(m^3).
+
+    Args:
+        direction: what the direction is.
+        system: the system of the window.
+        lam: ``lambda``.
+        denominator: ``n``, the divisor of the sum of outer products.
+    """
+    gram, a, root = system
     if direction.power == 1:
         factor = algebra.factor(gram, denominator * lam)
         c = denominator * algebra.shared_solve(factor, gram, denominator * lam, a)
     else:
         c = _inverse_root(gram / denominator, lam, a)
     if direction.length == "graft":
-        c = c * _ratio(_square(gram, a), _square(gram, c))
-    return c if root is None else c * root
+        c = c * (lam if direction.power == 1 else jnp.sqrt(lam))
+    plain = jnp.maximum(jnp.dot(a, _image(gram, a), precision="highest"), 0)
+    image = _image(gram, c)
+    image = jnp.dot(image, image, precision="highest") / denominator
+    return Solution(c * root, plain, image)
+
+
+def lengths(
+    direction: Direction,
+    plain: Float[Array, " p"],
+    squares: Float[Array, " p"],
+    fisher: Float[Array, " p"],
+) -> Float[Array, " p"]:
+    """The factors that give the direction its length in each of p parts of the parameters.
+
+    Args:
+        direction: what the direction is.
+        plain: ``|v|^2`` in the metric, for each part.
+        squares: ``|u|^2`` in the metric, for each part.
+        fisher: ``u^T F u``, for each part.
+    """
+    factors = jnp.ones_like(squares)
+    if direction.length == "graft":
+        got = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+        factors = jnp.where(squares > 0, jnp.sqrt(plain) / got, 0)
+    if direction.limit is not None:
+        total = jnp.sum(factors**2 * fisher)
+        most = jnp.square(jnp.asarray(direction.limit, total.dtype))
+        # A sum that underflows is below every limit.
+        is_long = total > most
+        shorter = jnp.sqrt(most) * jax.lax.rsqrt(jnp.where(is_long, total, 1))
+        factors = jnp.where(is_long, factors * shorter, factors)
+    return factors
 
 
 def _inverse_root(
@@ -232,15 +326,9 @@ def _inverse_root(
     return jnp.dot(vectors, inner, precision="highest")
 
 
-def _square(gram: Float[Array, "m m"], c: Float[Array, " m"]) -> Float[Array, ""]:
-    """``|G^T c|^2``, at least 0."""
-    return jnp.maximum(jnp.dot(c, jnp.dot(gram, c, precision="highest"), precision="highest"), 0)
-
-
-def _ratio(wanted: Float[Array, ""], got: Float[Array, ""]) -> Float[Array, ""]:
-    """``sqrt(wanted / got)``, 0 for a zero direction. The quotient itself may underflow."""
-    root = jnp.sqrt(jnp.where(got > 0, got, jnp.ones_like(got)))
-    return jnp.where(got > 0, jnp.sqrt(wanted) / root, jnp.zeros_like(got))
+def _image(gram: Float[Array, "m m"], c: Float[Array, " m"]) -> Float[Array, " m"]:
+    """``G G^T c``."""
+    return jnp.dot(gram, c, precision="highest")
 
 
 def _ages(stamps: Int[Array, " m"]) -> tuple[Int[Array, " m"], Array]:

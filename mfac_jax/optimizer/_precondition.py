@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mfac_jax import _checks, incremental, window
 from mfac_jax._layout import AnyLayout, Layout, PyTree, where
 from mfac_jax.optimizer import _windows
-from mfac_jax.optimizer._direction import Direction, solve
+from mfac_jax.optimizer._direction import Direction
 from mfac_jax.optimizer._metric import Metric
 from mfac_jax.optimizer._schedules import ScalarOrSchedule, check_dampings, damping_at
 from mfac_jax.rows import Dense, Storage
@@ -48,7 +48,7 @@ class MfacState(NamedTuple):
     Attributes:
         count: the number of updates so far, rejected gradients included; scalar int32.
         window: the gradients and their Gram matrix: a :class:`mfac_jax.window.Window` or, with
-            ``blocks="leaf"``, a :class:`LeafWindows`.
+            ``blocks``, a :class:`BlockWindows`.
         inverse: the inverse of the m x m matrix, which makes the m x m step O(m^2). ``None`` if
             the window has fewer than 64 slots, because factoring is as fast there. In three
             cases the inverse stays empty and every step factors: in float64; if the window has
@@ -113,8 +113,12 @@ def mfac_precondition(
         metric: the diagonal ``D`` in ``F = lambda D + G^T G / n``, such as
             :class:`SecondMoments`; the identity by default. Each row keeps the ``D`` of the step
             in which it was pushed.
-        blocks: ``"leaf"`` gives each parameter a window, a damping and a length of its own, so
-            ``F`` is block-diagonal. By default there is one window for all parameters.
+        blocks: ``"output"`` gives each output of a parameter (each unit of its layer) a Gram
+            matrix of its own, so ``F`` is block-diagonal. Outputs are the last axis, as in Flax;
+            with ``"output_first"`` they are the first, as in PyTorch. A block with fewer than
+            ``m`` weights is joined with its neighbours, and parameters with one axis are one
+            block. With ``"leaf"`` every parameter is one block. The trace in the damping is then
+            the mean over the blocks of a parameter. By default all parameters are one block.
         direction: momentum, power, length and weights; see :class:`Direction`.
 
     Returns:
@@ -156,8 +160,8 @@ def mfac_precondition(
     if damping is None and relative_damping is None:
         relative_damping = DEFAULT_RELATIVE_DAMPING
     check_dampings(damping, relative_damping)
-    if blocks not in (None, "leaf"):
-        raise ValueError(f'blocks must be None or "leaf", got {blocks!r}.')
+    if blocks is not None:
+        _checks.one_of(blocks, "blocks", _windows.BLOCKS)
     _checks.instance(metric, "metric", Metric | None)
     _checks.instance(direction, "direction", Direction)
     parts = _Preconditioner(
@@ -184,7 +188,7 @@ class _Preconditioner:
         storage: how gradients are stored.
         mask: which weights are alive.
         metric: the diagonal ``D``; None for the identity.
-        blocks: None or ``"leaf"``.
+        blocks: None, ``"leaf"``, ``"output"`` or ``"output_first"``.
         direction: what the direction is.
     """
 
@@ -294,15 +298,7 @@ class _Preconditioner:
         if self.is_newest and isinstance(held, window.Window):
             lam = damping(jnp.trace(held.gram) / n)
             return _newest_direction(held, lam, inverse, self.denominator)
-        coefficients = functools.partial(
-            solve,
-            self.direction,
-            stamps=held.stamps,
-            values=values,
-            damping=damping,
-            denominator=n,
-        )
-        return _windows.combine(held, coefficients), inverse
+        return _windows.step(held, self.direction, values, damping, n), inverse
 
 
 def _prefix_of_states(state: MfacState) -> MfacState:
@@ -317,7 +313,7 @@ def _prefix_of_states(state: MfacState) -> MfacState:
         return isinstance(node, Layout)
 
     held = state.window
-    if isinstance(held, _windows.LeafWindows):
+    if isinstance(held, _windows.BlockWindows):
         leaf: Any = AnyLayout()
         return state._replace(window=held._replace(rows=leaf, layout=leaf))
     rows = jax.tree.map(

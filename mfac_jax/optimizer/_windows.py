@@ -1,9 +1,9 @@
-"""The windows of an optimizer: one for all parameters, or one for each.
+"""The windows of an optimizer: one for all parameters, or one for each block of them.
 
-A window for each parameter makes the Fisher block-diagonal. Each parameter then has rows and a
-Gram matrix of its own. The Gram matrices are one batch (l, m, m), so the algebra of all parameters
-is one program. A gradient that is not finite is stored in no window. If the storage of a parameter
-rejects a gradient that is finite, this parameter has a zero row in its place.
+A window for each block makes the Fisher block-diagonal. The Gram matrices of all blocks are one
+batch (b, m, m), so their algebra is one program. A gradient that is not finite is stored in no
+window. If the storage of a parameter rejects a gradient that is finite, this parameter has a zero
+row in its place.
 """
 
 from __future__ import annotations
@@ -14,34 +14,41 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax import window
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.rows import Storage, WritableRows, is_small_enough
+from mfac_jax.optimizer._direction import Direction, lengths, solve, system
+from mfac_jax.rows import BlockRows, Storage, is_small_enough
 from mfac_jax.rows._base import check_traceable, check_writable
+from mfac_jax.rows._blocks import WholeRows
 from mfac_jax.window import PushInfo, Window
 
+BLOCKS = ("leaf", "output", "output_first")
 
-class LeafWindows(NamedTuple):
-    """The most recent gradients of each parameter; immutable.
+
+class BlockWindows(NamedTuple):
+    """The most recent gradients, with a Gram matrix for each block of parameters; immutable.
 
     Attributes:
         rows: the rows of each parameter, in the order of ``jax.tree.leaves``.
-        gram: ``G G^T`` for each parameter; (l, m, m), zero in empty slots.
+        gram: ``G G^T`` for each block, those of the first parameter first; (b, m, m), zero in
+            empty slots.
         stamps: as in :class:`mfac_jax.window.Window`; (m,) int32.
         rejected: the number of gradients that were rejected; scalar int32.
         layout: the parameters.
     """
 
-    rows: tuple[WritableRows, ...]
-    gram: Float[Array, "l m m"]
+    rows: tuple[BlockRows, ...]
+    gram: Float[Array, "b m m"]
     stamps: Int[Array, " m"]
     rejected: Int[Array, ""]
     layout: Any
 
 
-Windows = Window | LeafWindows
+Windows = Window | BlockWindows
 
 
 def init(params: PyTree, window_size: int, storage: Storage, blocks: str | None) -> Windows:
@@ -51,22 +58,26 @@ def init(params: PyTree, window_size: int, storage: Storage, blocks: str | None)
         params: the parameters.
         window_size: ``m``.
         storage: how gradients are stored.
-        blocks: None for one window of all parameters, ``"leaf"`` for one for each.
+        blocks: None for one window of all parameters, or one of :data:`BLOCKS`.
     """
     if blocks is None:
         held = window.init(params, window_size, storage=storage)
         check_traceable(held.rows, "a window under jit")
         return held
-    rows = tuple(
-        check_writable(storage.empty(leaf, window_size), "a window")
-        for leaf in jax.tree.leaves(params)
-    )
-    for part in rows:
-        check_traceable(part, "a window under jit")
+
+    def rows_of(leaf: Any) -> BlockRows:
+        if blocks != "leaf" and jnp.ndim(leaf) > 1:
+            return storage.by_output(leaf, window_size, -1 if blocks == "output" else 0)
+        rows = check_writable(storage.empty(leaf, window_size), "a window")
+        check_traceable(rows, "a window under jit")
+        return WholeRows(rows)
+
+    rows = tuple(map(rows_of, jax.tree.leaves(params)))
+    count = sum(part.num_blocks for part in rows)
     dtype = jnp.result_type(*[part.dtype for part in rows]) if rows else jnp.float32
-    return LeafWindows(
+    return BlockWindows(
         rows=rows,
-        gram=jnp.zeros((len(rows), window_size, window_size), dtype),
+        gram=jnp.zeros((count, window_size, window_size), dtype),
         stamps=jnp.full((window_size,), -1, jnp.int32),
         rejected=jnp.zeros((), jnp.int32),
         layout=Layout(params),
@@ -75,7 +86,7 @@ def init(params: PyTree, window_size: int, storage: Storage, blocks: str | None)
 
 def layout_of(windows: Windows) -> Layout:
     """The parameters of the windows."""
-    layout: Layout = windows.layout if isinstance(windows, LeafWindows) else windows.rows.layout
+    layout: Layout = windows.layout if isinstance(windows, BlockWindows) else windows.rows.layout
     return layout
 
 
@@ -89,27 +100,21 @@ def push(windows: Windows, gradient: PyTree) -> tuple[Windows, PushInfo]:
     Returns:
         The new windows, and what they did with the gradient.
     """
-    if not isinstance(windows, LeafWindows):
+    if not isinstance(windows, BlockWindows):
         return window.push(windows, gradient)
     slot = jnp.argmin(windows.stamps).astype(jnp.int32)
     leaves = [jnp.asarray(leaf) for leaf in windows.layout.check(gradient, "gradient")]
     accepted = is_storable(leaves, windows.gram.dtype, len(windows.stamps))
-    put = [
-        part.put(slot, jnp.where(accepted, leaf, jnp.full_like(leaf, jnp.nan)))
-        for part, leaf in zip(windows.rows, leaves, strict=True)
+    pairs = [
+        part.put(slot, leaf, accepted) for part, leaf in zip(windows.rows, leaves, strict=True)
     ]
-    gram, nowhere = windows.gram, len(windows.stamps)
-    # Storage of few bits may reject a leaf of a finite gradient.
-    rows = tuple(
-        part.clear(jnp.where(stored | ~accepted, nowhere, slot)) for part, _, stored in put
-    )
-    if put:
-        each = [jnp.where(stored, dots, jnp.zeros_like(dots)) for _, dots, stored in put]
-        dots = jnp.stack([row.astype(gram.dtype) for row in each])
+    gram = windows.gram
+    if pairs:
+        dots = jnp.concatenate([each.astype(gram.dtype) for _, each in pairs])
         gram = jnp.where(accepted, gram.at[:, slot, :].set(dots).at[:, :, slot].set(dots), gram)
     stamps = windows.stamps.at[slot].set(jnp.max(windows.stamps) + 1)
     new = windows._replace(
-        rows=rows,
+        rows=tuple(part for part, _ in pairs),
         gram=gram,
         stamps=jnp.where(accepted, stamps, windows.stamps),
         rejected=windows.rejected + (1 - accepted.astype(jnp.int32)),
@@ -123,12 +128,51 @@ def is_storable(leaves: list[Any], dtype: jnp.dtype, num_rows: int) -> Bool[Arra
     return is_small_enough(functools.reduce(jnp.add, squares, jnp.zeros((), dtype)), num_rows)
 
 
-def combine(windows: Windows, solve: Callable[[Float[Array, "m m"]], Float[Array, " m"]]) -> PyTree:
-    """``G^T c`` with ``c = solve(G G^T)``, in each window; a tree like the parameters."""
-    if not isinstance(windows, LeafWindows):
-        return windows.rows.combine(solve(windows.gram))
-    if not windows.rows:
-        return jax.tree.unflatten(windows.layout.treedef, [])
-    pairs = zip(windows.rows, jax.vmap(solve)(windows.gram), strict=True)
-    leaves = [part.combine(c.astype(part.dtype)) for part, c in pairs]
-    return jax.tree.unflatten(windows.layout.treedef, leaves)
+def step(
+    windows: Windows,
+    direction: Direction,
+    values: Float[Array, " m"] | None,
+    damping: Callable[[Float[Array, ""]], Float[Array, ""]],
+    denominator: Float[Array, ""],
+) -> PyTree:
+    """The direction ``G^T c`` of each window; a tree like the parameters.
+
+    Args:
+        windows: the windows.
+        direction: what the direction is.
+        values: the values of the gradients held; None if no weights read them.
+        damping: ``lambda`` as a function of the trace of the undamped Fisher. The blocks of one
+            parameter have one damping, which follows from the mean of their traces.
+        denominator: ``n``, the divisor of the sum of outer products.
+    """
+    grams = windows.gram if isinstance(windows, BlockWindows) else windows.gram[None]
+    counts = [p.num_blocks for p in windows.rows] if isinstance(windows, BlockWindows) else [1]
+    if not counts:
+        return jax.tree.unflatten(layout_of(windows).treedef, [])
+    part, ends = np.repeat(np.arange(len(counts)), counts), np.cumsum(counts)[:-1]
+
+    def total(each: Float[Array, " b"]) -> Float[Array, " p"]:
+        return jax.ops.segment_sum(each, part, len(counts), indices_are_sorted=True)
+
+    systems = jax.vmap(lambda gram: system(direction, gram, windows.stamps, values))(grams)
+    traces = total(systems.trace) / np.asarray(counts, grams.dtype) / denominator
+    lam = jax.vmap(damping)(traces)
+    solution = jax.vmap(lambda each, own: solve(direction, each, own, denominator))(
+        systems, lam[part]
+    )
+    if isinstance(windows, BlockWindows):
+        pairs = zip(windows.rows, jnp.split(solution.coefficients, ends), strict=True)
+        parts = [rows.combine(c) for rows, c in pairs]
+    else:
+        parts = [windows.rows.combine(solution.coefficients[0])]
+    if direction.is_scaled:
+        squares = jnp.stack([optax.tree.norm(u, squared=True) for u in parts])
+        fisher = lam * squares + total(solution.image)
+        factors = lengths(direction, total(solution.plain), squares, fisher)
+        parts = [
+            jax.tree.map(lambda x, f=f: f.astype(x.dtype) * x, u)
+            for f, u in zip(factors, parts, strict=True)
+        ]
+    if isinstance(windows, BlockWindows):
+        return jax.tree.unflatten(windows.layout.treedef, parts)
+    return parts[0]

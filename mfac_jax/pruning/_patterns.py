@@ -60,7 +60,7 @@ class NofM(Pattern):
         if self.n >= self.m:
             raise ValueError(f"n must be below m, got n={self.n}, m={self.m}.")
         if self.axis is not None:
-            check_axis(self.axis, "axis")
+            _checks.axis(self.axis, "axis")
 
     @property
     def group_size(self) -> int:
@@ -120,7 +120,7 @@ class BlocksOf(Pattern):
     def __post_init__(self) -> None:
         _checks.positive_int(self.size, "size")
         if self.axis is not None:
-            check_axis(self.axis, "axis")
+            _checks.axis(self.axis, "axis")
 
     @property
     def group_size(self) -> int:
@@ -147,7 +147,7 @@ class Slices(Pattern):
 
     def __post_init__(self) -> None:
         if self.axis is not None:
-            check_axis(self.axis, "axis")
+            _checks.axis(self.axis, "axis")
 
     def groups(self, shape: tuple[int, ...], output_axis: int, name: str) -> Groups:
         """One slice after another."""
@@ -227,13 +227,3 @@ def _output_axis(name: str, shape: tuple[int, ...], output_axis: int) -> int:
             "does not have; leave the leaf out with path_filter."
         )
     return output_axis % len(shape)
-
-
-def check_axis(axis: object, name: str) -> None:
-    """Checks that ``axis`` is an int.
-
-    Raises:
-        TypeError: it is not.
-    """
-    if isinstance(axis, bool) or not isinstance(axis, int):
-        raise TypeError(f"{name} must be a Python int, got {type(axis).__name__}.")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.pruning._budgets import Budget, as_budget
 from mfac_jax.pruning._filters import PathFilter, as_filter, prunable
@@ -27,7 +28,7 @@ from mfac_jax.pruning._interface import (
     check_pattern,
     groups_of,
 )
-from mfac_jax.pruning._patterns import Unstructured, check_axis
+from mfac_jax.pruning._patterns import Unstructured
 from mfac_jax.rows import BlockRun, Partition, partition
 
 
@@ -73,7 +74,7 @@ class Scope:
             raise TypeError(
                 f"allow_empty_layers must be a bool, got {type(self.allow_empty_layers).__name__}."
             )
-        check_axis(self.output_axis, "output_axis")
+        _checks.axis(self.output_axis, "output_axis")
 
 
 def check_scope(scope: object) -> None:

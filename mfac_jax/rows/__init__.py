@@ -10,12 +10,14 @@ rows; nothing else in the library changes.
 
 from mfac_jax._layout import Layout
 from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows, is_small_enough
+from mfac_jax.rows._blocks import BlockRows, OutputRows
 from mfac_jax.rows._dense import DenseRows
 from mfac_jax.rows._partition import BlockRun, Blocks, Partition, partition
 from mfac_jax.rows._stacked import StackedRows
 from mfac_jax.rows._storage import Dense, Storage, as_rows
 
 __all__ = [
+    "BlockRows",
     "BlockRun",
     "Blocks",
     "ColumnRows",
@@ -23,6 +25,7 @@ __all__ = [
     "DenseRows",
     "GradientRows",
     "Layout",
+    "OutputRows",
     "Partition",
     "StackedRows",
     "Storage",

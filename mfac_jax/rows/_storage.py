@@ -17,6 +17,7 @@ from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels.backends import check_implementation
 from mfac_jax.rows._base import GradientRows, WritableRows, check_writable
+from mfac_jax.rows._blocks import BlockRows, OutputRows, number_of_blocks
 from mfac_jax.rows._dense import DenseRows, tiles_of, tiling
 
 PACKINGS = ("flat", "leaf")
@@ -41,6 +42,22 @@ class Storage(abc.ABC):
                 shapes and dtypes only, and a sharding if there is one.
             num_rows: ``m``, at least 1.
         """
+
+    def by_output(self, leaf: Any, num_rows: int, axis: int) -> BlockRows:  # noqa: ARG002
+        """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.
+
+        Args:
+            leaf: the parameter, or a ``jax.ShapeDtypeStruct``; it has at least two axes.
+            num_rows: ``m``, at least 1.
+            axis: the axis of the outputs.
+
+        Raises:
+            TypeError: the storage has no such rows.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no rows by output: use another storage, such as Dense, or "
+            "other blocks than those of outputs."
+        )
 
     def hold(self, gradients: PyTree, params: PyTree) -> GradientRows:
         """Stores existing gradients.
@@ -132,8 +149,7 @@ class Dense(Storage):
         """
         m = _checks.positive_int(num_rows, "num_rows")
         layout = Layout(params)
-        is_double = jnp.dtype("float64") in layout.dtypes
-        dtype = self.dtype or jnp.dtype(jnp.float64 if is_double else jnp.float32)
+        dtype = self._dtype_for(layout)
         if self.packing == "flat":
             count, width = tiling(layout.size)
             blocks: PyTree = jnp.zeros((count, m, width), dtype)
@@ -143,6 +159,31 @@ class Dense(Storage):
                 params,
             )
         return DenseRows(blocks, layout, m, self.packing, self.implementation).supported()
+
+    def by_output(self, leaf: Any, num_rows: int, axis: int) -> OutputRows:
+        """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.
+
+        They follow the sharding of the parameter. XLA multiplies them on every platform.
+
+        Args:
+            leaf: the parameter, or a ``jax.ShapeDtypeStruct``; it has at least two axes.
+            num_rows: ``m``, at least 1.
+            axis: the axis of the outputs.
+
+        Raises:
+            TypeError: the leaf is not real floating point.
+        """
+        dtype, shape = self._dtype_for(Layout(leaf)), list(jnp.shape(leaf))
+        axis %= len(shape)
+        count = number_of_blocks(tuple(shape), axis, num_rows)
+        shape = [shape.pop(axis), num_rows, *shape]
+        zeros = jnp.zeros(shape, dtype, device=_sharding(leaf, axis))
+        return OutputRows(zeros, axis, count)
+
+    def _dtype_for(self, layout: Layout) -> jnp.dtype:
+        """The dtype of stored gradients of these parameters."""
+        is_double = jnp.dtype("float64") in layout.dtypes
+        return jnp.dtype(self.dtype or (jnp.float64 if is_double else jnp.float32))
 
     def hold(self, gradients: PyTree, params: PyTree) -> DenseRows:
         """Stores existing gradients; see :meth:`Storage.hold`.
@@ -222,12 +263,17 @@ def as_rows(
     return storage.hold(gradients, params)
 
 
-def _sharding(leaf: Any) -> NamedSharding | None:
-    """The leaf's sharding after an unsharded axis of rows; None without a ``NamedSharding``."""
+def _sharding(leaf: Any, output_axis: int | None = None) -> NamedSharding | None:
+    """The leaf's sharding with an unsharded axis of rows; None without a ``NamedSharding``.
+
+    The rows come first, or second after the axis of outputs.
+    """
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return None
-    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    spec = [*sharding.spec, *[None] * (len(jnp.shape(leaf)) - len(sharding.spec))]
+    first = [] if output_axis is None else [spec.pop(output_axis)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*first, None, *spec))
 
 
 def check_storage(storage: Any) -> Storage:

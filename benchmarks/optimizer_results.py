@@ -1,0 +1,134 @@
+"""Writes what the comparisons of optimizers measured into the documentation.
+
+    python examples/optimizers.py --data-dir DIR --out DIR2
+    python examples/natural_gradients.py --out DIR3
+    python benchmarks/optimizer_results.py DIR2/results.json DIR3/results.json
+
+Copies the result files to ``results/optimizers.json`` and ``results/natural_gradients.json`` and
+writes the tables and the figures of ``docs/choosing.md`` from them. Without arguments it uses the
+existing copies.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import report
+
+sys.path.insert(0, str(report.ROOT / "examples"))
+
+import natural_gradients
+import optimizer_tables
+from optimizer_tables import TITLES, chosen, finals, trained
+
+PAGE = report.ROOT / "docs" / "choosing.md"
+ASSETS = report.ROOT / "docs" / "assets"
+NAMES = ("optimizers", "natural_gradients")
+FIGURES = {"optimizers": "learning_rates.png", "natural_gradients": "natural_gradients.png"}
+NOT_YET = "*Not measured yet.*"
+# What is wanted: the ratio of the ranges of good learning rates, the points of test error of the
+# paper's form above SGD, and the bytes of state for a parameter.
+WIDER, POINTS, BYTES = 2.0, 1.0, 134
+
+
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """The tables of ``optimizers.py`` by the names of their markers."""
+    made = dict.fromkeys((*TITLES, "ranges", "variants"), NOT_YET)
+    made |= optimizer_tables.tables(results)
+    made |= {"bars": bars(results), "where": where(results)}
+    return {f"optimizers-{name}": table for name, table in made.items()}
+
+
+def natural_tables(results: dict[str, Any]) -> dict[str, str]:
+    """The tables of ``natural_gradients.py`` by the names of their markers."""
+    return {
+        "natural-errors": natural_gradients.table(results),
+        "natural-where": where(results),
+    }
+
+
+def where(results: dict[str, Any]) -> str:
+    """The machine, the date and the time of all runs."""
+    at = results["environment"]
+    hours = sum(run["processor_seconds"] for run in results["runs"].values()) / 3600
+    return (
+        f"{len(results['runs'])} runs, {hours:.1f} hours of one core of {at['device']}, jax "
+        f"{at['jax']}, {at['date']}. Each run has one core."
+    )
+
+
+def bars(results: dict[str, Any]) -> str:
+    """What is wanted of ``mfacw`` and of the paper's form, and what was measured."""
+    lines = ["| what | task | wanted | measured |  |", "| --- | --- | --- | --- | --- |"]
+    for task, title in TITLES.items():
+        found = trained(results, task)
+        for what, wanted, measured, is_met in _bars_of(found, task):
+            verdict = "met" if is_met else "not met"
+            lines.append(f"| {what} | {title} | {wanted} | {measured} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _bars_of(found: list[Any], task: str) -> list[tuple[str, str, str, bool]]:
+    made = []
+    adamw = chosen(found, "AdamW")
+    theirs = _losses(found, "AdamW", adamw)
+    at_theirs = _losses(found, "mfacw", adamw)
+    if len(theirs) and len(at_theirs):
+        error = np.hypot(*[np.std(x, ddof=1) / np.sqrt(len(x)) for x in (theirs, at_theirs)])
+        gap = at_theirs.mean() - theirs.mean()
+        what = "validation loss at AdamW's setting, minus AdamW's"
+        made.append((what, f"<= {error:.3f} (standard error)", f"{gap:+.3f}", gap <= error))
+    short = _losses(found, "mfacw", chosen(found, "mfacw"), is_short=True)
+    if len(theirs) and len(short):
+        gap = short.mean() - theirs.mean()
+        what = "validation loss in two thirds of the steps, minus AdamW's"
+        made.append((what, "<= 0", f"{gap:+.3f}", gap <= 0))
+    ranges = [optimizer_tables.good_rates(found, method) for method in ("mfacw", "AdamW")]
+    if all(ranges):
+        ours, other = (max(good) / min(good) for good in ranges)
+        what = "range of good learning rates, of AdamW's"
+        made.append((what, f">= {WIDER:.0f} x", f"{ours / other:.1f} x", ours >= WIDER * other))
+    if task == "cifar":
+        errors = [
+            np.mean([run["test_error"] for run in finals(found, name, chosen(found, name))])
+            for name in ("mfac", "SGD + momentum")
+            if finals(found, name, chosen(found, name))
+        ]
+        if len(errors) == 2:
+            what = "test error of the paper's form, minus SGD's with momentum"
+            gap = errors[0] - errors[1]
+            made.append((what, f"<= {POINTS:.0f} point", f"{gap:+.1f}", gap <= POINTS))
+    low = [t.run for t in found if t.method == "bfloat16 window"]
+    if low:
+        share = low[0]["state_bytes"] / low[0]["parameters"]
+        what = "state with a bfloat16 window, bytes a parameter"
+        made.append((what, f"<= {BYTES}", f"{share:.0f}", share <= BYTES))
+    return made
+
+
+def _losses(
+    found: list[Any], method: str, setting: tuple[float, float] | None, *, is_short: bool = False
+) -> np.ndarray:
+    return np.array([r["validation"] for r in finals(found, method, setting, is_short=is_short)])
+
+
+def main() -> None:
+    """Saves the result files and writes the page."""
+    for name, path in zip(NAMES, sys.argv[1:], strict=False):
+        report.save(name, json.loads(Path(path).read_text()))
+    results = report.load("optimizers")
+    made = tables(results)
+    optimizer_tables.draw(results, ASSETS / FIGURES["optimizers"])
+    results = report.load("natural_gradients")
+    made |= natural_tables(results)
+    natural_gradients.draw(results, ASSETS / FIGURES["natural_gradients"])
+    for name, table in made.items():
+        report.write_table(PAGE, name, table)
+
+
+if __name__ == "__main__":
+    main()
