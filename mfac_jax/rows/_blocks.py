@@ -93,8 +93,8 @@ class OutputRows(BlockRows):
     The gradients of an output are a matrix of their own, so all products are one batched product.
 
     Attributes:
-        outputs: the gradients by output; (o, m, *rest), where ``rest`` are the other axes of the
-            parameter. They follow its sharding.
+        outputs: the gradients by output, ``(o, m, *rest)`` with the other axes of the parameter.
+            They follow its sharding.
         axis: the axis of the outputs in the parameter (static).
         num_blocks: ``k``; it divides ``o`` (static).
     """
