@@ -19,7 +19,16 @@ TITLES = {
     "sst2": "MiniLM-L6, SST-2",
     "mrpc": "MiniLM-L6, MRPC",
 }
-METHODS = ("SGD + momentum", "AdamW", "Muon", "mfac", "mfacw")
+METHODS = (
+    "SGD + momentum",
+    "AdamW",
+    "NAdamW",
+    "Muon",
+    "mfac",
+    "mfacw",
+    "empirical Fisher of examples",
+    "improved Fisher of examples",
+)
 WIDE = 1.05  # a learning rate is good if its loss is at most this times the best
 
 
@@ -71,7 +80,8 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     if made:
         tasks = list(made)
         made["ranges"] = _ranges(results, tasks)
-        made["variants"] = _variants(results, tasks)
+        if any(t.method not in METHODS for task in tasks for t in trained(results, task)):
+            made["variants"] = _variants(results, tasks)
     return made
 
 
@@ -98,7 +108,7 @@ def _table(found: list[Trained]) -> str:
         cells.append(f"{_mean(runs, 'train'):.3f}")
         cells.append(f"{runs[0]['steps']}")
         cells.append(_steps_to(runs, goal))
-        cells.append(f"{_median(runs, 'ms'):.0f}")
+        cells.append(f"{_least(runs, 'ms'):.0f}")
         cells.append(f"{runs[0]['state_bytes'] / runs[0]['parameters']:.0f}")
         lines.append(cells)
     has_accuracy = found[0].run["has_accuracy"]
@@ -125,6 +135,8 @@ def finals(
 
 def _steps_to(runs: list[dict[str, Any]], goal: float | None) -> str:
     """The steps after which the mean training loss is below the goal, and their time."""
+    if not all(np.isfinite(run["train"]) for run in runs):
+        return "diverged"
     curves = [run["curve"] for run in runs]
     length = min(map(len, curves))
     mean = np.mean([curve[:length] for curve in curves], axis=0)
@@ -132,7 +144,7 @@ def _steps_to(runs: list[dict[str, Any]], goal: float | None) -> str:
     if not len(below):
         return "not reached"
     steps = round((below[0] + 1) / length * runs[0]["steps"])
-    return f"{steps} ({1e-3 * _median(runs, 'ms') * steps:.0f} s)"
+    return f"{steps} ({1e-3 * _least(runs, 'ms') * steps:.0f} s)"
 
 
 def _ranges(results: dict[str, Any], tasks: list[str]) -> str:
@@ -177,20 +189,27 @@ def _cost(run: dict[str, Any]) -> str:
 
 
 def by_rate(found: list[Trained], method: str) -> dict[float, float]:
-    """The best validation loss of the trials at each learning rate."""
-    curve: dict[float, float] = {}
-    for t in found:
-        if t.method == method and t.seed == TRIAL_SEED:
-            rate, loss = t.setting[0], _or_inf(t.run["validation"])
-            curve[rate] = min(curve.get(rate, np.inf), loss)
+    """The validation loss of the trials with the usual weight decay, at each learning rate."""
+    trials = [t for t in found if t.method == method and t.seed == TRIAL_SEED]
+    decays = [t.setting[1] for t in trials]
+    usual = max(decays, key=decays.count, default=None)  # one rate has another decay as well
+    curve = {t.setting[0]: _or_inf(t.run["validation"]) for t in trials if t.setting[1] == usual}
     return dict(sorted(curve.items()))
 
 
 def good_rates(found: list[Trained], method: str) -> list[float]:
     """The learning rates whose loss is nearly the best one of this optimizer."""
     curve = by_rate(found, method)
-    least = min(curve.values(), default=np.inf)
-    return [rate for rate, loss in curve.items() if loss <= WIDE * least]
+    rates, losses = [*curve], np.array([*curve.values()])
+    if not np.isfinite(losses).any():
+        return []
+    is_good = losses <= WIDE * losses.min()
+    first = last = int(losses.argmin())
+    while first > 0 and is_good[first - 1]:
+        first -= 1
+    while last < len(rates) - 1 and is_good[last + 1]:
+        last += 1
+    return rates[first : last + 1]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -208,7 +227,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             low, high = min(losses), np.quantile(losses, 0.8)
             axis.set_ylim(low - 0.05 * (high - low), high + 0.2 * (high - low) + 1e-6)
         axis.set(title=TITLES[task], xlabel="learning rate", ylabel="validation loss")
-    axes[0][0].legend()
+        axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -218,8 +237,8 @@ def _mean(runs: list[dict[str, Any]], what: str) -> float:
     return float(np.mean([run[what] for run in runs])) if runs else float("nan")
 
 
-def _median(runs: list[dict[str, Any]], what: str) -> float:
-    return float(np.median([run[what] for run in runs]))
+def _least(runs: list[dict[str, Any]], what: str) -> float:
+    return float(min(run[what] for run in runs))
 
 
 def _with_error(runs: list[dict[str, Any]], what: str, shape: str = "{:.3f}") -> str:

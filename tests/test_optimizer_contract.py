@@ -302,6 +302,9 @@ def test_apply_if_finite(tx):
         (mfac, {"learning_rate": 0.1, "damping": 0.1}, "learning_rate"),
         (mfac, {"learning_rate": 0.1, "weight_decay": 0.1}, "weight_decay"),
         (mfac, {"learning_rate": schedule, "momentum": 0.9}, "momentum"),
+        (mfacw, {"learning_rate": 0.1, "weight_decay": 0.1}, "learning_rate"),
+        (mfacw, {"learning_rate": 0.1, "weight_decay": 0.1}, "weight_decay"),
+        (mfacw, {"learning_rate": 0.1}, "momentum"),
     ],
 )
 def test_inject_hyperparams(factory, options, name):

@@ -5,6 +5,7 @@ import defaults
 import demo
 import first_call
 import launches
+import optimizer_results
 import pruning_results
 import pruning_step
 import pytest
@@ -35,6 +36,15 @@ def test_tables_of_the_pruned_network_are_those_of_the_result_file():
         assert report.read_table(pruning_results.PAGE, name) == table.strip()
     assert report.read_table(ROOT / "README.md", "resnet20") == pruning_results.summary(results)
     assert pruning_results.FIGURE.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_of_the_optimizers_are_those_of_the_result_files():
+    made = optimizer_results.tables(report.load("optimizers"))
+    made |= optimizer_results.natural_tables(optimizer_results.load_natural())
+    for name, table in made.items():
+        assert report.read_table(optimizer_results.PAGE, name) == table.strip()
+    figure = optimizer_results.ASSETS / optimizer_results.FIGURES["optimizers"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 def test_figure_of_the_demo_is_there():

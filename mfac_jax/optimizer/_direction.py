@@ -1,7 +1,7 @@
-"""What a step does in the n x n space: momentum, weights, powers and lengths, at no scan's cost.
+"""What a step does in the n x n space: momentum, weights, powers and lengths, without a scan of G.
 
 Every direction is a combination ``G^T c`` of the window's own gradients, and ``c`` follows from
-``K = G G^T`` alone:
+``K = G G^T`` and, for a given length, from that of ``G^T c``:
 
 - momentum: the right-hand side ``v = sum_j a_j g_j`` with ``a_j`` falling with the age of ``g_j``,
   so no momentum is stored;
@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax import _checks, algebra
 
@@ -29,7 +30,7 @@ _LEAST_WEIGHT = 1e-12
 
 
 class Held(NamedTuple):
-    """The gradients of a window, as weights see them.
+    """The gradients of a window, as weights see them; in blocks, those of one block.
 
     Attributes:
         norms: ``|g_j|`` in the metric of the window; 0 in empty slots; (m,).
@@ -41,6 +42,11 @@ class Held(NamedTuple):
     norms: Float[Array, " m"]
     ages: Int[Array, " m"]
     values: Float[Array, " m"]
+
+    @property
+    def is_held(self) -> Bool[Array, " m"]:
+        """Whether there is a gradient in the slot; its norm may be 0."""
+        return self.ages < jnp.iinfo(jnp.int32).max
 
 
 class System(NamedTuple):
@@ -101,8 +107,9 @@ class Direction:
     """How a step follows from the gradients held; the default is the paper's ``F^-1 g``.
 
     Attributes:
-        momentum: ``beta`` in [0, 1). The right-hand side is the mean of the gradients held with
-            weights ``beta^age``. This is Adam's bias-corrected momentum, cut off after m gradients.
+        momentum: ``beta`` in [0, 1); a number or a scalar array. The right-hand side is the mean of
+            the gradients held with weights ``beta^age``. This is Adam's bias-corrected momentum,
+            cut off after m gradients.
         nesterov: whether the newest gradient counts once more, as in NAdam.
         power: 1 for ``F^-1 v``, or 0.5 for ``F^-1/2 v``, a full-matrix Adagrad over the window.
         length: ``"natural"`` leaves the length as it is. ``"graft"`` gives the direction the
@@ -111,8 +118,8 @@ class Direction:
             :class:`~mfac_jax.optimizer.SecondMoments`, to Adam. In blocks, each
             parameter has its own length. A number is the root mean square of all entries of the
             direction.
-        limit: the largest ``sqrt(u^T F u)`` of a direction ``u``, a longer one is shortened; None
-            for no limit. A step ``t u`` changes the local model of the predictions by
+        limit: the largest ``sqrt(u^T F u)`` of a direction ``u``; None for no limit. A longer
+            direction is shortened. A step ``t u`` changes the local model of the predictions by
             ``t^2 u^T F u / 2``, so the limit bounds this change, as in a trust region. It is taken
             over all blocks together.
         weights: how much each gradient counts: :class:`UnitNorm`, :class:`ByAge`,
@@ -123,7 +130,7 @@ class Direction:
         ValueError: an attribute has an impossible value.
     """
 
-    momentum: float = 0.0
+    momentum: ArrayLike = 0.0
     nesterov: bool = False
     power: float = 1.0
     length: str | float = "natural"
@@ -151,7 +158,12 @@ class Direction:
     def is_newest(self) -> bool:
         """Whether the direction is ``F^-1 g`` for the newest gradient, up to a given RMS."""
         is_plain = self.power == 1 and self.weights is None and not self.is_scaled
-        return self.momentum == 0 and is_plain
+        return not self.has_momentum and is_plain
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether there is momentum; an array counts as such."""
+        return isinstance(self.momentum, jax.Array) or self.momentum != 0
 
     @property
     def is_scaled(self) -> bool:
@@ -169,7 +181,7 @@ class UnitNorm(Weights):
     """
 
     def __call__(self, held: Held) -> tuple[Array, Array]:
-        is_held = held.norms > 0
+        is_held = held.norms > 0  # a zero gradient stays zero
         norms = jnp.where(is_held, held.norms, jnp.ones_like(held.norms))
         count = jnp.maximum(jnp.sum(is_held, dtype=norms.dtype), 1)
         # The geometric mean: one outlier hardly moves it.
@@ -215,9 +227,8 @@ class ByValue(Weights):
     reads_values = True
 
     def __call__(self, held: Held) -> tuple[Array, Array]:
-        is_held = held.norms > 0
-        values = jnp.where(is_held, held.values, jnp.zeros_like(held.values))
-        mean = jnp.sum(values) / jnp.maximum(jnp.sum(is_held, dtype=values.dtype), 1)
+        values = jnp.where(held.is_held, held.values, jnp.zeros_like(held.values))
+        mean = jnp.sum(values) / jnp.maximum(jnp.sum(held.is_held, dtype=values.dtype), 1)
         return jnp.ones_like(values), values / jnp.where(mean == 0, jnp.ones_like(mean), mean)
 
 
@@ -225,9 +236,9 @@ def right_hand_side(direction: Direction, stamps: Int[Array, " m"]) -> Float[Arr
     """``a``: the weight of each gradient in the right-hand side; they add up to 1."""
     ages, is_held = _ages(stamps)
     newest = ((ages == 0) & is_held).astype(jnp.float32)
-    if direction.momentum == 0:
+    if not direction.has_momentum:
         return newest
-    beta = jnp.float32(direction.momentum)
+    beta = jnp.asarray(direction.momentum, jnp.float32)
     powers = jnp.where(is_held, beta ** ages.astype(jnp.float32), jnp.zeros_like(newest))
     mean = powers / jnp.maximum(jnp.sum(powers), jnp.finfo(jnp.float32).tiny)
     if direction.nesterov:
@@ -322,7 +333,10 @@ def _inverse_root(
 ) -> Float[Array, " m"]:
     """``(lambda I + K / n)^-1/2 a``."""
     values, vectors = jnp.linalg.eigh(fisher)
-    inner = jnp.dot(a, vectors, precision="highest") * jax.lax.rsqrt(lam + jnp.maximum(values, 0))
+    damped = lam + jnp.maximum(values, 0)
+    is_positive = damped > 0  # it is not if all gradients of a block are zero
+    root = jnp.where(is_positive, jax.lax.rsqrt(jnp.where(is_positive, damped, 1)), 0)
+    inner = jnp.dot(a, vectors, precision="highest") * root
     return jnp.dot(vectors, inner, precision="highest")
 
 

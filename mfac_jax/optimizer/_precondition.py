@@ -109,16 +109,18 @@ def mfac_precondition(
         mask: which weights are alive: a tree of booleans with the structure of the
             parameters, or a function from the parameters to such a tree. Gradients in the
             window and directions are zero elsewhere. If the mask loses weights during training,
-            :func:`mfac_jax.window.restrict` removes them from the gradients already held.
+            :func:`mfac_jax.window.restrict` removes them from the gradients already held (of one
+            window of all parameters; in blocks they leave with their gradients).
         metric: the diagonal ``D`` in ``F = lambda D + G^T G / n``, such as
             :class:`SecondMoments`; the identity by default. Each row keeps the ``D`` of the step
             in which it was pushed.
-        blocks: ``"output"`` gives each output of a parameter (each unit of its layer) a Gram
-            matrix of its own, so ``F`` is block-diagonal. Outputs are the last axis, as in Flax;
-            with ``"output_first"`` they are the first, as in PyTorch. A block with fewer than
-            ``m`` weights is joined with its neighbours, and parameters with one axis are one
-            block. With ``"leaf"`` every parameter is one block. The trace in the damping is then
-            the mean over the blocks of a parameter. By default all parameters are one block.
+        blocks: ``"output"`` gives each output of a parameter a Gram matrix of its own, so ``F`` is
+            block-diagonal. Outputs are the indices of the last axis, as in Flax, whatever the
+            other axes mean; with ``"output_first"`` they are those of the first axis, as in
+            PyTorch. Neighbours are joined so that a block has at least ``m`` weights; their number
+            divides the axis. Parameters with one axis are one block. With ``"leaf"`` every
+            parameter is one block. The trace in the damping is then the mean over the blocks of a
+            parameter. By default all parameters are one block.
         direction: momentum, power, length and weights; see :class:`Direction`.
 
     Returns:

@@ -132,7 +132,7 @@ def step(
     windows: Windows,
     direction: Direction,
     values: Float[Array, " m"] | None,
-    damping: Callable[[Float[Array, ""]], Float[Array, ""]],
+    damping: Callable[[Float[Array, " p"]], Float[Array, " p"]],
     denominator: Float[Array, ""],
 ) -> PyTree:
     """The direction ``G^T c`` of each window; a tree like the parameters.
@@ -141,7 +141,7 @@ def step(
         windows: the windows.
         direction: what the direction is.
         values: the values of the gradients held; None if no weights read them.
-        damping: ``lambda`` as a function of the trace of the undamped Fisher. The blocks of one
+        damping: ``lambda`` as a function of the traces of the undamped Fisher. The blocks of one
             parameter have one damping, which follows from the mean of their traces.
         denominator: ``n``, the divisor of the sum of outer products.
     """
@@ -156,7 +156,7 @@ def step(
 
     systems = jax.vmap(lambda gram: system(direction, gram, windows.stamps, values))(grams)
     traces = total(systems.trace) / np.asarray(counts, grams.dtype) / denominator
-    lam = jax.vmap(damping)(traces)
+    lam = damping(traces)
     solution = jax.vmap(lambda each, own: solve(direction, each, own, denominator))(
         systems, lam[part]
     )

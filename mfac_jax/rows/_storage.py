@@ -172,8 +172,13 @@ class Dense(Storage):
 
         Raises:
             TypeError: the leaf is not real floating point.
+            ValueError: the leaf has one axis or none, or not this one.
         """
         dtype, shape = self._dtype_for(Layout(leaf)), list(jnp.shape(leaf))
+        if len(shape) < 2 or not -len(shape) <= axis < len(shape):
+            raise ValueError(
+                f"expected a parameter of at least two axes with axis {axis}, got {tuple(shape)}."
+            )
         axis %= len(shape)
         count = number_of_blocks(tuple(shape), axis, num_rows)
         shape = [shape.pop(axis), num_rows, *shape]
