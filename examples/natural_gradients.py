@@ -7,7 +7,7 @@ are the gradients of the residuals of this step. Ground state: a restricted Bolt
 the ground state of a transverse-field Ising chain, by variational Monte Carlo; the exact energy is
 that of the dense Hamiltonian. Every optimizer has the same trials over its learning rate (and
 damping) with a seed of its own, and three other seeds at the end. The program writes every finished
-run to ``results.json`` and resumes from it. It takes about 20 minutes on one CPU core;
+run to ``results.json`` and resumes from it. It takes about half an hour of one CPU core;
 ``--smoke`` takes half a minute.
 """
 

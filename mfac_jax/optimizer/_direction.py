@@ -115,15 +115,14 @@ class Direction:
         length: ``"natural"`` leaves the length as it is. ``"graft"`` gives the direction the
             length that ``D^-1 v``, the direction without the window, has in the metric: then the
             learning rate means what it means to SGD or, with
-            :class:`~mfac_jax.optimizer.SecondMoments`, to Adam. In blocks, each
-            parameter has its own length. A number is the root mean square of all entries of the
-            direction.
+            :class:`~mfac_jax.optimizer.SecondMoments`, to Adam. In blocks, each parameter has its
+            own length. A number is the root mean square of all entries of the direction.
+        weights: how much each gradient counts: :class:`UnitNorm`, :class:`ByAge`,
+            :class:`ByValue` or :class:`Weights` of your own. All count alike by default.
         limit: the largest ``sqrt(u^T F u)`` of a direction ``u``; None for no limit. A longer
             direction is shortened. A step ``t u`` changes the local model of the predictions by
             ``t^2 u^T F u / 2``, so the limit bounds this change, as in a trust region. It is taken
             over all blocks together.
-        weights: how much each gradient counts: :class:`UnitNorm`, :class:`ByAge`,
-            :class:`ByValue` or :class:`Weights` of your own. All count alike by default.
 
     Raises:
         TypeError: an attribute has the wrong type.
