@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -112,19 +113,24 @@ def outcomes(
     # gradient allocates its memory again, which is slow in small pages.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     context = multiprocessing.get_context("spawn")
-    pins = context.Queue()
-    for core in cores(workers):
-        pins.put(core)
-    pool = ProcessPoolExecutor(workers, context, _start, (pins, str(cache)))
-    with pool:
+    with contextlib.ExitStack() as stack:
+        idle = []
+        for core in cores(workers):
+            pool = ProcessPoolExecutor(1, context, _start, (str(cache),))
+            idle.append(stack.enter_context(pool))
+            with _bound(core):
+                pool.submit(int).result()  # starts the process
         waiting, left = {}, list(todo.items())
         while left or waiting:
             # At most as many runs as workers are submitted, so that an interruption is quick.
-            while left and len(waiting) < workers:
+            while left and idle:
                 key, arguments = left.pop(0)
-                waiting[pool.submit(timed, measure, arguments)] = key
+                pool = idle.pop()
+                waiting[pool.submit(timed, measure, arguments)] = key, pool
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                yield waiting.pop(future), future.result()
+                key, pool = waiting.pop(future)
+                idle.append(pool)
+                yield key, future.result()
 
 
 def timed(measure: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -144,11 +150,26 @@ def cores(workers: int) -> list[int | None]:
     return list(itertools.islice(itertools.cycle(available), workers))
 
 
-def _start(pins: Any, cache: str) -> None:
-    """Binds a process to its core and to the cache of compiled programs that all runs share."""
-    core = pins.get()
-    if core is not None:
-        os.sched_setaffinity(0, {core})
+@contextlib.contextmanager
+def _bound(core: int | None) -> Iterator[None]:
+    """Processes started inside run on this core; None binds nothing.
+
+    They have to inherit it: XLA makes as many threads as a process has cores, and threads that
+    share a core wait for one another. A step then took up to twenty times as long.
+    """
+    if core is None:
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
+
+
+def _start(cache: str) -> None:
+    """Binds a process to the cache of compiled programs that all runs share."""
     jax.config.update("jax_compilation_cache_dir", cache)
 
 

@@ -57,6 +57,13 @@ def decay(value: Any, name: str) -> None:
         raise ValueError(f"{name} must lie in [0, 1), got {value}.")
 
 
+def static_decay(value: Any, name: str) -> None:
+    """Checks for a Python number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}.")
+    decay(value, name)
+
+
 def instance(value: Any, name: str, kind: Any) -> None:
     """Checks the type of ``value``; ``kind`` is a type or a union."""
     if not isinstance(value, kind):

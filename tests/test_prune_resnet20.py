@@ -68,9 +68,11 @@ def test_workers_run_where_they_may_on_a_system_without_affinity(monkeypatch):
 
 
 @pytest.mark.slow
-def test_runs_of_several_processes_on_one_core(tmp_path, monkeypatch):
+def test_runs_of_several_processes_on_one_core(tmp_path, monkeypatch, request):
     if hasattr(os, "sched_getaffinity"):
-        core = min(os.sched_getaffinity(0))
+        own = os.sched_getaffinity(0)
+        request.addfinalizer(lambda: os.sched_setaffinity(0, own))
+        core = min(own)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: {core})
     # Programs that compile quickly are kept as well.
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

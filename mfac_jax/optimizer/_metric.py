@@ -86,7 +86,7 @@ class SecondMoments(Metric):
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        _checks.decay(self.decay, "decay")
+        _checks.static_decay(self.decay, "decay")
         _checks.positive_scalar(self.eps, "eps")
 
     def init(self, params: PyTree) -> SecondMomentsState:

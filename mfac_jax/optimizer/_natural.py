@@ -108,7 +108,7 @@ def natural_gradient(
     if damping is None and relative_damping is None:
         relative_damping = DEFAULT_RELATIVE_DAMPING
     check_dampings(damping, relative_damping)
-    _checks.decay(momentum, "momentum")
+    _checks.static_decay(momentum, "momentum")
     damping_of = functools.partial(damping_at, damping, relative_damping)
 
     def init(params: PyTree) -> NaturalGradientState:
