@@ -33,13 +33,17 @@ from optimizer_tables import draw, tables
 from optimizer_tasks import Characters, Cifar, Glue, Mlp, Task
 
 from mfac_jax import mfac, mfacw, natural_gradient
-from mfac_jax.rows import Dense
+from mfac_jax.rows import Dense, Int8, TopK
 
 TRIAL_SEED, SEEDS = 100, (0, 1, 2)
 POINTS = 40  # of a curve
 SHORT = 2 / 3  # of the steps
 # All learning rates that may be tried.
 GRID = [float(f"{digit}e{power}") for power in range(-7, 3) for digit in (1, 3)]
+
+
+# Embeddings and output layers, which Muon leaves to Adam.
+ENDS = {"embed", "place", "head", "dense"}
 
 
 class Contender(NamedTuple):
@@ -67,6 +71,32 @@ def sgd(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
     return optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9))
 
 
+def muon(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
+    """Muon for hidden layers, with steps as long as Adam's; Adam for the others, as is usual.
+
+    References:
+        Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
+        Liu et al., "Muon is Scalable for LLM Training", 2025, which has the length.
+    """
+
+    def shapes(params: Any) -> Any:
+        def shape(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+            if leaf.ndim < 2 or ENDS & {key.key for key in path if hasattr(key, "key")}:
+                return None
+            *inputs, output = range(leaf.ndim)
+            return optax.contrib.MuonDimensionNumbers(tuple(inputs), output)
+
+        return jax.tree.map_with_path(shape, params)
+
+    return optax.contrib.muon(
+        rate,
+        weight_decay=decay,
+        adam_weight_decay=decay,
+        muon_weight_dimension_numbers=shapes,
+        consistent_rms=0.2,
+    )
+
+
 def paper(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
     """M-FAC as in the paper: no momentum, a window without a metric."""
     return mfac(rate, weight_decay=decay)
@@ -86,10 +116,7 @@ ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CONTENDERS = {
     "SGD + momentum": Contender(sgd, (0.003, 0.01, 0.03, 0.1, 0.3), 5e-4),
     "AdamW": Contender(lambda rate, decay: optax.adamw(rate, weight_decay=decay), ADAM_RATES),
-    "Muon": Contender(
-        lambda rate, decay: optax.contrib.muon(rate, weight_decay=decay),
-        (1e-3, 3e-3, 1e-2, 3e-2, 0.1),
-    ),
+    "Muon": Contender(muon, ADAM_RATES),
     "mfac": Contender(paper, (0.01, 0.03, 0.1, 0.3, 1.0), 1e-3),
     "NAdamW": Contender(lambda rate, decay: optax.nadamw(rate, weight_decay=decay), ADAM_RATES),
     "mfacw": Contender(lambda rate, decay: mfacw(rate, decay), ADAM_RATES),
@@ -103,10 +130,16 @@ CONTENDERS = {
 # Changes of mfacw, each trained once at its best setting.
 VARIANTS = {
     "bfloat16 window": {"storage": Dense(jnp.bfloat16)},
+    "int8 window": {"storage": Int8()},
     "m = 8": {"window_size": 8},
     "m = 8 and bfloat16": {"window_size": 8, "storage": Dense(jnp.bfloat16)},
     "m = 32": {"window_size": 32},
-    "blocks by leaf": {"blocks": "leaf"},
+    "blocks by leaf, m = 64": {"blocks": "leaf", "window_size": 64},
+    "blocks by leaf, m = 64, largest 1 %": {
+        "blocks": "leaf",
+        "window_size": 64,
+        "storage": TopK(0.01, error_bits=4),
+    },
     "one block": {"blocks": None},
     "damping 0.03": {"relative_damping": 0.03},
     "damping 0.0003": {"relative_damping": 0.0003},

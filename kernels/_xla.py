@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 # The largest number of columns of a tile. 8,192 float32 columns of 512 rows are 16 MiB. That is
 # small against any window worth tiling, and a tile's matrix product still runs at full speed
@@ -161,11 +161,11 @@ def write_row(
 
 
 def set_row(
-    block: Float[Array, "t m *shape"],
+    block: Shaped[Array, "t m *shape"],
     row: Int[Array, ""],
-    vector: Float[Array, "t *shape"],
+    vector: Shaped[Array, "t *shape"],
     where: Bool[Array, ""],
-) -> Float[Array, "t m *shape"]:
+) -> Shaped[Array, "t m *shape"]:
     """The block, with ``vector`` in ``row`` if ``where`` is true."""
     stored = vector.astype(block.dtype)
 

@@ -22,7 +22,7 @@ from mfac_jax.optimizer import (
     SecondMoments,
     UnitNorm,
 )
-from mfac_jax.rows import Dense
+from mfac_jax.rows import Dense, Int8, TopK
 
 D, M, LAMBDA = 27, 6, 0.05
 DIAGONAL = {
@@ -198,6 +198,7 @@ def test_the_first_step_is_adams():
     [
         *itertools.product(LEAVES, [Dense(), Dense(jnp.bfloat16, packing="leaf")]),
         *itertools.product((None, "leaf"), [outside.Half()]),
+        *itertools.product((None, "leaf", "output"), [Int8(2), TopK(0.5, error_bits=4)]),
     ],
     ids=lambda x: getattr(x, "packing", type(x).__name__ if x else x),
 )

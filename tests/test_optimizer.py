@@ -3,6 +3,7 @@
 import functools
 import inspect
 
+import few_bits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +14,22 @@ from jax import lax
 from oracles import assert_close, relative_error
 
 from mfac_jax import mfac, mfac_precondition, window
-from mfac_jax.rows import Dense
+from mfac_jax.rows import Dense, Int8, TopK
 
 SHAPES = {"b": (4,), "w": (2, 3)}
 D = 10
 
 STORAGES = {"flat": Dense(), "leaf": Dense(packing="leaf")}
 every_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+
+FEW_BITS = {
+    "int8": Int8(4),
+    "largest": TopK(0.5, block=4),
+    "largest, 4 bits": TopK(0.3, block=8, error_bits=4),
+}
+any_storage = pytest.mark.parametrize(
+    "storage", [*STORAGES.values(), *FEW_BITS.values()], ids=[*STORAGES, *FEW_BITS]
+)
 
 LOW_PRECISION = {
     "flat": (Dense(jnp.bfloat16), jnp.bfloat16),
@@ -106,6 +116,15 @@ def test_directions_of_a_window_in_low_precision(storage, dtype):
     # The direction is that of the gradients as stored, to float32 accuracy.
     stored = np.asarray(vectors.astype(dtype), "float64")
     expected, condition = dense_directions(stored, 4, 0.1)
+    assert_directions(vector_of(directions, (9,)), expected, condition)
+
+
+@pytest.mark.parametrize("storage", FEW_BITS.values(), ids=FEW_BITS)
+def test_directions_of_a_compressed_window(storage):
+    vectors = make_vectors(9).astype("float32")
+    directions, _ = run(mfac_precondition(4, 0.1, storage=storage), tree_of(vectors))
+    model = few_bits.Model(storage)
+    expected, condition = dense_directions(np.stack([model(v) for v in vectors]), 4, 0.1)
     assert_directions(vector_of(directions, (9,)), expected, condition)
 
 
@@ -209,7 +228,7 @@ def test_relative_damping_does_not_know_the_scale_of_the_loss():
         )
 
 
-@every_storage
+@any_storage
 def test_bad_gradients_are_left_out_and_counted(storage):
     bad = {3: np.nan, 6: np.inf, 7: -np.inf, 9: 1e30}
     vectors = make_vectors(12).astype("float32")
@@ -331,7 +350,7 @@ def test_leaves_keep_their_dtype(storage):
 
 
 @pytest.mark.parametrize("params", [(), {"a": None, "b": {}}])
-@every_storage
+@any_storage
 def test_trees_without_leaves(params, storage):
     tx = mfac(0.1, 3, momentum=0.9, storage=storage)
     update = jax.jit(tx.update)

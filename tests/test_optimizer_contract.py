@@ -18,7 +18,7 @@ from jax import lax
 
 from mfac_jax import mfac, mfac_precondition, mfacw
 from mfac_jax.optimizer import BlockWindows, ByAge, Direction, SecondMoments, UnitNorm
-from mfac_jax.rows import Dense
+from mfac_jax.rows import Dense, Int8, TopK
 from mfac_jax.window import Window
 
 M = 3
@@ -56,6 +56,10 @@ TRANSFORMS = {
         direction=Direction(power=0.5, limit=0.5),
         storage=Dense(jnp.bfloat16),
     ),
+    "int8": mfac_precondition(M, 0.1, storage=Int8(4)),
+    "largest": mfac_precondition(M, 0.1, storage=TopK(0.5, error_bits=4)),
+    "mfacw, int8": mfacw(0.1, 0.1, window_size=M, storage=Int8()),
+    "mfacw, largest": mfacw(0.1, 0.1, window_size=M, storage=TopK(0.5), blocks="leaf"),
     "mfacw": mfacw(schedule, 0.1, window_size=M, mask=alive),
     "mfac": mfac(
         schedule,

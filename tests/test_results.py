@@ -10,6 +10,7 @@ import pruning_results
 import pruning_step
 import pytest
 import report
+import storages
 import swaps
 from report import ROOT
 
@@ -45,6 +46,11 @@ def test_tables_of_the_optimizers_are_those_of_the_result_files():
         assert report.read_table(optimizer_results.PAGE, name) == table.strip()
     figure = optimizer_results.ASSETS / optimizer_results.FIGURES["optimizers"]
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_of_the_storages_are_those_of_the_result_file():
+    for name, table in storages.tables(report.load("storages")).items():
+        assert report.read_table(storages.PAGE, name) == table.strip()
 
 
 def test_figure_of_the_demo_is_there():

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import few_bits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +20,15 @@ from mfac_jax.rows import (
     Dense,
     DenseRows,
     GradientRows,
+    Int8,
     Partition,
     StackedRows,
     Storage,
+    TopK,
     WritableRows,
     _base,
+    _compressed,
+    _int8,
     _storage,
 )
 
@@ -62,17 +67,31 @@ def held_by(storage, matrix):
 
 
 class Made(NamedTuple):
-    """Rows, the matrix that they stand for, and the dtype in which they store."""
+    """Rows, the matrix that they stand for, and one more gradient as they would keep it."""
 
     held: GradientRows
     matrix: np.ndarray
-    dtype: str
+    stored: Callable[[np.ndarray], np.ndarray]
+
+
+def rounded_to(dtype):
+    return lambda gradient: np.asarray(gradient.astype(jnp.dtype(dtype)), np.float64)
 
 
 def dense(packing, dtype):
     def make():
         matrix = matrix_of(dtype)
-        return Made(held_by(Dense(packing=packing), matrix), matrix, dtype)
+        return Made(held_by(Dense(packing=packing), matrix), matrix, rounded_to(dtype))
+
+    return make
+
+
+def compressed(storage):
+    def make():
+        model, matrix = few_bits.Model(storage), matrix_of("float32")
+        held = held_by(storage, matrix)
+        stored = np.stack([model(gradient) for gradient in matrix])
+        return Made(held, stored, lambda gradient: replace(model)(gradient))
 
     return make
 
@@ -82,7 +101,8 @@ def stacked(*storages):
         parts = [matrix_of("float32", count, count) for count in (1, 3)]
         held = [held_by(storage, part) for storage, part in zip(storages, parts, strict=True)]
         matrix = np.concatenate([0.5 * parts[0], 2 * parts[1]])
-        return Made(StackedRows.of(tuple(held), jnp.array([0.5, 2.0])), matrix, "float32")
+        held = StackedRows.of(tuple(held), jnp.array([0.5, 2.0]))
+        return Made(held, matrix, rounded_to("float32"))
 
     return make
 
@@ -90,7 +110,7 @@ def stacked(*storages):
 def from_outside(storage, dtype):
     def make():
         matrix = matrix_of(dtype)
-        return Made(held_by(storage, matrix.astype(np.float32)), matrix, dtype)
+        return Made(held_by(storage, matrix.astype(np.float32)), matrix, rounded_to(dtype))
 
     return make
 
@@ -102,6 +122,12 @@ MAKERS: dict[str, Callable[[], Made]] = {
     "leaf, float32": dense("leaf", "float32"),
     "leaf, bfloat16": dense("leaf", "bfloat16"),
     "leaf, float16": dense("leaf", "float16"),
+    "int8": compressed(Int8(8)),
+    "int8, one tile": compressed(Int8()),
+    "largest": compressed(TopK(0.3, block=8)),
+    "largest, float32": compressed(TopK(0.5, block=4, values=jnp.float32)),
+    "largest, 4 bits": compressed(TopK(0.3, block=8, error_bits=4)),
+    "largest, no error": compressed(TopK(0.3, error_bits=0)),
     "outside": from_outside(outside.Half(), "float16"),
     "stacked, flat": stacked(Dense(), Dense()),
     "stacked, leaf": stacked(Dense(packing="leaf"), Dense(packing="leaf")),
@@ -116,7 +142,10 @@ STORAGES: dict[str, Callable[..., Storage]] = {
     "flat": functools.partial(Dense, packing="flat"),
     "leaf": functools.partial(Dense, packing="leaf"),
     "outside": outside.Half,
+    "int8": Int8,
+    "largest": TopK,
 }
+LOSSLESS = ["flat", "leaf", "outside"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +154,7 @@ class Case:
 
     held: GradientRows
     matrix: np.ndarray
-    dtype: str
+    stored: Callable[[np.ndarray], np.ndarray]
 
     @functools.cached_property
     def answers(self):
@@ -139,10 +168,10 @@ class Case:
 @functools.cache
 def made(name):
     """One for all tests, which may not change it."""
-    held, matrix, dtype = MAKERS[name]()
+    held, matrix, stored = MAKERS[name]()
     matrix = matrix.astype(np.float64)
     matrix.flags.writeable = False
-    return Case(held, matrix, dtype)
+    return Case(held, matrix, stored)
 
 
 @pytest.fixture(params=MAKERS)
@@ -209,11 +238,6 @@ def assert_columns(got, matrix):
     """What is only moved is not rounded."""
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(got, np.float64), matrix)
-
-
-def as_stored(case, seed):
-    """A gradient as the rows keep it."""
-    return np.asarray(vector(seed).astype(jnp.dtype(case.dtype)), np.float64)
 
 
 def test_they_are_gradient_rows(case):
@@ -306,7 +330,7 @@ def test_put_and_write(writable):
     assert accepted
     assert also_accepted
     matrix = writable.matrix.copy()
-    matrix[2] = as_stored(writable, 3)
+    matrix[2] = writable.stored(vector(3))
     assert_columns(new, matrix)
     assert_columns(written, matrix)
     oracles.assert_close(dots, matrix @ matrix[2], length=D)
@@ -368,8 +392,29 @@ def test_write_rows(writable, jit):
     )
     np.testing.assert_array_equal(accepted[:2], [True, False])
     matrix = writable.matrix.copy()
-    matrix[1] = as_stored(writable, 3)
+    matrix[1] = writable.stored(vector(3))
     assert_columns(all_columns(got), matrix)
+
+
+@pytest.mark.parametrize("storage", [Int8(4), TopK(0.5, block=4)], ids=["int8", "largest"])
+def test_compressed_rows_that_are_read_in_pieces(storage, monkeypatch):
+    """As rows of many parameters are; the last piece is a short one."""
+    for module in (_compressed, _int8):
+        monkeypatch.setattr(module, "_ENTRIES_AT_A_TIME", 2 * 4 * M)
+    rng = np.random.default_rng(0)
+    g, v, c, keep = (rng.normal(size=shape).astype(np.float32) for shape in ((M, 27), 27, M, 27))
+    held = rows.as_rows(jnp.asarray(g), storage=storage)
+    model = few_bits.Model(storage)
+    matrix = np.stack([model(gradient) for gradient in g])
+    assert_columns(held.columns(0, 27), matrix)
+    oracles.assert_close(held.dots(jnp.asarray(v)), matrix @ v, length=27)
+    oracles.assert_close(held.combine(jnp.asarray(c)), c @ matrix, length=M)
+    oracles.assert_close(held.gram(), matrix @ matrix.T, length=27)
+    masked = matrix * (keep > 0)
+    oracles.assert_close(held.gram(jnp.asarray(keep > 0)), masked @ masked.T, length=27)
+    oracles.assert_close(
+        all_columns(held.transform(jnp.asarray(MIXING))), MIXING @ matrix, length=M
+    )
 
 
 # Blocks.
@@ -549,7 +594,7 @@ def test_parameters_without_leaves(name):
     assert held.column_square_sums() == {"a": None}
 
 
-@pytest.mark.parametrize("name", STORAGES)
+@pytest.mark.parametrize("name", LOSSLESS)
 def test_as_rows_takes_one_matrix_for_a_tree(name):
     matrix = made("flat, float16").matrix
     held = rows.as_rows(jnp.asarray(matrix, jnp.float32), PARAMS, storage=STORAGES[name]())
@@ -623,6 +668,17 @@ def test_impossible_storages_are_refused():
             Dense(dtype)
     with pytest.raises(ValueError, match="float64 needs jax_enable_x64"):
         Dense(jnp.float64)
+    for make in (Int8, lambda size: TopK(block=size)):
+        for size in (1, 24, 2**16):
+            with pytest.raises(ValueError, match=f"a power of two from 2 to 32768, got {size}"):
+                make(size)
+    for density in (0.0, -0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="density must"):
+            TopK(density)
+    with pytest.raises(ValueError, match="values must be one of 'bfloat16', 'float32'; got 'int8'"):
+        TopK(values=jnp.int8)
+    with pytest.raises(ValueError, match="error_bits must be 0, 4 or 16, got 8"):
+        TopK(error_bits=8)
 
 
 @pytest.mark.wrong_types

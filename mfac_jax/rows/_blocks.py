@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,20 @@ class OutputRows(BlockRows):
     def _totals(self, values: Float[Array, "o *n"]) -> Float[Array, "k *n"]:
         """The sums over the outputs of every block."""
         return jnp.sum(values.reshape(self.num_blocks, -1, *values.shape[1:]), axis=1)
+
+
+def output_axis(leaf: Any, axis: int) -> int:
+    """The axis of the outputs of a parameter, counted from the first.
+
+    Raises:
+        ValueError: the parameter has one axis or none, or not this one.
+    """
+    shape = tuple(jnp.shape(leaf))
+    if len(shape) < 2 or not -len(shape) <= axis < len(shape):
+        raise ValueError(
+            f"expected a parameter of at least two axes with axis {axis}, got {shape}."
+        )
+    return axis % len(shape)
 
 
 def number_of_blocks(shape: tuple[int, ...], axis: int, num_rows: int) -> int:

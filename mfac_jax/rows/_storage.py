@@ -17,7 +17,7 @@ from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels.backends import check_implementation
 from mfac_jax.rows._base import GradientRows, WritableRows, check_writable
-from mfac_jax.rows._blocks import BlockRows, OutputRows, number_of_blocks
+from mfac_jax.rows._blocks import BlockRows, OutputRows, number_of_blocks, output_axis
 from mfac_jax.rows._dense import DenseRows, tiles_of, tiling
 
 PACKINGS = ("flat", "leaf")
@@ -175,11 +175,7 @@ class Dense(Storage):
             ValueError: the leaf has one axis or none, or not this one.
         """
         dtype, shape = self._dtype_for(Layout(leaf)), list(jnp.shape(leaf))
-        if len(shape) < 2 or not -len(shape) <= axis < len(shape):
-            raise ValueError(
-                f"expected a parameter of at least two axes with axis {axis}, got {tuple(shape)}."
-            )
-        axis %= len(shape)
+        axis = output_axis(leaf, axis)
         count = number_of_blocks(tuple(shape), axis, num_rows)
         shape = [shape.pop(axis), num_rows, *shape]
         zeros = jnp.zeros(shape, dtype, device=_sharding(leaf, axis))

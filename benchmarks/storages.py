@@ -1,0 +1,210 @@
+"""Storages beside dense float32: accuracy of the direction, memory and time.
+
+    python benchmarks/storages.py [--only accuracy time] [--render]
+
+Accuracy: windows of the last gradients of a training run (the digits and the network of the
+quickstart). Time: one push and one direction, in turn with dense float32. Writes
+``results/storages.json`` and the tables of ``docs/storages.md``; ``--render`` only writes the
+tables. Takes some minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import report
+import timing
+from flax import nnx
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from mfac_jax import mfac_precondition, window
+from mfac_jax.rows import Dense, Int8, Storage, TopK
+
+sys.path.append(str(report.ROOT / "examples"))
+from quickstart import CNN, load_digits
+
+PAGE = report.ROOT / "docs" / "storages.md"
+STORAGES: dict[str, Storage] = {
+    "Dense()": Dense(),
+    "Dense(bfloat16)": Dense(jnp.bfloat16),
+    "Int8()": Int8(),
+    **{
+        f"TopK({density}{more})": TopK(density, error_bits=bits)
+        for density in (0.05, 0.01, 0.005)
+        for more, bits in (("", 16), (", error_bits=4", 4), (", error_bits=0", 0))
+    },
+}
+WINDOWS = (64, 256)
+DAMPING = 0.01  # of the trace
+STEPS = 300
+TIMED = ("Dense()", "Dense(bfloat16)", "Int8()", "TopK(0.01)")
+SIZES = {"ResNet-20": 272_474, "4 million": 4_000_000, "25 million": 25_000_000}
+MOST_ENTRIES = 2**31 - 1  # of a dense window that is timed: 8 GiB
+
+
+def gradients(count: int) -> tuple[Any, list[Any]]:
+    """The parameters and the last gradients of a training run."""
+    (x, y), _ = load_digits()
+    graph, params = nnx.split(CNN(nnx.Rngs(0)), nnx.Param)
+    tx = optax.chain(mfac_precondition(), optax.scale_by_learning_rate(0.1))
+
+    def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits = nnx.merge(graph, params)(x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    @jax.jit
+    def step(params: Any, state: Any, index: jax.Array) -> Any:
+        grads = jax.grad(loss_fn)(params, x[index], y[index])
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, grads
+
+    state, rng, held = tx.init(params), np.random.default_rng(0), []
+    for _ in tqdm(range(STEPS), desc="training", disable=None):
+        params, state, grads = step(params, state, rng.integers(0, len(x), 64))
+        held = [*held, grads][-count:]
+    return params, held
+
+
+@jax.jit
+def _push(held: window.Window, gradient: Any) -> window.Window:
+    return window.push(held, gradient)[0]
+
+
+@jax.jit
+def _direction(held: window.Window) -> Any:
+    return window.ihvp_newest(held, DAMPING * window.fisher_trace(held))
+
+
+def filled(storage: Storage, params: Any, grads: list[Any], size: int) -> window.Window:
+    """A window of the last gradients. The errors come from as many gradients before."""
+    held = window.init(params, size, storage=storage)
+    for gradient in grads:
+        held = _push(held, gradient)
+    return held
+
+
+def exact(held: window.Window) -> NDArray[np.float64]:
+    """The direction of the stored gradients in float64."""
+    g = np.asarray(held.rows.columns(0, held.rows.layout.size), np.float64)
+    gram = g @ g.T
+    n = len(g)
+    newest = np.asarray(window.newest_slot(held)) == np.arange(n)
+    lam = DAMPING * np.trace(gram) / n
+    return n * g.T @ np.linalg.solve(n * lam * np.eye(n) + gram, newest.astype(np.float64))
+
+
+def nbytes(tree: Any) -> int:
+    """The bytes of all arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def accuracy() -> list[dict[str, Any]]:
+    """Every storage and window size on the same gradients."""
+    params, grads = gradients(2 * max(WINDOWS))
+    d = sum(leaf.size for leaf in jax.tree.leaves(params))
+    found = []
+    for size in WINDOWS:
+        plain = None
+        for name, storage in tqdm(STORAGES.items(), desc=f"m = {size}", disable=None):
+            held = filled(storage, params, grads[-2 * size :], size)
+            got = np.asarray(held.rows.layout.flatten(_direction(held), jnp.float32, "direction"))
+            want = exact(held)
+            got = got.astype(np.float64)
+            plain = got if plain is None else plain
+            lengths = np.linalg.norm(got), np.linalg.norm(plain)
+            found.append(
+                {
+                    "storage": name,
+                    "m": size,
+                    "bytes": nbytes(held.rows) / d,
+                    "error": float(np.linalg.norm(got - want) / np.linalg.norm(want)),
+                    "cosine": float(got @ plain / (lengths[0] * lengths[1])),
+                    "length": float(lengths[0] / lengths[1]),
+                }
+            )
+    return found
+
+
+def times() -> list[dict[str, Any]]:
+    """One push and one direction, for windows that fit."""
+    found = []
+    for (name, d), m in itertools.product(SIZES.items(), (64, 256, 1024)):
+        if m * d > MOST_ENTRIES:
+            continue
+        gradient = jax.random.normal(jax.random.key(0), (d,))
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(held: window.Window, gradient: jax.Array) -> tuple[window.Window, jax.Array]:
+            held, _ = window.push(held, gradient)
+            return held, window.ihvp_newest(held, DAMPING * window.fisher_trace(held))
+
+        states = {s: window.init(gradient, m, storage=STORAGES[s]) for s in TIMED}
+
+        def run(s: str, states: Any = states, gradient: Any = gradient, step: Any = step) -> Any:
+            states[s], direction = step(states[s], gradient)
+            return direction
+
+        of_each = timing.interleave({s: functools.partial(run, s) for s in TIMED}, seconds=3.0)
+        found += [{"size": name, "d": d, "m": m, "storage": s} | of_each[s] for s in TIMED]
+    return found
+
+
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """The tables of the page by their names."""
+    lines = [
+        "| storage | m | bytes a parameter | error | cosine | length |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| `{r['storage']}` | {r['m']} | {r['bytes']:.1f} | {r['error']:.0e} | {r['cosine']:.4f} "
+        f"| {r['length']:.3f} |"
+        for r in results.get("accuracy", [])
+    ]
+    found = {"storages-accuracy": "\n".join(lines)}
+    if "time" not in results:
+        return found
+    by_case: dict[tuple[str, int], dict[str, float]] = {}
+    for r in results["time"]:
+        if "median" in r:
+            by_case.setdefault((r["size"], r["m"]), {})[r["storage"]] = r["median"]
+    lines = [
+        "| parameters | m | " + " | ".join(f"`{s}`" for s in TIMED) + " |",
+        "| --- " * (2 + len(TIMED)) + "|",
+    ]
+    for (size, m), medians in by_case.items():
+        dense = medians[TIMED[0]]
+        cells = [f"{1e3 * dense:.1f} ms", *[f"{medians[s] / dense:.2f} x" for s in TIMED[1:]]]
+        lines.append(f"| {size} | {m} | {' | '.join(cells)} |")
+    environment = results["time environment"]
+    lines.append(f"\n{environment['device']}, jax {environment['jax']}, {environment['date']}.")
+    return found | {"storages-time": "\n".join(lines)}
+
+
+def main() -> None:
+    """Reads the command line, measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=["accuracy", "time"])
+    parser.add_argument("--render", action="store_true", help="only write the tables")
+    options = parser.parse_args()
+    path = report.RESULTS / "storages.json"
+    results = report.load("storages") if path.exists() else {}
+    for name, measure in (("accuracy", accuracy), ("time", times)):
+        if not options.render and name in (options.only or [name]):
+            results[name] = measure()
+            results[f"{name} environment"] = report.environment()
+    report.save("storages", results)
+    for name, text in tables(results).items():
+        report.write_table(PAGE, name, text)
+
+
+if __name__ == "__main__":
+    main()

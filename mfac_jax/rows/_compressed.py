@@ -1,0 +1,420 @@
+"""Rows in fewer bits: every gradient is a code, tile of columns by tile.
+
+A :class:`Compressed` storage knows its code. :class:`CompressedRows` are the rows of every such
+storage. Gradients are flattened, cut into tiles of one width and padded with zeros.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from mfac_jax import _checks
+from mfac_jax._layout import Layout, PyTree
+from mfac_jax.kernels._xla import accumulation_dtype, set_row
+from mfac_jax.rows._base import ColumnRows, WritableRows, is_small_enough
+from mfac_jax.rows._blocks import BlockRows, number_of_blocks, output_axis
+from mfac_jax.rows._dense import DenseRows
+from mfac_jax.rows._storage import Storage
+
+# As many numbers are decoded or multiplied at a time; 64 MiB in float32.
+_ENTRIES_AT_A_TIME = 2**24
+
+# The code of some tiles: arrays (t, m, ...) for m rows, or (t, ...) for one gradient.
+Code = tuple[Array, ...]
+
+
+def check_width(value: Any, name: str) -> None:
+    """Checks the width of a tile, in which a place has 15 bits.
+
+    Raises:
+        TypeError: it is not an int.
+        ValueError: it is no power of two, or out of range.
+    """
+    size = _checks.positive_int(value, name)
+    if size & (size - 1) or not 2 <= size <= 2**15:
+        raise ValueError(f"{name} must be a power of two from 2 to 32768, got {size}.")
+
+
+class Compressed(Storage):
+    """A storage of fewer bits: a small immutable value that encodes tiles of gradients.
+
+    Attributes:
+        most_columns: the largest width of a tile, a power of two.
+    """
+
+    most_columns: int
+
+    @abc.abstractmethod
+    def blank(self, count: int, num_rows: int, width: int) -> Code:
+        """The code of zero gradients, for ``count`` tiles."""
+
+    def blank_error(self, count: int, width: int) -> PyTree:  # noqa: ARG002
+        """The error of no gradient yet; None if errors are not kept."""
+        return None
+
+    @abc.abstractmethod
+    def encode(self, tiles: Float[Array, "t k"], error: PyTree) -> tuple[Code, PyTree]:
+        """The code of one gradient to which the error is added, and the error of the code.
+
+        Args:
+            tiles: the gradient.
+            error: what earlier gradients have lost.
+        """
+
+    def with_error(self, tiles: Float[Array, "t k"], error: PyTree) -> Float[Array, "t k"]:
+        """The gradient with the error added, as :meth:`encode` encodes it."""
+        del error
+        return tiles
+
+    @abc.abstractmethod
+    def decode(self, code: Code, width: int, dtype: jnp.dtype) -> Float[Array, "t m k"]:
+        """The gradients of a code."""
+
+    @abc.abstractmethod
+    def dots(self, code: Code, vector: Float[Array, "t k"]) -> Float[Array, "t m"]:
+        """The products of the gradients with a vector, for each tile."""
+
+    @abc.abstractmethod
+    def combine(
+        self, code: Code, coefficients: Float[Array, "t m"], width: int
+    ) -> Float[Array, "t k"]:
+        """``G^T c`` in each tile, with coefficients for each tile."""
+
+    @abc.abstractmethod
+    def restrict(self, code: Code, error: PyTree, mask: Bool[Array, "t k"]) -> tuple[Code, PyTree]:
+        """The code and the error with zeros where the mask is false."""
+
+    @abc.abstractmethod
+    def take(
+        self, code: Code, tile: Int[Array, " j"], column: Int[Array, " j"], dtype: jnp.dtype
+    ) -> Float[Array, "m j"]:
+        """Some coordinates of every gradient."""
+
+    def empty(self, params: PyTree, num_rows: int) -> CompressedRows:
+        """``num_rows`` zero rows for gradients of ``params``.
+
+        Args:
+            params: the parameters, or anything with their shapes and dtypes.
+            num_rows: ``m``.
+
+        Raises:
+            TypeError: ``num_rows`` is not an int, or a leaf is not real floating point.
+            ValueError: ``num_rows`` is below 1.
+        """
+        m, layout = _checks.positive_int(num_rows, "num_rows"), Layout(params)
+        count, width = self.tiling(layout.size)
+        code, error = self.blank(count, m, width), self.blank_error(count, width)
+        return CompressedRows(code, error, layout, m, self)
+
+    def by_output(self, leaf: Any, num_rows: int, axis: int) -> CompressedOutputRows:
+        """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.
+
+        Every output has tiles of its own.
+
+        Args:
+            leaf: the parameter, or a ``jax.ShapeDtypeStruct``; it has at least two axes.
+            num_rows: ``m``, at least 1.
+            axis: the axis of the outputs.
+
+        Raises:
+            TypeError: the leaf is not real floating point.
+            ValueError: the leaf has one axis or none, or not this one.
+        """
+        layout = Layout(leaf)
+        axis = output_axis(leaf, axis)
+        shape = layout.shapes[0]
+        each, width = self.tiling(layout.size // max(shape[axis], 1))
+        count = shape[axis] * each
+        code, error = self.blank(count, num_rows, width), self.blank_error(count, width)
+        blocks = number_of_blocks(shape, axis, num_rows)
+        return CompressedOutputRows(code, error, layout, axis, blocks, self)
+
+    def tiling(self, size: int) -> tuple[int, int]:
+        """The number and the width of the tiles of ``size`` columns."""
+        width = min(self.most_columns, 2 ** math.ceil(math.log2(max(size, 2))))
+        return max(-(-size // width), 1), width
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CompressedRows(WritableRows, ColumnRows):
+    """Gradients in the code of a :class:`Compressed` storage.
+
+    Products are exact, to rounding, for the gradients as they are stored.
+
+    Attributes:
+        code: arrays (t, m, ...) of t tiles.
+        error: what the stored gradients have lost and the next one receives; None if errors are
+            not kept.
+        layout: the parameters that the gradients belong to.
+        num_rows: ``m`` (static).
+        storage: the storage, which knows the code (static).
+    """
+
+    code: PyTree  # a Code
+    error: PyTree
+    layout: Any  # a Layout, or what optax.tree.map_params puts in its place
+    num_rows: int = field(metadata={"static": True})
+    storage: Compressed = field(metadata={"static": True})
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """float64 for float64 parameters, float32 for all others."""
+        is_double = jnp.dtype("float64") in self.layout.dtypes
+        return jnp.dtype(jnp.float64 if is_double else jnp.float32)
+
+    @property
+    def num_tiles(self) -> int:
+        """``t``."""
+        return len(self.code[0])
+
+    @property
+    def width(self) -> int:
+        """The number of columns of a tile."""
+        return self.storage.tiling(self.layout.size)[1]
+
+    def put(
+        self, row: Int[Array, ""], gradient: PyTree
+    ) -> tuple[CompressedRows, Float[Array, " m"], Bool[Array, ""]]:
+        rows, accepted = self.write(row, gradient)
+        return rows, rows._dots(_row(rows, row)), accepted
+
+    def write(
+        self, row: Int[Array, ""], gradient: PyTree
+    ) -> tuple[CompressedRows, Bool[Array, ""]]:
+        tiles = self._tiles(self.layout.flatten(gradient, self.dtype, "gradient"))
+        squares = jnp.sum(self.storage.with_error(tiles, self.error) ** 2, axis=1)
+        accepted = is_small_enough(jnp.sum(squares), self.num_rows)
+        return _written(self, row, tiles, accepted), accepted
+
+    def clear(self, row: Int[Array, ""]) -> CompressedRows:
+        return replace(self, code=tuple(part.at[:, row].set(0) for part in self.code))
+
+    def restrict(self, mask: PyTree) -> CompressedRows:
+        keep = self._tiles(self.layout.flat_mask(mask))
+        code, error = self.storage.restrict(self.code, self.error, keep)
+        return replace(self, code=code, error=error)
+
+    def dots(self, vector: PyTree) -> Float[Array, " m"]:
+        return _compiled_dots(self, self.layout.flatten(vector, self.dtype, "vector"))
+
+    def combine(
+        self,
+        coefficients: Float[Array, " m"],
+        *,
+        vector: PyTree | None = None,
+        scale: Float[Array, ""] | None = None,
+    ) -> PyTree:
+        flat = None if vector is None else self.layout.flatten(vector, self.dtype, "vector")
+        return self.layout.unflatten(_compiled_combine(self, coefficients, flat, scale))
+
+    def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
+        return _compiled_gram(self, None if mask is None else self.layout.flat_mask(mask))
+
+    def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> DenseRows:
+        del lower
+        return _compiled_transform(self, matrix)
+
+    def take(self, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
+        return _compiled_take(self, coordinates)
+
+    def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
+        # Columns can start anywhere in a tile, so they can touch one tile more.
+        touched = min(-(-size // self.width) + 1, self.num_tiles)
+        first = jnp.minimum(start // self.width, self.num_tiles - touched)
+        code = tuple(lax.dynamic_slice_in_dim(part, first, touched) for part in self.code)
+        tiles = self.storage.decode(code, self.width, self.dtype)
+        matrix = jnp.moveaxis(tiles, 0, 1).reshape(self.num_rows, -1)
+        return lax.dynamic_slice_in_dim(matrix, start - first * self.width, size, axis=1)
+
+    def _tiles(self, flat: Array) -> Array:
+        """A vector of all coordinates, cut into tiles."""
+        padded = jnp.pad(flat, (0, self.num_tiles * self.width - flat.size))
+        return padded.reshape(self.num_tiles, self.width)
+
+    def _dots(self, vector: Float[Array, "t k"]) -> Float[Array, " m"]:
+        parts = self._map(self.storage.dots, self.code, vector)
+        return jnp.sum(parts, axis=0)
+
+    def _map(self, function: Callable[..., Array], *tiles: Any) -> Array:
+        """``function`` of all tiles, some at a time, so that intermediate results stay small."""
+        entries = sum(math.prod(part.shape[1:]) for part in self.code)
+        return map_tiles(function, max(_ENTRIES_AT_A_TIME // entries, 1), *tiles)
+
+    @property
+    def _tiles_at_a_time(self) -> int:
+        """The number of tiles that are decoded at a time."""
+        return max(_ENTRIES_AT_A_TIME // (self.num_rows * self.width), 1)
+
+    def _decoded(self, code: Code) -> Float[Array, "t m k"]:
+        return self.storage.decode(code, self.width, self.dtype)
+
+
+def map_tiles(function: Callable[..., Array], batch: int, *tiles: Any) -> Array:
+    """``function`` of tiles, ``batch`` tiles at a time, without a copy of them.
+
+    Args:
+        function: a function of some tiles; its result has an entry for each.
+        batch: the number of tiles.
+        tiles: trees of arrays (t, ...).
+    """
+    count = len(jax.tree.leaves(tiles)[0])
+    if batch >= count:
+        return function(*tiles)
+
+    def some(first: Int[Array, ""]) -> Array:
+        return function(*jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, batch), tiles))
+
+    def step(i: Int[Array, ""], out: Array) -> Array:
+        first = jnp.minimum(i * batch, count - batch)  # the last batch may overlap another
+        return lax.dynamic_update_slice_in_dim(out, some(first), first, axis=0)
+
+    like = jax.eval_shape(some, jnp.int32(0))
+    out = jnp.zeros((count, *like.shape[1:]), like.dtype)
+    return lax.fori_loop(0, -(-count // batch), step, out)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CompressedOutputRows(BlockRows):
+    """A block for each output of a parameter, or for each of several neighbouring outputs.
+
+    Attributes:
+        code: as in :class:`CompressedRows`, with the tiles of one output after those of another.
+        error: as in :class:`CompressedRows`.
+        layout: the parameter.
+        axis: the axis of the outputs in the parameter (static).
+        num_blocks: ``k``; it divides the number of outputs (static).
+        storage: the storage, which knows the code (static).
+    """
+
+    code: PyTree  # a Code
+    error: PyTree
+    layout: Any
+    axis: int = field(metadata={"static": True})
+    num_blocks: int = field(metadata={"static": True})
+    storage: Compressed = field(metadata={"static": True})
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return accumulation_dtype(self.layout.dtypes[0])
+
+    @property
+    def width(self) -> int:
+        """The number of columns of a tile."""
+        (shape,) = self.layout.shapes
+        return self.storage.tiling(self.layout.size // max(shape[self.axis], 1))[1]
+
+    def put(
+        self, row: Int[Array, ""], gradient: Float[Array, "..."], accepted: Bool[Array, ""]
+    ) -> tuple[CompressedOutputRows, Float[Array, "k m"]]:
+        outputs = jnp.moveaxis(gradient, self.axis, 0).astype(self.dtype)
+        outputs = outputs.reshape(len(outputs), -1)
+        each = len(self.code[0]) // max(len(outputs), 1)
+        padded = jnp.pad(outputs, ((0, 0), (0, each * self.width - outputs.shape[1])))
+        tiles = padded.reshape(-1, self.width)
+        square = jnp.sum(self.storage.with_error(tiles, self.error) ** 2)
+        fits = is_small_enough(square, self.code[0].shape[1]) | ~accepted
+        tiles, error = jax.tree.map(
+            lambda x: jnp.where(fits, x, jnp.zeros_like(x)), (tiles, self.error)
+        )
+        rows = _written(replace(self, error=error), row, tiles, accepted)
+        dots = self.storage.dots(rows.code, _row(rows, row))
+        return rows, jnp.sum(dots.reshape(self.num_blocks, -1, dots.shape[1]), axis=1)
+
+    def combine(self, coefficients: Float[Array, "k m"]) -> Float[Array, "..."]:
+        (shape,) = self.layout.shapes
+        tiles = len(self.code[0])
+        weights = jnp.repeat(coefficients.astype(self.dtype), tiles // self.num_blocks, axis=0)
+        combined = self.storage.combine(self.code, weights, self.width)
+        rest = [length for i, length in enumerate(shape) if i != self.axis]
+        outputs = combined.reshape(shape[self.axis], -1)[:, : math.prod(rest)]
+        return jnp.moveaxis(outputs.reshape(shape[self.axis], *rest), 0, self.axis)
+
+
+Coded = TypeVar("Coded", CompressedRows, CompressedOutputRows)
+
+
+def _written(
+    rows: Coded, row: Int[Array, ""], tiles: Float[Array, "t k"], accepted: Bool[Array, ""]
+) -> Coded:
+    """The rows with one replaced, if the new one is accepted."""
+    new, error = rows.storage.encode(tiles, rows.error)
+
+    pairs = zip(rows.code, new, strict=True)
+    code = tuple(set_row(part, row, value, accepted) for part, value in pairs)
+    error = jax.tree.map(lambda x, old: jnp.where(accepted, x, old), error, rows.error)
+    return replace(rows, code=code, error=error)
+
+
+def _row(rows: CompressedRows | CompressedOutputRows, row: Int[Array, ""]) -> Float[Array, "t k"]:
+    """One gradient as stored."""
+    own = tuple(lax.dynamic_slice_in_dim(part, row, 1, axis=1) for part in rows.code)
+    return rows.storage.decode(own, rows.width, rows.dtype)[:, 0]
+
+
+@jax.jit
+def _compiled_dots(rows: CompressedRows, flat: Float[Array, " d"]) -> Float[Array, " m"]:
+    return rows._dots(rows._tiles(flat))
+
+
+@jax.jit
+def _compiled_combine(
+    rows: CompressedRows,
+    coefficients: Float[Array, " m"],
+    vector: Float[Array, " d"] | None,
+    scale: Float[Array, ""] | None,
+) -> Float[Array, " d"]:
+    weights = jnp.broadcast_to(coefficients.astype(rows.dtype), (rows.num_tiles, rows.num_rows))
+
+    def of_tiles(code: Code, weights: Float[Array, "t m"]) -> Float[Array, "t k"]:
+        return rows.storage.combine(code, weights, rows.width)
+
+    out = rows._map(of_tiles, rows.code, weights).reshape(-1)[: rows.layout.size]
+    out = out if vector is None else vector - out
+    return out if scale is None else scale.astype(out.dtype) * out
+
+
+@jax.jit
+def _compiled_gram(rows: CompressedRows, mask: Bool[Array, " d"] | None) -> Float[Array, "m m"]:
+    batch = rows._tiles_at_a_time
+
+    def term(first: Int[Array, ""] | int, count: int) -> Float[Array, "m m"]:
+        parts = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, count), (rows.code, keep))
+        tiles = rows._decoded(parts[0])
+        if mask is not None:
+            tiles = jnp.where(parts[1][:, None], tiles, jnp.zeros_like(tiles))
+        return jnp.einsum("tik,tjk->ij", tiles, tiles, precision="highest")
+
+    keep = () if mask is None else rows._tiles(mask)
+    whole, rest = divmod(rows.num_tiles, batch)
+    gram = term(whole * batch, rest) if rest else jnp.zeros((rows.num_rows,) * 2, rows.dtype)
+    if whole:
+        gram = lax.fori_loop(0, whole, lambda i, total: total + term(i * batch, batch), gram)
+    return jnp.tril(gram) + jnp.tril(gram, -1).T
+
+
+@jax.jit
+def _compiled_transform(rows: CompressedRows, matrix: Float[Array, "k m"]) -> DenseRows:
+    matrix = matrix.astype(rows.dtype)
+
+    def mixed(code: Code) -> Float[Array, "t k w"]:
+        return jnp.einsum("km,tmw->tkw", matrix, rows._decoded(code), precision="highest")
+
+    blocks = map_tiles(mixed, rows._tiles_at_a_time, rows.code)
+    return DenseRows(blocks, rows.layout, len(matrix), "flat")
+
+
+@jax.jit
+def _compiled_take(rows: CompressedRows, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
+    tile, column = jnp.divmod(coordinates, rows.width)
+    return rows.storage.take(rows.code, tile, column, rows.dtype)
