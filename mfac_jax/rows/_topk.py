@@ -50,16 +50,13 @@ class TopK(Compressed):
         ValueError: an attribute is out of range.
 
     Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from mfac_jax.rows import TopK
-        >>> rows = TopK(0.5).empty(jnp.zeros(4), num_rows=2)
-        >>> rows, dots, accepted = rows.put(0, jnp.array([1.0, -4.0, 2.0, 3.0]))
-        >>> rows.columns(0, 4)
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax.rows import TopK, as_rows
+        >>> gradients = jnp.array([[1.0, -4.0, 2.0, 3.0], [0.0, 0.0, 0.0, 1.0]])
+        >>> rows = as_rows(gradients, storage=TopK(0.5))
+        >>> rows.columns(0, 4)  # the second has the 2 that the first left out
         Array([[ 0., -4.,  0.,  3.],
-               [ 0.,  0.,  0.,  0.]], dtype=float32)
-        >>> rows, dots, accepted = rows.put(1, jnp.array([0.0, 0.0, 0.0, 1.0]))
-        >>> rows.columns(0, 4)[1]  # 2 was left out before
-        Array([0., 0., 2., 1.], dtype=float32)
+               [ 0.,  0.,  2.,  1.]], dtype=float32)
     """
 
     density: float = 0.01
