@@ -2,11 +2,12 @@
 
     python examples/optimizers.py --data-dir DIR --out DIR2
     python examples/natural_gradients.py --out DIR3
-    python benchmarks/optimizer_results.py DIR2/results.json DIR3/results.json
+    python examples/directions.py --data-dir DIR --out DIR4
+    python benchmarks/optimizer_results.py DIR2/results.json DIR3/results.json DIR4/directions.json
 
-Copies the result files to ``results/optimizers.json`` and ``results/natural_gradients.json`` and
-writes the tables and the figures of ``docs/choosing.md`` from them. Without arguments it uses the
-existing copies.
+Copies the result files to ``results/optimizers.json``, ``results/natural_gradients.json`` and
+``results/directions.json`` and writes the tables and the figures of ``docs/choosing.md`` from them.
+Without arguments it uses the existing copies.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import report
 
 sys.path.insert(0, str(report.ROOT / "examples"))
 
+import directions
 import natural_gradients
 import optimizer_tables
 from optimizer_tables import TITLES, chosen, finals, trained
 
 PAGE = report.ROOT / "docs" / "choosing.md"
 ASSETS = report.ROOT / "docs" / "assets"
-NAMES = ("optimizers", "natural_gradients")
+NAMES = ("optimizers", "natural_gradients", "directions")
 FIGURES = {"optimizers": "learning_rates.png", "natural_gradients": "natural_gradients.png"}
 NOT_YET = "*Not measured yet.*"
 # Wanted: the ratio of the ranges of good learning rates, and the points of test error of the
@@ -56,10 +58,14 @@ def natural_tables(results: dict[str, Any] | None) -> dict[str, str]:
     }
 
 
-def load_natural() -> dict[str, Any] | None:
-    """The results of ``natural_gradients.py``; None if there are none yet."""
-    is_there = (report.RESULTS / f"{NAMES[1]}.json").exists()
-    return report.load(NAMES[1]) if is_there else None
+def direction_tables(results: dict[str, Any] | None) -> dict[str, str]:
+    """The table of ``directions.py`` by the name of its marker."""
+    return {"directions": NOT_YET if results is None else directions.table(results)}
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """Results; None if there are none yet."""
+    return report.load(name) if (report.RESULTS / f"{name}.json").exists() else None
 
 
 def where(results: dict[str, Any]) -> str:
@@ -138,8 +144,8 @@ def main() -> None:
     results = report.load("optimizers")
     made = tables(results)
     optimizer_tables.draw(results, ASSETS / FIGURES["optimizers"])
-    natural = load_natural()
-    made |= natural_tables(natural)
+    natural = load("natural_gradients")
+    made |= natural_tables(natural) | direction_tables(load("directions"))
     if natural is not None:
         natural_gradients.draw(natural, ASSETS / FIGURES["natural_gradients"])
     for name, table in made.items():

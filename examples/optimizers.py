@@ -134,6 +134,7 @@ VARIANTS = {
     "m = 8": {"window_size": 8},
     "m = 8 and bfloat16": {"window_size": 8, "storage": Dense(jnp.bfloat16)},
     "m = 32": {"window_size": 32},
+    "blocks by leaf": {"blocks": "leaf"},
     "blocks by leaf, m = 64": {"blocks": "leaf", "window_size": 64},
     "blocks by leaf, m = 64, largest 1 %": {
         "blocks": "leaf",
@@ -143,6 +144,11 @@ VARIANTS = {
     "one block": {"blocks": None},
     "damping 0.03": {"relative_damping": 0.03},
     "damping 0.0003": {"relative_damping": 0.0003},
+    "momentum 0.95, m = 32, damping 0.01": {
+        "momentum": 0.95,
+        "window_size": 32,
+        "relative_damping": 0.01,
+    },
 }
 TASKS: dict[str, Callable[..., Task]] = {
     "characters": Characters,

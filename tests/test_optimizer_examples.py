@@ -2,6 +2,7 @@
 
 import json
 
+import directions
 import natural_gradients
 import numpy as np
 import optimizer_tables
@@ -53,3 +54,11 @@ def test_natural_gradients(tmp_path, monkeypatch):
     assert all(np.isfinite(run["final"]) for run in results["runs"].values())
     assert "| Ising ground state | SPRING |" in natural_gradients.table(results)
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_directions(tmp_path):
+    results = directions.main(["--smoke", "--out", str(tmp_path), "--only", "mlp"])
+    assert all(np.isfinite(run["others"]) for run in results["tasks"]["mlp"])
+    assert "| gradient | 1.00 (1.00) |" in directions.table(results)
+    again = directions.main(["--smoke", "--out", str(tmp_path), "--only", "mlp"])
+    assert again == results

@@ -41,7 +41,8 @@ def test_tables_of_the_pruned_network_are_those_of_the_result_file():
 
 def test_tables_of_the_optimizers_are_those_of_the_result_files():
     made = optimizer_results.tables(report.load("optimizers"))
-    made |= optimizer_results.natural_tables(optimizer_results.load_natural())
+    made |= optimizer_results.natural_tables(optimizer_results.load("natural_gradients"))
+    made |= optimizer_results.direction_tables(optimizer_results.load("directions"))
     for name, table in made.items():
         assert report.read_table(optimizer_results.PAGE, name) == table.strip()
     figure = optimizer_results.ASSETS / optimizer_results.FIGURES["optimizers"]
