@@ -98,6 +98,17 @@ def one_of(value: Any, name: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
 
 
+def dtype(value: Any, name: str, choices: Sequence[str]) -> np.dtype:
+    """``value`` as a dtype whose name is one of ``choices``."""
+    try:
+        chosen = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be one of {', '.join(choices)}; got {value!r}.") from error
+    if chosen.name not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {chosen.name}.")
+    return chosen
+
+
 def named(value: Any, name: str, known: Mapping[str, Any]) -> Any:
     """The entry of ``known`` with the name ``value``, or ``value`` itself if it is a function."""
     if isinstance(value, str):

@@ -47,11 +47,13 @@ def check_width(value: Any, name: str) -> None:
 class Compressed(Storage):
     """A storage of fewer bits: a small immutable value that encodes tiles of gradients.
 
-    Attributes:
-        most_columns: the largest width of a tile, a power of two.
+    The rows do not follow the sharding of the parameters.
     """
 
-    most_columns: int
+    @property
+    @abc.abstractmethod
+    def most_columns(self) -> int:
+        """The largest width of a tile, a power of two."""
 
     @abc.abstractmethod
     def blank(self, count: int, num_rows: int, width: int) -> Code:
@@ -100,35 +102,14 @@ class Compressed(Storage):
         """Some coordinates of every gradient."""
 
     def empty(self, params: PyTree, num_rows: int) -> CompressedRows:
-        """``num_rows`` zero rows for gradients of ``params``.
-
-        Args:
-            params: the parameters, or anything with their shapes and dtypes.
-            num_rows: ``m``.
-
-        Raises:
-            TypeError: ``num_rows`` is not an int, or a leaf is not real floating point.
-            ValueError: ``num_rows`` is below 1.
-        """
+        """See :meth:`Storage.empty`."""
         m, layout = _checks.positive_int(num_rows, "num_rows"), Layout(params)
         count, width = self.tiling(layout.size)
         code, error = self.blank(count, m, width), self.blank_error(count, width)
         return CompressedRows(code, error, layout, m, self)
 
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> CompressedOutputRows:
-        """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.
-
-        Every output has tiles of its own.
-
-        Args:
-            leaf: the parameter, or a ``jax.ShapeDtypeStruct``; it has at least two axes.
-            num_rows: ``m``, at least 1.
-            axis: the axis of the outputs.
-
-        Raises:
-            TypeError: the leaf is not real floating point.
-            ValueError: the leaf has one axis or none, or not this one.
-        """
+        """See :meth:`Storage.by_output`. Every output has tiles of its own."""
         layout = Layout(leaf)
         axis = output_axis(leaf, axis)
         shape = layout.shapes[0]

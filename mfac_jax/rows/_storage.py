@@ -123,14 +123,7 @@ class Dense(Storage):
         check_implementation(self.implementation)
         if self.dtype is None:
             return
-        try:
-            chosen = jnp.dtype(self.dtype)
-        except TypeError as error:
-            raise TypeError(
-                f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}."
-            ) from error
-        if chosen.name not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {chosen.name}.")
+        chosen = _checks.dtype(self.dtype, "dtype", DTYPES)
         if chosen == jnp.float64 and jnp.result_type(float) != chosen:
             raise ValueError("dtype float64 needs jax_enable_x64, which is off.")
         object.__setattr__(self, "dtype", chosen)

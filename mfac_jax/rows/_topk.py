@@ -30,7 +30,8 @@ class TopK(Compressed):
     Each gradient is flattened and cut into blocks. What earlier gradients left out is added to it.
     Of each block the entries of largest absolute value are stored, with their places in 16 bits,
     and the rest is left for the next gradient. So a window of ``m`` gradients takes
-    ``4 density m`` bytes for each parameter with bfloat16 values, and the errors 2 bytes more.
+    ``4 density m`` bytes for each parameter with bfloat16 values, and the errors 2 bytes more. The
+    rows do not follow the sharding of the parameters.
 
     Reference: Modoranu et al., "Error Feedback Can Accurately Compress Preconditioners", ICML 2024;
     Modoranu et al., "MicroAdam: Accurate Adaptive Optimization with Low Space Overhead and Provable
@@ -68,14 +69,12 @@ class TopK(Compressed):
         _checks.positive_scalar(self.density, "density")
         _checks.unit_interval(self.density, "density")
         check_width(self.block, "block")
-        values = jnp.dtype(self.values)
-        _checks.one_of(values.name, "values", VALUES)
-        object.__setattr__(self, "values", values)
-        if self.error_bits not in ERROR_BITS:
+        object.__setattr__(self, "values", _checks.dtype(self.values, "values", VALUES))
+        if _checks.non_negative_int(self.error_bits, "error_bits") not in ERROR_BITS:
             raise ValueError(f"error_bits must be 0, 4 or 16, got {self.error_bits}.")
 
     @property
-    def most_columns(self) -> int:  # type: ignore[override]
+    def most_columns(self) -> int:
         return self.block
 
     def kept(self, width: int) -> int:
