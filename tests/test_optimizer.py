@@ -14,12 +14,12 @@ from jax import lax
 from oracles import assert_close, relative_error
 
 from mfac_jax import mfac, mfac_precondition, window
-from mfac_jax.rows import Dense, Int8, TopK
+from mfac_jax.rows import Dense, Int8, Paged, TopK
 
 SHAPES = {"b": (4,), "w": (2, 3)}
 D = 10
 
-STORAGES = {"flat": Dense(), "leaf": Dense(packing="leaf")}
+STORAGES = {"flat": Dense(), "leaf": Dense(packing="leaf"), "paged": Paged(columns=4)}
 every_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 
 FEW_BITS = {

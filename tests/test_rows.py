@@ -18,9 +18,10 @@ from mfac_jax.rows import (
     BlockRun,
     ColumnRows,
     Dense,
-    DenseRows,
     GradientRows,
     Int8,
+    Paged,
+    PagedRows,
     Partition,
     StackedRows,
     Storage,
@@ -126,9 +127,12 @@ MAKERS: dict[str, Callable[[], Made]] = {
     "largest": compressed(TopK(0.3, block=8)),
     "largest, 4 bits": compressed(TopK(0.3, block=8, error_bits=4)),
     "largest, float32, no error": compressed(TopK(0.3, values=jnp.float32, error_bits=0)),
+    "paged": from_outside(Paged(columns=8), "float32"),
+    "paged, bfloat16": from_outside(Paged(columns=7, dtype="bfloat16"), "bfloat16"),
     "outside": from_outside(outside.Half(), "float16"),
     "stacked, flat": stacked(Dense(), Dense()),
     "stacked, leaf": stacked(Dense(packing="leaf"), Dense(packing="leaf")),
+    "stacked, paged": stacked(Paged(columns=8), Paged(columns=8)),
     "stacked, mixed": stacked(Dense(), Dense(packing="leaf")),
     "host": from_outside(outside.Host(), "float32"),
     "stacked, host and flat": stacked(outside.Host(), Dense()),
@@ -142,8 +146,9 @@ STORAGES: dict[str, Callable[..., Storage]] = {
     "outside": outside.Half,
     "int8": Int8,
     "largest": TopK,
+    "paged": Paged,
 }
-LOSSLESS = ["flat", "leaf", "outside"]
+LOSSLESS = ["flat", "leaf", "outside", "paged"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +294,6 @@ def test_gram(case):
 def test_transform(case):
     for name in ("transform", "transform, lower"):
         got = case.answers[name]
-        assert isinstance(got, DenseRows)
         assert got.num_rows == 2
         assert got.dtype == jnp.float32
         oracles.assert_close(all_columns(got), MIXING @ case.matrix, length=M)
@@ -894,3 +898,45 @@ def test_partitions_that_do_not_fit_are_refused():
     ):
         with pytest.raises(error, match=message):
             held.map_blocks(blocks, max)
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"columns": 0}, ValueError, "columns must be at least 1, got 0"),
+        ({"columns": 2.0}, TypeError, "columns must be a Python int, got float"),
+        ({"columns": 20}, ValueError, "at most the number of columns of the gradients, 19; got 20"),
+        ({"dtype": "int8"}, ValueError, "dtype must be one of float32"),
+    ],
+)
+def test_pages_that_do_not_fit(options, error, message):
+    with pytest.raises(error, match=message):
+        Paged(**options).empty(PARAMS, M)
+
+
+def test_pages_take_64_mib_by_default():
+    like = jax.ShapeDtypeStruct((25_557_032,), jnp.float32)
+    pages = jax.eval_shape(lambda: Paged().empty(like, 1024)).pages
+    assert pages.shape == (1560, 1024, 16384)
+    assert jax.eval_shape(lambda: Paged(dtype="bfloat16").empty(like, 1024)).pages.shape[2] == 32768
+
+
+def test_the_inverse_of_pages():
+    """Whole pages and a last one that is not full give the inverse of the same gradients."""
+    g = matrix_of("float32", 6)
+    want, got = (
+        fisher_inverse(held_by(storage, g), 0.1) for storage in (Dense(), Paged(columns=4))
+    )
+    v, zero = tree_of(vector()), jnp.int32(0)
+    for ask in (
+        lambda inverse: inverse.ihvp(v),
+        lambda inverse: inverse.diagonal(),
+        lambda inverse: inverse.whiten().diagonal(),
+        lambda inverse: inverse.log_det(),
+        lambda inverse: inverse.entries(zero, zero),
+    ):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ask(got), ask(want)
+        )
+    assert isinstance(got.whiten().whitened, PagedRows)

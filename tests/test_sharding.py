@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mfac_jax import fisher_inverse, mfac_precondition, mfacw
 from mfac_jax.optimizer import SecondMoments
-from mfac_jax.rows import Dense, as_rows
+from mfac_jax.rows import Dense, Paged, as_rows
 
 SPECS = {"kernel": PartitionSpec("x", "y"), "bias": PartitionSpec("y"), "scale": PartitionSpec()}
 
@@ -61,6 +61,22 @@ def test_rows_by_output_follow_the_sharding(shardings):
         rows = NamedSharding(shardings["kernel"].mesh, PartitionSpec("y", None, "x"))
         assert outputs.shape == (6, 4, 8)
         assert outputs.sharding.is_equivalent_to(rows, 3)
+
+
+def test_devices_share_pages(shardings):
+    """Each holds a part of the columns of every page, whatever the sharding of the parameters."""
+    tx = mfac_precondition(4, damping=0.1, storage=Paged(columns=8))
+    step = jax.jit(tx.update, donate_argnums=1)
+    plain = mfac_precondition(4, damping=0.1).init(gradient(0))
+    spread = tx.init(jax.device_put(gradient(0), shardings))
+    for seed in range(6):
+        want, plain = mfac_precondition(4, damping=0.1).update(gradient(seed), plain)
+        got, spread = step(jax.device_put(gradient(seed), shardings), spread)
+        chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+        pages = spread.window.rows.pages
+        assert pages.shape == (8, 4, 8)
+        assert pages.sharding.memory_kind == "pinned_host"
+        assert {shard.data.shape for shard in pages.addressable_shards} == {(8, 4, 2)}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from mfac_jax.rows._blocks import BlockRows, OutputRows
 from mfac_jax.rows._compressed import Compressed, CompressedRows
 from mfac_jax.rows._dense import DenseRows
 from mfac_jax.rows._int8 import Int8
+from mfac_jax.rows._paged import Paged, PagedRows
 from mfac_jax.rows._partition import BlockRun, Blocks, Partition, partition
 from mfac_jax.rows._stacked import StackedRows
 from mfac_jax.rows._storage import Dense, Storage, as_rows
@@ -32,6 +33,8 @@ __all__ = [
     "Int8",
     "Layout",
     "OutputRows",
+    "Paged",
+    "PagedRows",
     "Partition",
     "StackedRows",
     "Storage",

@@ -110,7 +110,7 @@ class GradientRows(abc.ABC):
         return jnp.stack([_products_of_row(self, other, keep, jnp.asarray(u)) for u in units])
 
     def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> GradientRows:
-        """``M G``, stored as dense rows in the accumulation dtype.
+        """``M G``, in the accumulation dtype; dense rows by default.
 
         Args:
             matrix: ``M``.

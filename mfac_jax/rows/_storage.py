@@ -86,6 +86,27 @@ class Storage(abc.ABC):
         return rows
 
 
+def check_dtype(dtype: DTypeLike | None) -> np.dtype | None:
+    """Checks the dtype in which gradients are to be stored, and returns it.
+
+    Raises:
+        TypeError: it is not a dtype.
+        ValueError: gradients are not stored in this dtype, or float64 is off.
+    """
+    if dtype is None:
+        return None
+    chosen = _checks.dtype(dtype, "dtype", DTYPES)
+    if chosen == jnp.float64 and jnp.result_type(float) != chosen:
+        raise ValueError("dtype float64 needs jax_enable_x64, which is off.")
+    return chosen
+
+
+def dtype_for(layout: Layout, dtype: DTypeLike | None) -> np.dtype:
+    """The dtype of stored gradients of these parameters, if ``dtype`` was asked for."""
+    is_double = jnp.dtype("float64") in layout.dtypes
+    return jnp.dtype(dtype or (jnp.float64 if is_double else jnp.float32))
+
+
 @dataclass(frozen=True)
 class Dense(Storage):
     """Stores every number of every gradient in the memory of the device.
@@ -121,12 +142,7 @@ class Dense(Storage):
     def __post_init__(self) -> None:
         _checks.one_of(self.packing, "packing", PACKINGS)
         check_implementation(self.implementation)
-        if self.dtype is None:
-            return
-        chosen = _checks.dtype(self.dtype, "dtype", DTYPES)
-        if chosen == jnp.float64 and jnp.result_type(float) != chosen:
-            raise ValueError("dtype float64 needs jax_enable_x64, which is off.")
-        object.__setattr__(self, "dtype", chosen)
+        object.__setattr__(self, "dtype", check_dtype(self.dtype))
 
     def empty(self, params: PyTree, num_rows: int) -> DenseRows:
         """``num_rows`` zero rows for gradients of ``params``.
@@ -142,7 +158,7 @@ class Dense(Storage):
         """
         m = _checks.positive_int(num_rows, "num_rows")
         layout = Layout(params)
-        dtype = self._dtype_for(layout)
+        dtype = dtype_for(layout, self.dtype)
         if self.packing == "flat":
             count, width = tiling(layout.size)
             blocks: PyTree = jnp.zeros((count, m, width), dtype)
@@ -167,17 +183,12 @@ class Dense(Storage):
             TypeError: the leaf is not real floating point.
             ValueError: the leaf has one axis or none, or not this one.
         """
-        dtype, shape = self._dtype_for(Layout(leaf)), list(jnp.shape(leaf))
+        dtype, shape = dtype_for(Layout(leaf), self.dtype), list(jnp.shape(leaf))
         axis = output_axis(leaf, axis)
         count = number_of_blocks(tuple(shape), axis, num_rows)
         shape = [shape.pop(axis), num_rows, *shape]
         zeros = jnp.zeros(shape, dtype, device=_sharding(leaf, axis))
         return OutputRows(zeros, axis, count)
-
-    def _dtype_for(self, layout: Layout) -> jnp.dtype:
-        """The dtype of stored gradients of these parameters."""
-        is_double = jnp.dtype("float64") in layout.dtypes
-        return jnp.dtype(self.dtype or (jnp.float64 if is_double else jnp.float32))
 
     def hold(self, gradients: PyTree, params: PyTree) -> DenseRows:
         """Stores existing gradients; see :meth:`Storage.hold`.

@@ -11,10 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 from mfac_jax import fisher_inverse, mfac_precondition
-from mfac_jax.rows import Dense
+from mfac_jax.rows import Dense, Paged, PagedRows
 
 jax.config.update("jax_platforms", "cpu")
 
@@ -113,3 +120,47 @@ def test_steps_on_several_devices(devices):
     text = jax.jit(tx.update).lower(params, placed).compile().as_text()
     assert "all-reduce" in text
     assert "all-gather" not in text
+
+
+@pytest.fixture
+def in_host_memory(devices, monkeypatch):
+    """A sharding in the memory of the host, which JAX does not know for devices not there."""
+
+    def memory_kind(sharding):
+        if isinstance(sharding.mesh, AbstractMesh):
+            return None
+        return "pinned_host" if "host" in sharding.mesh.axis_names else "device"
+
+    monkeypatch.setattr(NamedSharding, "memory_kind", property(memory_kind))
+    mesh = Mesh(np.array(devices[:1]).reshape(1, 1), ("x", "host"))
+    return NamedSharding(mesh, PartitionSpec())
+
+
+# More than the GPU has, and more than a host leaves to CUDA by default.
+M, RESNET_50 = 1024, 25_557_032
+PAGE = 2**26
+
+
+def test_pages_cross_the_bus_and_two_are_on_the_device(devices, in_host_memory):
+    on_device = NamedSharding(Mesh(np.array(devices[:1]), "x"), PartitionSpec())
+    vector = on(on_device, jax.ShapeDtypeStruct((RESNET_50,), jnp.float32))
+    matrix = on(on_device, jax.ShapeDtypeStruct((M, M), jnp.float32))
+    row = on(on_device, jax.ShapeDtypeStruct((), jnp.int32))
+    rows = jax.eval_shape(lambda: Paged().empty(vector, M))
+    rows = PagedRows(on(in_host_memory, rows.pages), rows.layout, M)
+
+    def step(rows, gradient, row):
+        rows, dots, _ = rows.put(row, gradient)
+        return rows, rows.combine(dots)
+
+    whole, vectors = rows.pages.size * 4, 4 * RESNET_50
+    writes = jax.jit(step, donate_argnums=0).lower(rows, vector, row)
+    whitens = jax.jit(PagedRows.transform).lower(rows, matrix)
+    for lowered, host_alias, temporary in ((writes, whole, 3 * vectors), (whitens, 0, vectors)):
+        memory = lowered.compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 2 * PAGE + temporary
+        assert memory.argument_size_in_bytes + memory.output_size_in_bytes < 3 * vectors
+        assert memory.host_argument_size_in_bytes == whole
+        assert memory.host_output_size_in_bytes == whole
+        assert memory.host_alias_size_in_bytes == host_alias
+        assert memory.host_temp_size_in_bytes == 0
