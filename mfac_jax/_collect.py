@@ -47,18 +47,23 @@ def fill_rows(
     key: Any = None,
     mask: PyTree | None = None,
     progress: bool = True,
+    done: int = 0,
+    copy: WritableRows | None = None,
 ) -> Rows:
-    """Fills all of ``rows``, which is donated; see :func:`mfac_jax.collect_gradients`."""
-    check_functions(loss_fn, sample_labels, key)
-    check_batches(batches, "batches")
+    """Fills ``rows``, which are donated; see :func:`mfac_jax.collect_gradients`.
+
+    The first ``done`` rows hold their gradients already. What is written into ``rows`` is written
+    into ``copy`` as well.
+    """
     count = rows.num_rows
     chunk = _chunk_size(chunk_size, per_example, Layout(params).size, count)
     keep = None if mask is None else tuple(rows.layout.check_mask(mask))
 
     pending = _Pending()
     # With disable=None tqdm stays silent unless its output goes to a terminal.
-    with tqdm(total=count, unit="row", desc="gradients", disable=None if progress else True) as bar:
-        for step, batch in _steps(batches, count, chunk):
+    hidden = None if progress else True
+    with tqdm(total=count, initial=done, unit="row", desc="gradients", disable=hidden) as bar:
+        for step, batch in _steps(batches, count, chunk, done):
             gradients = _gradients(
                 params,
                 batch,
@@ -72,6 +77,8 @@ def fill_rows(
                 chunk=chunk,
             )
             rows, accepted = rows.write_rows(step.row, gradients, step.num_rows)
+            if copy is not None:
+                copy, _ = copy.write_rows(step.row, gradients, step.num_rows)
             del gradients  # frees them before the next ones are computed
             bar.update(pending.add(step, accepted))
         bar.update(pending.check_all())
@@ -165,17 +172,22 @@ class _Pending:
         return sum(step.num_rows for step, _ in steps)
 
 
-def _steps(batches: Iterable[PyTree], m: int, chunk: int | None) -> Iterator[tuple[_Step, PyTree]]:
-    """The steps that fill m rows, each with its batch."""
+def _steps(
+    batches: Iterable[PyTree], m: int, chunk: int | None, done: int
+) -> Iterator[tuple[_Step, PyTree]]:
+    """The steps that fill m rows, each with its batch; without those of the first ``done`` rows."""
     row = 0
     for number, batch in cycle(batches):
-        device_batch, length = _on_device(batch, number)
+        length = _check_batch(batch, number)
+        device_batch: PyTree = None
         pieces: list[tuple[int | None, int]] = [(None, 1)]
         if chunk is not None:
             pieces = [(i, min(chunk, length - i)) for i in range(0, length, chunk)]
         for example, count in pieces:
             count = min(count, m - row)
-            yield _Step(row, count, number, example), device_batch
+            if row + count > done:
+                device_batch = on_device(batch) if device_batch is None else device_batch
+                yield _Step(row, count, number, example), device_batch
             row += count
             if row == m:
                 return
@@ -207,8 +219,8 @@ def cycle(batches: Iterable[PyTree]) -> Iterator[tuple[int, PyTree]]:
             )
 
 
-def _on_device(batch: PyTree, number: int) -> tuple[PyTree, int]:
-    """The batch as JAX arrays that no other code writes to, and its length."""
+def _check_batch(batch: PyTree, number: int) -> int:
+    """Checks a batch, and returns its length."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
     described = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
     lengths = {shape[0] if shape else 0 for shape in described.values()}
@@ -217,7 +229,7 @@ def _on_device(batch: PyTree, number: int) -> tuple[PyTree, int]:
             f"batch {number} must be a tree of arrays with one leading axis of the same length "
             f">= 1, got shapes {described}."
         )
-    return on_device(batch), lengths.pop()
+    return lengths.pop()
 
 
 def on_device(batch: PyTree) -> PyTree:

@@ -6,18 +6,32 @@ two differ.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import os
 from collections.abc import Iterable
+from typing import Any
 
+import jax
+import numpy as np
 from jaxtyping import Array
 
 from mfac_jax import _checks
-from mfac_jax._collect import LabelSampler, LossFn, fill_rows
+from mfac_jax._collect import (
+    LabelSampler,
+    LossFn,
+    check_batches,
+    check_functions,
+    fill_rows,
+)
 from mfac_jax._layout import PyTree
-from mfac_jax.rows import Dense, Storage, WritableRows
-from mfac_jax.rows._base import check_writable
+from mfac_jax.rows import Dense, Files, Storage, WritableRows
 from mfac_jax.rows._storage import check_storage
 
 __all__ = ["collect_gradients"]
+
+# As many gradients of a checkpoint are read at a time.
+_ROWS_AT_A_TIME = 16
 
 
 def collect_gradients(
@@ -32,6 +46,7 @@ def collect_gradients(
     key: Array | None = None,
     mask: PyTree | None = None,
     storage: Storage = Dense(),  # noqa: B008  (immutable)
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> WritableRows:
     """Collects ``num_gradients`` gradients of a loss as rows.
@@ -80,6 +95,10 @@ def collect_gradients(
         mask: a tree of booleans with the structure of the parameters. The rows are zero where
             it is false. All true by default.
         storage: how the rows are stored; see :class:`mfac_jax.rows.Dense`.
+        checkpoint: a folder that keeps finished gradients. After an interruption, even by
+            ``kill -9``, the same call goes on where it stopped, with the same result: the loader
+            must give the same batches again. The folder may be removed afterwards.
+            :class:`mfac_jax.rows.Files` keep finished gradients without it.
         progress: whether to show a progress bar if there is a terminal or notebook.
 
     Returns:
@@ -90,8 +109,10 @@ def collect_gradients(
             gradients cannot be written into the rows of ``storage``, or ``loss_fn`` does not
             return a real number.
         ValueError: ``batches`` is empty or a batch is malformed, ``num_gradients`` or
-            ``chunk_size`` is below 1, ``loss_fn`` does not return a scalar, or an option is
-            given without the option that it needs.
+            ``chunk_size`` is below 1, ``loss_fn`` does not return a scalar, an option is
+            given without the option that it needs, or ``checkpoint`` holds something else than
+            gradients of these parameters.
+        OSError: the folder of ``checkpoint`` cannot be written, or the disk is full.
         FloatingPointError: a gradient has NaN or Inf in it or is too large to square. The
             message names the row, the batch and the example.
 
@@ -114,9 +135,19 @@ def collect_gradients(
         approximation", NeurIPS 2019 (the empirical Fisher against the true one).
     """
     m = _checks.positive_int(num_gradients, "num_gradients")
-    what = f"collecting gradients with storage={storage!r}"
+    check_functions(loss_fn, sample_labels, key)
+    check_batches(batches, "batches")
+    origin = functools.partial(_origin, params, mask, key, per_example)
+    rows, done = check_storage(storage).resume(params, m, origin)
+    copy = None
+    if checkpoint is not None:
+        copy, kept = Files(checkpoint).resume(params, m, origin)
+        for first in range(done, kept, _ROWS_AT_A_TIME):
+            count = min(_ROWS_AT_A_TIME, kept - first)
+            rows, _ = rows.write_rows(first, copy.gradients(first, count), count)
+        done = max(done, kept)
     return fill_rows(
-        check_writable(check_storage(storage).empty(params, m), what),
+        rows,
         loss_fn,
         params,
         batches,
@@ -126,4 +157,24 @@ def collect_gradients(
         key=key,
         mask=mask,
         progress=progress,
+        done=done,
+        copy=copy,
     )
+
+
+def _origin(params: PyTree, mask: PyTree, key: Array | None, per_example: Any) -> dict[str, str]:
+    """What decides the gradients, apart from the loss and the data."""
+    random = None if key is None else jax.random.key_data(key)
+    return {
+        "digest of the parameters": _digest(params),
+        "digest of the mask": _digest(mask),
+        "digest of the key": _digest(random),
+        "per_example": str(per_example),
+    }
+
+
+def _digest(tree: PyTree) -> str:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]

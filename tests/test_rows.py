@@ -1,6 +1,7 @@
 """One contract for all rows: they answer as the matrix that they stand for, in float64."""
 
 import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from mfac_jax.rows import (
     BlockRun,
     ColumnRows,
     Dense,
+    Files,
     GradientRows,
     Int8,
     Paged,
@@ -129,10 +131,15 @@ MAKERS: dict[str, Callable[[], Made]] = {
     "largest, float32, no error": compressed(TopK(0.3, values=jnp.float32, error_bits=0)),
     "paged": from_outside(Paged(columns=8), "float32"),
     "paged, bfloat16": from_outside(Paged(columns=7, dtype="bfloat16"), "bfloat16"),
+    "files": from_outside(Files(tempfile.gettempdir(), columns=8), "float32"),
+    "files, bfloat16": from_outside(
+        Files(tempfile.gettempdir(), columns=7, dtype="bfloat16"), "bfloat16"
+    ),
     "outside": from_outside(outside.Half(), "float16"),
     "stacked, flat": stacked(Dense(), Dense()),
     "stacked, leaf": stacked(Dense(packing="leaf"), Dense(packing="leaf")),
     "stacked, paged": stacked(Paged(columns=8), Paged(columns=8)),
+    "stacked, files": stacked(*[Files(tempfile.gettempdir(), columns=8)] * 2),
     "stacked, mixed": stacked(Dense(), Dense(packing="leaf")),
     "host": from_outside(outside.Host(), "float32"),
     "stacked, host and flat": stacked(outside.Host(), Dense()),
@@ -354,7 +361,7 @@ def _put_and_write(held, row, gradient):
 def test_what_cannot_be_squared_is_rejected(writable, bad, where):
     g = vector(3)
     g[where] = bad
-    for columns, accepted in put_and_write(writable.held, np.int32(1), tree_of(g)):
+    for columns, accepted in put_and_write(writable.held, jnp.int32(1), tree_of(g)):
         assert not accepted
         assert_columns(columns, writable.matrix)
 
@@ -363,7 +370,7 @@ def test_what_cannot_be_squared_is_rejected(writable, bad, where):
 def test_what_overflows_the_storage_is_rejected(name):
     case = made(name)
     g = tree_of(np.full(D, 1e6, np.float32))
-    for columns, accepted in put_and_write(case.held, np.int32(1), g):
+    for columns, accepted in put_and_write(case.held, jnp.int32(1), g):
         assert not accepted
         assert_columns(columns, case.matrix)
 
@@ -383,6 +390,8 @@ def test_write_rows(writable, jit):
         held = jax.tree.map(jnp.copy, held)  # the rows are donated
     elif jit:
         pytest.skip("jit cannot trace these rows")
+    else:
+        held = held.clear(jnp.int32(M))  # a copy
     new = np.stack([vector(seed) for seed in (3, 4, 5)])
     new[1, 7] = np.nan
 

@@ -13,6 +13,7 @@ from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows, is_small
 from mfac_jax.rows._blocks import BlockRows, OutputRows
 from mfac_jax.rows._compressed import Compressed, CompressedRows
 from mfac_jax.rows._dense import DenseRows
+from mfac_jax.rows._files import FileRows, Files
 from mfac_jax.rows._int8 import Int8
 from mfac_jax.rows._paged import Paged, PagedRows
 from mfac_jax.rows._partition import BlockRun, Blocks, Partition, partition
@@ -29,6 +30,8 @@ __all__ = [
     "CompressedRows",
     "Dense",
     "DenseRows",
+    "FileRows",
+    "Files",
     "GradientRows",
     "Int8",
     "Layout",

@@ -73,30 +73,10 @@ class Paged(Storage):
         """
         m, layout = _checks.positive_int(num_rows, "num_rows"), Layout(params)
         dtype, mesh = dtype_for(layout, self.dtype), _mesh_of(params)
-        width = self._width(layout.size, m, dtype, 1 if mesh is None else mesh.size)
+        devices = 1 if mesh is None else mesh.size
+        width = page_width(self.columns, layout.size, m * dtype.itemsize, devices)
         shape = max(-(-layout.size // width), 1), m, width
         return PagedRows(_blank(shape, dtype, mesh), layout, m)
-
-    def _width(self, size: int, num_rows: int, dtype: jnp.dtype, num_devices: int) -> int:
-        """The number of columns of a page."""
-        if self.columns is not None:
-            if self.columns > size > 0:
-                raise ValueError(
-                    f"columns must be at most the number of columns of the gradients, {size}; "
-                    f"got {self.columns}."
-                )
-            if self.columns % num_devices:
-                raise ValueError(
-                    f"columns must be a multiple of the {num_devices} devices that share a page, "
-                    f"got {self.columns}."
-                )
-            return self.columns
-        step = _ALIGNMENT * num_devices
-        most = max(_PAGE_BYTES // (num_rows * dtype.itemsize) // step, 1) * step
-        if size <= most:
-            return max(-(-size // num_devices), 1) * num_devices
-        pages = -(-size // most)
-        return -(-size // (pages * step)) * step
 
 
 @jax.tree_util.register_dataclass
@@ -325,6 +305,38 @@ def _take(rows: PagedRows, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]
 
     zeros = jnp.zeros((rows.num_rows, len(coordinates)), rows.dtype)
     return _fold((rows.pages,), pick, zeros)
+
+
+def page_width(columns: int | None, size: int, column_bytes: int, num_devices: int = 1) -> int:
+    """The number of columns of a page.
+
+    Args:
+        columns: the number that was asked for; None for a page of 64 MiB.
+        size: the number of columns of all pages.
+        column_bytes: the size of a column.
+        num_devices: the number of devices that share a page.
+
+    Raises:
+        ValueError: a page has more columns than there are, or they cannot be shared.
+    """
+    if columns is not None:
+        if columns > size > 0:
+            raise ValueError(
+                f"columns must be at most the number of columns of the gradients, {size}; "
+                f"got {columns}."
+            )
+        if columns % num_devices:
+            raise ValueError(
+                f"columns must be a multiple of the {num_devices} devices that share a page, "
+                f"got {columns}."
+            )
+        return columns
+    step = _ALIGNMENT * num_devices
+    most = max(_PAGE_BYTES // column_bytes // step, 1) * step
+    if size <= most:
+        return max(-(-size // num_devices), 1) * num_devices
+    pages = -(-size // most)
+    return -(-size // (pages * step)) * step
 
 
 def _mesh_of(params: PyTree) -> Mesh | AbstractMesh | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,25 @@ class Storage(abc.ABC):
                 shapes and dtypes only, and a sharding if there is one.
             num_rows: ``m``, at least 1.
         """
+
+    def resume(
+        self,
+        params: PyTree,
+        num_rows: int,
+        origin: Callable[[], Mapping[str, str]],  # noqa: ARG002
+    ) -> tuple[WritableRows, int]:
+        """Rows to collect gradients in, and how many of the first ones hold theirs already.
+
+        A storage that outlives the process returns what an interrupted run has finished.
+
+        Args:
+            params: as in :meth:`empty`.
+            num_rows: as in :meth:`empty`.
+            origin: returns what the gradients depend on, by name. Gradients of another origin are
+                an error.
+        """
+        what = f"collecting gradients with storage={self!r}"
+        return check_writable(self.empty(params, num_rows), what), 0
 
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> BlockRows:  # noqa: ARG002
         """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.

@@ -1,0 +1,579 @@
+"""Rows in files, which the host reads page by page."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from mfac_jax import _checks, kernels
+from mfac_jax._layout import Layout, PyTree
+from mfac_jax.kernels._xla import accumulation_dtype
+from mfac_jax.kernels._xla import products as products_of_blocks
+from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows, is_small_enough
+from mfac_jax.rows._paged import page_width
+from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
+
+Total = TypeVar("Total")
+
+# Of the files; a change of what they hold raises it.
+_VERSION = 1
+_PAGES, _FINISHED, _MANIFEST = "gradients", "finished", "manifest.json"
+_NAMES = {_PAGES, _FINISHED, _MANIFEST, _MANIFEST + ".new"}
+
+
+@dataclass(frozen=True)
+class Files(Storage):
+    """Stores gradients in files; the memory of the host holds two pages of them.
+
+    For gradients that no memory holds. The rows work outside of ``jit``: for
+    :func:`mfac_jax.collect_gradients`, :func:`mfac_jax.fisher_inverse` and
+    :func:`mfac_jax.pruning.prune`. Each scan reads the files once, and the next page is read while
+    the device works on the present one. ``W`` of a whitened inverse is another such file.
+
+    :func:`mfac_jax.collect_gradients` names its files. The same call goes on after an
+    interruption: rows that were finished are not computed again. Other files have no name, and the
+    operating system removes them with the process.
+
+    Writing many rows at once changes the files in place; afterwards only the returned rows can be
+    read. Other changes copy the files.
+
+    Attributes:
+        directory: the folder of the files, which is made if it does not exist.
+        columns: the number of columns of a page; by default a page takes 64 MiB.
+        dtype: the dtype of stored gradients: float32, bfloat16 or float64. By default it is
+            float64 if a parameter is float64, and otherwise float32.
+
+    Raises:
+        TypeError: an attribute has another type.
+        ValueError: ``columns`` is below 1, or ``dtype`` is another dtype.
+
+    Example:
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import fisher_inverse, rows
+        >>> held = rows.as_rows(jnp.eye(3), storage=rows.Files(tempfile.mkdtemp()))
+        >>> fisher_inverse(held, damping=1.0).ihvp(jnp.ones(3))
+        Array([0.75, 0.75, 0.75], dtype=float32)
+    """
+
+    directory: str | os.PathLike[str]
+    columns: int | None = None
+    dtype: DTypeLike | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.directory, str | os.PathLike):
+            raise TypeError(f"directory must be a path, got {type(self.directory).__name__}.")
+        if self.columns is not None:
+            _checks.positive_int(self.columns, "columns")
+        object.__setattr__(self, "dtype", check_dtype(self.dtype))
+
+    def empty(self, params: PyTree, num_rows: int) -> FileRows:
+        """See :meth:`Storage.empty`. The files have no name.
+
+        Raises:
+            ValueError: a page has more columns than the gradients.
+            OSError: the folder cannot be written, or the disk is full.
+        """
+        m, layout = _checks.positive_int(num_rows, "num_rows"), Layout(params)
+        return self._rows(self.temporary(), layout, m)
+
+    def resume(
+        self, params: PyTree, num_rows: int, origin: Callable[[], Mapping[str, str]]
+    ) -> tuple[FileRows, int]:
+        """See :meth:`Storage.resume`. The files keep their names.
+
+        Raises:
+            ValueError: the folder holds something else, or gradients of other parameters,
+                another number or another origin.
+            OSError: the folder cannot be written, or the disk is full.
+        """
+        m, layout = _checks.positive_int(num_rows, "num_rows"), Layout(params)
+        folder = self._folder()
+        manifest = {
+            "version": _VERSION,
+            "parameters": layout.describe(),
+            "rows": m,
+            "columns": self._shape(layout, m)[2],
+            "dtype": dtype_for(layout, self.dtype).name,
+            **origin(),
+        }
+        names = {path.name for path in folder.iterdir()}
+        if _MANIFEST in names:
+            _check_manifest(folder, manifest)
+        elif names - _NAMES:
+            raise ValueError(
+                f"{folder} must be empty or hold gradients from an earlier run, but it holds "
+                f"{', '.join(sorted(names - _NAMES)[:3])}."
+            )
+        else:
+            with _opened(folder / _PAGES) as file:
+                self._rows(file, layout, m)
+            (folder / _FINISHED).write_bytes(bytes(m))
+            _write_whole(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        marks = _opened(folder / _FINISHED)
+        rows = self._rows(_opened(folder / _PAGES), layout, m, marks)
+        return rows, rows.num_finished
+
+    def _rows(
+        self, file: IO[bytes], layout: Layout, num_rows: int, marks: IO[bytes] | None = None
+    ) -> FileRows:
+        shape = self._shape(layout, num_rows)
+        pages = _Pages(file, shape, dtype_for(layout, self.dtype), marks)
+        pages.reserve()
+        return FileRows(pages, layout, num_rows, self, pages.writes)
+
+    def _shape(self, layout: Layout, num_rows: int) -> tuple[int, int, int]:
+        dtype = dtype_for(layout, self.dtype)
+        width = page_width(self.columns, layout.size, num_rows * dtype.itemsize)
+        return max(-(-layout.size // width), 1), num_rows, width
+
+    def _folder(self) -> Path:
+        folder = Path(self.directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def temporary(self) -> IO[bytes]:
+        """A new file in the folder that no other process sees and nothing is left of."""
+        # The file outlives this function; it closes with the rows.
+        return tempfile.TemporaryFile(dir=self._folder(), buffering=0)
+
+
+# Compared by identity: the files change.
+@dataclass(frozen=True, eq=False)
+class FileRows(WritableRows, ColumnRows):
+    """Gradients in files, as pages of columns. ``jit`` cannot trace them.
+
+    Attributes:
+        pages: the open files.
+        layout: the parameters that the gradients belong to.
+        num_rows: ``m``.
+        storage: the storage.
+        writes: the number of writes that the rows have seen. After another one, they cannot be
+            read any more.
+    """
+
+    pages: _Pages
+    layout: Layout
+    num_rows: int
+    storage: Files
+    writes: int
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The accumulation dtype."""
+        return accumulation_dtype(self.pages.dtype)
+
+    @property
+    def is_traceable(self) -> bool:
+        return False
+
+    @property
+    def num_finished(self) -> int:
+        """The number of the first rows that were written whole."""
+        return self.pages.num_finished()
+
+    def put(
+        self, row: Int[Array, ""], gradient: PyTree
+    ) -> tuple[FileRows, Float[Array, " m"], Bool[Array, ""]]:
+        rows, accepted = self.write(row, gradient)
+        stored = self.layout.flatten(gradient, self.pages.dtype, "gradient").astype(self.dtype)
+        return rows, rows._dots(self._cut(stored)), accepted
+
+    def write(self, row: Int[Array, ""], gradient: PyTree) -> tuple[FileRows, Bool[Array, ""]]:
+        self.layout.check(gradient, "gradient")
+        stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], gradient)
+        rows, accepted = self._copy().write_rows(row, stacked, 1)
+        return rows, accepted[0]
+
+    def write_rows(
+        self, first: int | Int[Array, ""], gradients: PyTree, count: int | Int[Array, ""]
+    ) -> tuple[FileRows, Bool[Array, " k"]]:
+        leaves = self.layout.leaves(gradients, "gradients")
+        stored, accepted = _flat(leaves, num_rows=self.num_rows, dtype=self.pages.dtype)
+        values, good = np.asarray(stored)[: int(count)], np.asarray(accepted)[: int(count)]
+        self._check_unchanged()
+        for start, stop in _runs(good):
+            cut = self._cut_all(values[start:stop])
+            self.pages.write_rows(int(first) + start, cut)
+        return self._now(), accepted
+
+    def clear(self, row: Int[Array, ""]) -> FileRows:
+        out = self._copy().pages
+        if int(row) < self.num_rows:
+            count, _, width = out.shape
+            out.write_rows(int(row), np.zeros((1, count, width), out.dtype))
+        return replace(self, pages=out, writes=out.writes)
+
+    def restrict(self, mask: PyTree) -> FileRows:
+        keep = self._cut(self.layout.flat_mask(mask))
+        return self._map(lambda i, page: np.where(keep[i], page, np.zeros_like(page)))
+
+    def gradients(self, first: int, count: int) -> PyTree:
+        """Some neighbouring gradients as they are stored.
+
+        Args:
+            first: the first row.
+            count: the number of gradients, k.
+
+        Returns:
+            A tree like the parameters with leaves ``(k, *shape)``.
+        """
+        self._check_unchanged()
+        values = self.pages.read_rows(first, count).reshape(count, -1)[:, : self.layout.size]
+        return jax.vmap(self.layout.unflatten)(jnp.asarray(values))
+
+    def dots(self, vector: PyTree) -> Float[Array, " m"]:
+        return self._dots(self._cut(self.layout.flatten(vector, self.dtype, "vector")))
+
+    def combine(
+        self,
+        coefficients: Float[Array, " m"],
+        *,
+        vector: PyTree | None = None,
+        scale: Float[Array, ""] | None = None,
+    ) -> PyTree:
+        pieces = None
+        if vector is not None:
+            pieces = self._cut(self.layout.flatten(vector, self.dtype, "vector"))
+
+        def of_page(i: int, page: Array) -> Array:
+            piece = None if pieces is None else jnp.asarray(pieces[i : i + 1])
+            return _combine(page, coefficients, piece, scale, dtype=self.dtype)
+
+        return self._tree(of_page)
+
+    def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
+        keep = None if mask is None else self._cut(self.layout.flat_mask(mask))
+        total = jnp.zeros((self.num_rows,) * 2, self.dtype)
+        for i, page in self._each():
+            piece = None if keep is None else jnp.asarray(keep[i : i + 1])
+            total = jax.block_until_ready(_add_gram(total, jnp.asarray(page)[None], piece))
+        return total
+
+    def products(self, other: GradientRows, mask: PyTree | None = None) -> Float[Array, "m k"]:
+        if not isinstance(other, FileRows) or other.pages.shape[::2] != self.pages.shape[::2]:
+            return super().products(other, mask)
+        keep = None if mask is None else self._cut(self.layout.flat_mask(mask))
+        total = jnp.zeros((self.num_rows, other.num_rows), self.dtype)
+        for (i, page), (_, beside) in zip(self._each(), other._each(), strict=True):
+            piece = None if keep is None else jnp.asarray(keep[i : i + 1])
+            pair = jnp.asarray(page)[None], jnp.asarray(beside)[None]
+            total = jax.block_until_ready(_add_products(total, *pair, piece))
+        return total
+
+    def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> FileRows:
+        del lower
+        count, _, width = self.pages.shape
+
+        def of_page(_: int, page: Shaped[np.ndarray, "m w"]) -> Float[np.ndarray, "k w"]:
+            return np.asarray(_transform(jnp.asarray(page)[None], matrix)[0])
+
+        return self._map(of_page, (count, len(matrix), width), self.dtype)
+
+    def column_square_sums(
+        self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
+    ) -> PyTree:
+        del lower
+        return self._tree(lambda _, page: _square_sums(page, matrix, dtype=self.dtype))
+
+    def take(self, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
+        self._check_unchanged()
+        page_of, column = np.divmod(np.asarray(coordinates), self.pages.shape[2])
+        out = np.zeros((self.num_rows, len(page_of)), self.dtype)
+        for i in np.unique(page_of):
+            here = page_of == i
+            out[:, here] = self.pages.read(int(i))[:, column[here]].astype(self.dtype)
+        return jnp.asarray(out)
+
+    def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
+        self._check_unchanged()
+        width = self.pages.shape[2]
+        first, last = int(start) // width, -(-(int(start) + size) // width)
+        parts = [self.pages.read(i).astype(self.dtype) for i in range(first, last)]
+        begin = int(start) - first * width
+        return jnp.asarray(np.concatenate(parts, axis=1)[:, begin : begin + size])
+
+    def _dots(self, pieces: Float[np.ndarray, "p w"]) -> Float[Array, " m"]:
+        total = jnp.zeros(self.num_rows, self.dtype)
+        for i, page in self._each():
+            pair = jnp.asarray(page)[None], jnp.asarray(pieces[i : i + 1])
+            total = jax.block_until_ready(_add_dots(total, *pair))
+        return total
+
+    def _tree(self, of_page: Callable[[int, Array], Float[Array, "1 w"]]) -> PyTree:
+        """A tree like the parameters from the results of all pages."""
+        parts = [
+            jax.block_until_ready(of_page(i, jnp.asarray(page)[None])) for i, page in self._each()
+        ]
+        return self.layout.unflatten(jnp.concatenate(parts).reshape(-1)[: self.layout.size])
+
+    def _each(self) -> Iterator[tuple[int, Shaped[np.ndarray, "m w"]]]:
+        """All pages; the next one is read while the caller works."""
+        self._check_unchanged()
+        count = self.pages.shape[0]
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self.pages.read, 0)
+            for i in range(count):
+                page = ahead.result()
+                if i + 1 < count:
+                    ahead = reader.submit(self.pages.read, i + 1)
+                yield i, page
+
+    def _map(
+        self,
+        function: Callable[[int, np.ndarray], np.ndarray],
+        shape: tuple[int, int, int] | None = None,
+        dtype: np.dtype | None = None,
+    ) -> FileRows:
+        """Rows in a file without a name: a function of all pages, by default of their shape."""
+        shape, dtype = shape or self.pages.shape, dtype or self.pages.dtype
+        out = _Pages(self.storage.temporary(), shape, dtype, None)
+        out.reserve()
+        for i, page in self._each():
+            out.write_page(i, function(i, page))
+        storage = replace(self.storage, dtype=dtype)
+        return FileRows(out, self.layout, shape[1], storage, out.writes)
+
+    def _copy(self) -> FileRows:
+        return self._map(lambda _, page: page)
+
+    def _cut(self, flat: Shaped[Array, " d"]) -> Shaped[np.ndarray, "p w"]:
+        return self._cut_all(np.asarray(flat)[None])[0]
+
+    def _cut_all(self, values: Shaped[np.ndarray, "k d"]) -> Shaped[np.ndarray, "k p w"]:
+        """Vectors of all coordinates, cut like the pages."""
+        count, _, width = self.pages.shape
+        padded = np.pad(values, ((0, 0), (0, count * width - values.shape[1])))
+        return padded.reshape(len(values), count, width)
+
+    def _now(self) -> FileRows:
+        return replace(self, writes=self.pages.writes)
+
+    def _check_unchanged(self) -> None:
+        if self.writes != self.pages.writes:
+            raise RuntimeError(
+                "these rows were written to since, and their files have changed; use the rows "
+                "that the write returned."
+            )
+
+
+class _Pages:
+    """An array (p, m, w) in an open file, and marks of its finished rows in another.
+
+    Attributes:
+        shape: (p, m, w).
+        dtype: of the array.
+        file: the file.
+        writes: the number of writes so far.
+    """
+
+    def __init__(
+        self,
+        file: IO[bytes],
+        shape: tuple[int, int, int],
+        dtype: np.dtype,
+        marks: IO[bytes] | None,
+    ) -> None:
+        self.shape, self.dtype, self.writes = shape, np.dtype(dtype), 0
+        self.file, self._marks = file, marks
+        for opened in (file, marks):
+            if opened is not None:
+                weakref.finalize(self, opened.close)
+
+    def reserve(self) -> None:
+        """Makes the file as long as the array, so that a full disk shows before any work.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        size = int(np.prod(self.shape)) * self.dtype.itemsize
+        descriptor = self.file.fileno()
+        missing = size - os.fstat(descriptor).st_size
+        if missing <= 0:
+            return
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, size)
+            else:
+                os.truncate(descriptor, size)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            os.truncate(descriptor, 0)
+            free = os.fstatvfs(descriptor)
+            raise OSError(
+                errno.ENOSPC,
+                f"gradients need {size:,} bytes of disk, but "
+                f"{free.f_bavail * free.f_frsize:,} are free",
+            ) from error
+
+    def read(self, page: int) -> Shaped[np.ndarray, "m w"]:
+        """One page."""
+        _, rows, width = self.shape
+        return self._read((rows, width), page * rows * width)
+
+    def read_rows(self, first: int, count: int) -> Shaped[np.ndarray, "k p w"]:
+        """Some neighbouring rows."""
+        pages, rows, width = self.shape
+        parts = [self._read((count, width), (i * rows + first) * width) for i in range(pages)]
+        return np.stack(parts, axis=1)
+
+    def write_page(self, page: int, values: Shaped[np.ndarray, "m w"]) -> None:
+        """Replaces one page."""
+        _, rows, width = self.shape
+        self.writes += 1
+        self._write(values, page * rows * width)
+
+    def write_rows(self, first: int, values: Shaped[np.ndarray, "k p w"]) -> None:
+        """Replaces some neighbouring rows. They are marked as finished once the disk has them."""
+        pages, rows, width = self.shape
+        self.writes += 1
+        self._mark(first, bytes(len(values)))
+        for i in range(pages):
+            self._write(values[:, i], (i * rows + first) * width)
+        if self._marks is not None:
+            os.fsync(self.file.fileno())
+            self._mark(first, b"\x01" * len(values))
+
+    def num_finished(self) -> int:
+        """The number of the first rows that are marked as finished; all without marks."""
+        if self._marks is None:
+            return self.shape[1]
+        marks = os.pread(self._marks.fileno(), self.shape[1], 0)
+        return len(marks) - len(marks.lstrip(b"\x01"))
+
+    def _mark(self, first: int, marks: bytes) -> None:
+        if self._marks is not None:
+            os.pwrite(self._marks.fileno(), marks, first)
+
+    def _read(self, shape: tuple[int, ...], start: int) -> np.ndarray:
+        out = np.empty(shape, self.dtype)
+        left = out.reshape(-1).view(np.uint8).data
+        place = start * self.dtype.itemsize
+        while left:
+            count = os.preadv(self.file.fileno(), [left], place)
+            if count == 0:
+                raise OSError(errno.EIO, "a file of gradients is shorter than it was")
+            left, place = left[count:], place + count
+        return out
+
+    def _write(self, values: np.ndarray, start: int) -> None:
+        flat = np.ascontiguousarray(values, self.dtype).reshape(-1)
+        left, place = flat.view(np.uint8).data, start * self.dtype.itemsize
+        while left:
+            count = os.pwrite(self.file.fileno(), left, place)
+            left, place = left[count:], place + count
+
+
+def _runs(flags: Bool[np.ndarray, " k"]) -> list[tuple[int, int]]:
+    """The ends of each run of true flags."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def _opened(path: Path) -> IO[bytes]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    return os.fdopen(descriptor, "r+b", buffering=0)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    with new.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _check_manifest(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Checks that the files in a folder are those of this run.
+
+    Raises:
+        ValueError: they are not.
+    """
+    try:
+        found = json.loads((folder / _MANIFEST).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / _MANIFEST} is not a manifest of gradients.") from error
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{folder} holds gradients of another run: expected {name} {value}, "
+                f"got {found.get(name)}. Use another folder, or empty it."
+            )
+
+
+@jax.jit
+def _add_dots(
+    total: Float[Array, " m"], page: Float[Array, "1 m w"], piece: Float[Array, "1 w"]
+) -> Float[Array, " m"]:
+    return total + kernels.dots(page, piece).astype(total.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _combine(
+    page: Float[Array, "1 m w"],
+    coefficients: Float[Array, " m"],
+    piece: Float[Array, "1 w"] | None,
+    scale: Float[Array, ""] | None,
+    *,
+    dtype: jnp.dtype,
+) -> Float[Array, "1 w"]:
+    return kernels.combine(page, coefficients, vector=piece, scale=scale, dtype=dtype)
+
+
+@jax.jit
+def _add_gram(
+    total: Float[Array, "m m"], page: Float[Array, "1 m w"], keep: Bool[Array, "1 w"] | None
+) -> Float[Array, "m m"]:
+    return total + kernels.gram(page, keep).astype(total.dtype)
+
+
+@jax.jit
+def _add_products(
+    total: Float[Array, "m k"],
+    page: Float[Array, "1 m w"],
+    beside: Float[Array, "1 k w"],
+    keep: Bool[Array, "1 w"] | None,
+) -> Float[Array, "m k"]:
+    return total + products_of_blocks(page, beside, keep).astype(total.dtype)
+
+
+@jax.jit
+def _transform(page: Float[Array, "1 m w"], matrix: Float[Array, "k m"]) -> Float[Array, "1 k w"]:
+    return kernels.transform(page, matrix)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _square_sums(
+    page: Float[Array, "1 m w"], matrix: Float[Array, "k m"] | None, *, dtype: jnp.dtype
+) -> Float[Array, "1 w"]:
+    return kernels.column_square_sums(page, matrix).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("num_rows", "dtype"))
+def _flat(
+    leaves: list[Array], *, num_rows: int, dtype: jnp.dtype
+) -> tuple[Shaped[Array, "k d"], Bool[Array, " k"]]:
+    """Stacked gradients as stored, and which of them are accepted."""
+    count = len(leaves[0]) if leaves else 1
+    flat = [leaf.reshape(count, -1).astype(dtype) for leaf in leaves]
+    stored = jnp.concatenate([*flat, jnp.zeros((count, 0), dtype)], axis=1)
+    squares = jnp.sum(stored.astype(accumulation_dtype(dtype)) ** 2, axis=1)
+    return stored, jax.vmap(lambda square: is_small_enough(square, num_rows))(squares)
