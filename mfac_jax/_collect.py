@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree, where
-from mfac_jax.rows import WritableRows
+from mfac_jax.rows import FileRows, WritableRows
 
 LossFn = Callable[[PyTree, PyTree], Any]
 LabelSampler = Callable[[PyTree, PyTree, Array], PyTree]
@@ -33,6 +33,9 @@ _MAX_CHUNK = 128
 # The flags of this many steps are read together, while as many later steps still run. The device
 # therefore never waits for the host, and at most twice as many batches are in use at a time.
 _STEPS_PER_READ = 4
+
+# As many gradients of files are read at a time.
+_ROWS_AT_A_TIME = 16
 
 
 def fill_rows(
@@ -48,13 +51,16 @@ def fill_rows(
     mask: PyTree | None = None,
     progress: bool = True,
     done: int = 0,
-    copy: WritableRows | None = None,
+    copy: FileRows | None = None,
 ) -> Rows:
     """Fills ``rows``, which are donated; see :func:`mfac_jax.collect_gradients`.
 
-    The first ``done`` rows hold their gradients already. What is written into ``rows`` is written
-    into ``copy`` as well.
+    The first ``done`` rows hold their gradients already. Those that ``copy`` holds are read from
+    it, and others are written to it as well.
     """
+    if copy is not None:
+        rows = read_rows(rows, copy, done)
+        done = max(done, copy.num_finished)
     count = rows.num_rows
     chunk = _chunk_size(chunk_size, per_example, Layout(params).size, count)
     keep = None if mask is None else tuple(rows.layout.check_mask(mask))
@@ -82,6 +88,14 @@ def fill_rows(
             del gradients  # frees them before the next ones are computed
             bar.update(pending.add(step, accepted))
         bar.update(pending.check_all())
+    return rows
+
+
+def read_rows(rows: Rows, copy: FileRows, first: int = 0) -> Rows:
+    """Reads the finished rows of ``copy``, from ``first`` on, into ``rows``, which are donated."""
+    for row in range(first, copy.num_finished, _ROWS_AT_A_TIME):
+        count = min(_ROWS_AT_A_TIME, copy.num_finished - row)
+        rows, _ = rows.write_rows(row, copy.gradients(row, count), count)
     return rows
 
 

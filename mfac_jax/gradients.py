@@ -7,13 +7,11 @@ two differ.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Iterable
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array
 
 from mfac_jax import _checks
@@ -24,14 +22,12 @@ from mfac_jax._collect import (
     check_functions,
     fill_rows,
 )
+from mfac_jax._durable import digest
 from mfac_jax._layout import PyTree
 from mfac_jax.rows import Dense, Files, Storage, WritableRows
 from mfac_jax.rows._storage import check_storage
 
 __all__ = ["collect_gradients"]
-
-# As many gradients of a checkpoint are read at a time.
-_ROWS_AT_A_TIME = 16
 
 
 def collect_gradients(
@@ -141,11 +137,7 @@ def collect_gradients(
     rows, done = check_storage(storage).resume(params, m, origin)
     copy = None
     if checkpoint is not None:
-        copy, kept = Files(checkpoint).resume(params, m, origin)
-        for first in range(done, kept, _ROWS_AT_A_TIME):
-            count = min(_ROWS_AT_A_TIME, kept - first)
-            rows, _ = rows.write_rows(first, copy.gradients(first, count), count)
-        done = max(done, kept)
+        copy, _ = Files(checkpoint).resume(params, m, origin)
     return fill_rows(
         rows,
         loss_fn,
@@ -166,15 +158,8 @@ def _origin(params: PyTree, mask: PyTree, key: Array | None, per_example: Any) -
     """What decides the gradients, apart from the loss and the data."""
     random = None if key is None else jax.random.key_data(key)
     return {
-        "digest of the parameters": _digest(params),
-        "digest of the mask": _digest(mask),
-        "digest of the key": _digest(random),
+        "digest of the parameters": digest(params),
+        "digest of the mask": digest(mask),
+        "digest of the key": digest(random),
         "per_example": str(per_example),
     }
-
-
-def _digest(tree: PyTree) -> str:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:16]

@@ -1,11 +1,11 @@
 """Work that is killed at any moment goes on with the same result."""
 
 import errno
+import functools
 import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mfac_jax import collect_gradients
+from mfac_jax.pruning import Gradients, Scope, Search, prune
 from mfac_jax.rows import Dense, Files, TopK, _files
 
 D, M = 7, 10
@@ -80,53 +81,76 @@ def failing(params, batch):
     raise AssertionError("computed again")
 
 
-KILLED = textwrap.dedent(
-    """
-    import sys, time
-    import jax, jax.numpy as jnp, numpy as np
-    from mfac_jax import collect_gradients
-    from mfac_jax.rows import Files
+COLLECT = """
+import sys, time
+import jax.numpy as jnp, numpy as np
+from mfac_jax import collect_gradients
+from mfac_jax.rows import Files
 
-    def loss_fn(params, batch):
-        return jnp.sum(jnp.sin(params * batch[0]))
+def loss_fn(params, batch):
+    return jnp.sum(jnp.sin(params * batch[0]))
 
-    def batches():
-        for i in range(200):
-            time.sleep(0.002)
-            yield np.full((1, 40_000), i, np.float32)
+def batches():
+    for i in range(200):
+        time.sleep(0.002)
+        yield np.full((1, 40_000), i, np.float32)
 
-    folder = sys.argv[1]
-    storage = Files(folder, columns=1000)
-    params = jnp.linspace(0.0, 1.0, 40_000)
-    rows = collect_gradients(loss_fn, params, batches(), 200, storage=storage)
-    print(float(rows.dots(jnp.ones(40_000)).sum()), float(rows.gram().sum()), flush=True)
-    """
-)
+storage = Files(sys.argv[1], columns=1000)
+params = jnp.linspace(0.0, 1.0, 40_000)
+rows = collect_gradients(loss_fn, params, batches(), 200, storage=storage)
+print(float(rows.dots(jnp.ones(40_000)).sum()), float(rows.gram().sum()))
+"""
+PRUNE = """
+import sys
+import jax.numpy as jnp, numpy as np
+from mfac_jax.pruning import Gradients, prune
+
+def loss_fn(params, batch):
+    return jnp.mean((jnp.tanh(batch[0] @ params) - batch[1]) ** 2)
+
+random = np.random.default_rng(0)
+weights = jnp.asarray(random.normal(size=(50, 40)), jnp.float32)
+batches = [
+    (random.normal(size=(8, 50)).astype("f"), np.ones((8, 40), "f")) for _ in range(7)
+]
+gradients = Gradients(40)
+pruned = prune(weights, loss_fn, batches, 0.9, gradients=gradients, checkpoint=sys.argv[1])
+print(float(pruned.params.sum()), [step.loss_after for step in pruned.report.steps])
+"""
 
 
 @pytest.mark.slow
-def test_a_collection_killed_at_20_moments(tmp_path):
-    def run(folder, **options):
-        command = [sys.executable, "-c", KILLED, str(folder)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+@pytest.mark.parametrize("program", [COLLECT, PRUNE], ids=["collect", "prune"])
+def test_a_run_killed_at_20_moments(tmp_path, program):
+    def run(folder):
+        command = [sys.executable, "-c", program, str(folder)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     want, _ = run(tmp_path / "whole").communicate()
     random = np.random.default_rng(0)
     folder = tmp_path / "killed"
 
-    def finished():
-        marks = folder / "finished"
-        return marks.read_bytes().count(1) if marks.exists() else 0
+    def changes():
+        """Another value whenever a row or a step is finished."""
+        try:
+            marks = [path.read_bytes().count(1) for path in folder.glob("**/finished")]
+            return marks, [path.stat().st_mtime_ns for path in folder.glob("step.npz")]
+        except FileNotFoundError:  # removed meanwhile
+            return None
 
+    kills = 0
     for wait in random.integers(0, 9, 20):
-        before = finished()
+        before, seen = changes(), 0
         process = run(folder)
-        while finished() < before + wait and process.poll() is None:
+        while seen < wait and process.poll() is None:
+            now = changes()
+            seen, before = seen + (now != before), now
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.005))
+        kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert before <= finished() < 200
+    assert kills > 10
     got, _ = run(folder).communicate()
     assert got == want
     assert want
@@ -181,16 +205,20 @@ def test_files_of_another_version_are_an_error(tmp_path, monkeypatch):
 
 def test_a_folder_of_something_else_is_an_error(tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"must be empty or hold gradients .* thesis\.txt"):
+    with pytest.raises(
+        ValueError, match=r"must be empty or come from an earlier run, .* thesis\.txt"
+    ):
         collect(tmp_path)
-    with pytest.raises(ValueError, match=r"must be empty or hold gradients .* thesis\.txt"):
+    with pytest.raises(
+        ValueError, match=r"must be empty or come from an earlier run, .* thesis\.txt"
+    ):
         collect_gradients(loss_fn, PARAMS, DATA, M, checkpoint=tmp_path)
 
 
 def test_a_manifest_that_is_none_is_an_error(tmp_path):
     collect(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="is not a manifest of gradients"):
+    with pytest.raises(ValueError, match="cannot be read"):
         collect(tmp_path)
 
 
@@ -216,3 +244,73 @@ def test_rows_written_since_cannot_be_read(tmp_path):
         rows.gram()
     assert float(new.gram()[0, 0]) > 0
     assert not list(tmp_path.iterdir())  # files without a name
+
+
+# -- Pruning --
+WEIGHTS = {
+    "w": jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)), jnp.float32),
+    "b": jnp.asarray(np.random.default_rng(1).normal(size=8), jnp.bfloat16),
+}
+EXAMPLES = [
+    (np.random.default_rng(i).normal(size=(8, 6)).astype("float32"), np.ones((8, 8), "float32"))
+    for i in range(5)
+]
+
+
+def weights_loss(params, batch):
+    x, y = batch
+    return jnp.mean((jnp.tanh(x @ params["w"]) + params["b"].astype(jnp.float32)[None] - y) ** 2)
+
+
+def pruned(batches=EXAMPLES, **options):
+    options = {"gradients": Gradients(6, history=2), "steps": 4, "progress": False, **options}
+    return prune(WEIGHTS, weights_loss, batches, 0.8, **options)
+
+
+def shrink(params, mask):
+    return jax.tree.map(lambda w: w * jnp.asarray(0.99, w.dtype), params)
+
+
+def assert_same(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got[:2], want[:2])
+    for a, b in zip(got.report.steps, want.report.steps, strict=True):
+        for name in ("tried", "chosen", "loss_after", "loss_tuned", "damping", "update_norm"):
+            np.testing.assert_equal(getattr(a, name), getattr(b, name))
+
+
+# In the calibration, in the gradients of each step, and between two of them.
+@pytest.mark.parametrize("after", [5, 13, 14, 20, 31])
+@pytest.mark.parametrize("fine_tune", [None, shrink])
+def test_an_interrupted_pruning_goes_on(tmp_path, after, fine_tune):
+    want = whole_pruning(fine_tune)
+    options = {"checkpoint": tmp_path, "fine_tune": fine_tune}
+    with pytest.raises(Interrupted):
+        pruned(interrupted(EXAMPLES, after), **options)
+    assert_same(pruned(**options), want)
+    finished = {path.name for path in tmp_path.iterdir()}
+    assert finished == {"run.json", "step.npz", "gradients-2", "gradients-3"}
+
+
+@functools.cache
+def whole_pruning(fine_tune):
+    return pruned(fine_tune=fine_tune)
+
+
+def test_a_finished_pruning_is_read(tmp_path):
+    want = pruned(checkpoint=tmp_path)
+    assert_same(pruned(interrupted(EXAMPLES, 30), checkpoint=tmp_path), want)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 3}, "digest of the targets"),
+        ({"gradients": Gradients(7, history=2)}, r"expected gradients 7, history 2, got 6"),
+        ({"search": Search(descents=())}, r"expected descents \[\], got"),
+        ({"scope": Scope(lambda path: "b" in path)}, "expected digest"),
+    ],
+)
+def test_the_record_of_another_run_is_an_error(tmp_path, changes, message):
+    pruned(checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        pruned(checkpoint=tmp_path, **changes)

@@ -20,10 +20,11 @@ import numpy as np
 from jaxtyping import Float
 
 from mfac_jax import _checks
+from mfac_jax._collect import read_rows
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.pruning._finite import check_finite_gradients
 from mfac_jax.pruning._problem import Grams
-from mfac_jax.rows import Dense, GradientRows, StackedRows, Storage, WritableRows
+from mfac_jax.rows import Dense, FileRows, GradientRows, StackedRows, Storage, WritableRows
 from mfac_jax.rows._base import check_columns, check_rows, check_writable
 from mfac_jax.rows._storage import check_storage
 
@@ -191,6 +192,27 @@ class History:
         self.grams = Grams(self.rows)
         each = np.repeat(scales, self._count)
         self.grams.add(alive, jax.device_put(gram * each[:, None] * each[None, :]))
+
+    @property
+    def num_earlier(self) -> int:
+        """The number of earlier steps whose gradients are used."""
+        return self._num_parts - 1
+
+    def resume(self, taken: int, gradients_of: Callable[[int], FileRows]) -> None:
+        """Reads the gradients of earlier steps after an interruption.
+
+        Args:
+            taken: the number of steps that were taken.
+            gradients_of: the gradients of a step.
+        """
+        self._taken = taken
+        self._parts = [self._empty() for _ in range(self._num_parts)]
+        for step in range(max(taken - self.num_earlier, 0), taken):
+            slot, given = step % self._num_parts, self._gradients.given
+            if step == 0 and given is not None:
+                self._parts[slot] = given
+            else:
+                self._parts[slot] = read_rows(self._empty(), gradients_of(step))
 
     @property
     def filled(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,18 +23,21 @@ from mfac_jax._collect import (
     fill_rows,
     on_device,
 )
+from mfac_jax._durable import digest
 from mfac_jax._layout import PyTree, where
 from mfac_jax.pruning._blocks import FisherBlocks
 from mfac_jax.pruning._finite import check_finite
-from mfac_jax.pruning._gradients import Gradients, History, check_gradients
+from mfac_jax.pruning._gradients import Fill, Gradients, History, check_gradients
 from mfac_jax.pruning._masks import initial_mask, pruned_of_leaves
+from mfac_jax.pruning._record import Record, State
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport, peak_memory
 from mfac_jax.pruning._schedules import schedule_of
 from mfac_jax.pruning._scope import Scope, Selection, check_scope, select
-from mfac_jax.pruning._search import Search, Setting, settings_on
+from mfac_jax.pruning._search import Descent, Search, Setting, Trial, settings_on
 from mfac_jax.pruning._step import column_readers
 from mfac_jax.pruning._targets import Start, Target, check_wanted, target_from
 from mfac_jax.pruning._trials import Searcher, Step, mean_loss
+from mfac_jax.rows import WritableRows
 
 FineTune = Callable[[PyTree, PyTree], PyTree]
 
@@ -64,6 +68,7 @@ def prune(
     search: Search = Search(),  # noqa: B008  (immutable)
     mask: PyTree | None = None,
     fine_tune: FineTune | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Pruned:
     """Prunes a network to a given sparsity, in several steps.
@@ -97,6 +102,10 @@ def prune(
             training with :func:`sparse`. Put state that training changes, such as the
             statistics of normalisation layers, into ``params``, where the loss sees it. Exclude
             it from pruning by ``Scope(path_filter=...)``.
+        checkpoint: a folder that keeps finished steps, and the finished gradients of the next
+            one. After an interruption, even by ``kill -9``, the same call goes on where it
+            stopped, with the same result: ``batches`` and ``fine_tune`` must then do the same
+            again. The folder may be removed afterwards.
         progress: whether to show a progress bar in a terminal or notebook.
 
     Returns:
@@ -107,8 +116,9 @@ def prune(
             the way that a setting needs. The error names the setting and the storage, and comes
             before any work.
         ValueError: as :func:`prune_step` and :func:`mfac_jax.collect_gradients`; or there are
-            no calibration batches or settings. A malformed batch raises when it is read; every
-            other error comes before any work.
+            no calibration batches or settings; or ``checkpoint`` holds something else than this
+            run. A malformed batch raises when it is read; every other error comes before any work.
+        OSError: the folder of ``checkpoint`` cannot be written, or the disk is full.
         FloatingPointError: a weight, the loss on the calibration batches, a gradient, every loss
             of a step, or the loss after ``fine_tune`` is not finite.
 
@@ -139,32 +149,47 @@ def prune(
     loss = _finite(loss_of(params), "the loss of params on the calibration batches")
 
     history = History(gradients, params, len(plan.targets))
-    reports: list[StepReport] = []
+    run = _Run(plan, settings, search.descents, loss_of, fine_tune, history)
+    state, record = State(params, alive, loss, [], stream.taken), None
+    if checkpoint is not None:
+        tried = [setting for setting, _ in settings]
+        origin = plan.origin(params, alive, gradients, tried, search.descents)
+        record = Record(checkpoint, origin, params, gradients, tried, search.descents)
+        state = record.load(state)
+    first, total = len(state.reports), len(plan.targets)
+    if record is not None and first < total:
+        stream.skip(state.batches - stream.taken)
+        history.resume(first, record.gradients)
     hidden = None if progress else True  # on None tqdm stays silent in a file
-    with tqdm(total=len(plan.targets), unit="step", desc="pruning", disable=hidden) as bar:
-        for target in plan.targets:
-            began = time.perf_counter()
+    with tqdm(total=total, initial=first, unit="step", desc="pruning", disable=hidden) as bar:
+        for number in range(first, total):
             fill = functools.partial(
-                fill_rows,
+                _fill,
+                record=record,
+                number=number,
                 loss_fn=loss_fn,
-                params=params,
+                params=state.params,
                 batches=stream,
                 per_example=gradients.per_example,
                 progress=progress,
             )
-            history.take(fill, alive)
-            gradient_seconds = time.perf_counter() - began
-            searcher = Searcher(params, alive, history, plan.selection, loss_of)
-            step = searcher.step(settings, search.descents, target, keep_layers=plan.keep_layers)
-            params, alive, tuned = step.params, step.mask, None
-            if fine_tune is not None:
-                params = plan.fine_tuned(fine_tune, params, alive)
-                tuned = _finite(loss_of(params), "the loss after fine_tune")
-            reports.append(_report(step, plan.selection, loss, tuned, gradient_seconds, began))
-            loss = reports[-1].loss_after if tuned is None else tuned
+            state = run.step(state, plan.targets[number], fill)
+            state = state._replace(batches=stream.taken)
+            if record is not None:
+                record.save(state, history.num_earlier)
             bar.update()
-            bar.set_postfix(loss=f"{loss:.4g}", sparsity=f"{reports[-1].sparsity:.1%}")
-    return Pruned(params, plan.whole(alive), PruneReport(tuple(reports), plan.layers(alive)))
+            sparsity = state.reports[-1].sparsity
+            bar.set_postfix(loss=f"{state.loss:.4g}", sparsity=f"{sparsity:.1%}")
+    report = PruneReport(tuple(state.reports), plan.layers(state.alive))
+    return Pruned(state.params, plan.whole(state.alive), report)
+
+
+def _fill(
+    rows: WritableRows, *, record: Record | None, number: int, **options: Any
+) -> WritableRows:
+    """Fills the rows of a step; a record keeps them as well."""
+    copy = None if record is None else record.gradients(number)
+    return fill_rows(rows, copy=copy, **options)
 
 
 def _check_kinds(loss_fn: Any, fine_tune: Any, scope: Any, gradients: Any, search: Any) -> None:
@@ -236,6 +261,26 @@ class _Plan:
         check_finite(params, layout.paths, "params")
         return cls(selection, mask, targets, not scope.allow_empty_layers)
 
+    def origin(
+        self,
+        params: PyTree,
+        alive: PyTree,
+        gradients: Gradients,
+        settings: Sequence[Setting],
+        descents: Sequence[Descent],
+    ) -> dict[str, str]:
+        """What the run depends on, by name, apart from the loss and the data."""
+        tried = [str(Trial(setting, 1.0, 0.0)) for setting in settings]
+        return {
+            "digest of the parameters": digest(params),
+            "digest of the mask": digest((alive, self.given)),
+            "digest of the targets": digest(self.targets),
+            "gradients": f"{gradients.count}, history {gradients.history}",
+            "per_example": str(gradients.per_example),
+            "settings": "; ".join(tried),
+            "descents": str([tuple(descent) for descent in descents]),
+        }
+
     def start(self, params: PyTree) -> tuple[PyTree, PyTree]:
         """The parameters, 0 where masked, and the mask of the prunable leaves."""
         if self.given is None:
@@ -264,6 +309,34 @@ class _Plan:
 
 
 _where = jax.jit(where)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all steps share; the arguments of :func:`prune`, checked."""
+
+    plan: _Plan
+    settings: Sequence[tuple[Setting, FisherBlocks]]
+    descents: Sequence[Descent]
+    loss_of: Callable[[PyTree], float]
+    fine_tune: FineTune | None
+    history: History
+
+    def step(self, state: State, target: Target, fill: Fill) -> State:
+        """The state after one more step."""
+        began = time.perf_counter()
+        self.history.take(fill, state.alive)
+        gradient_seconds = time.perf_counter() - began
+        plan, selection = self.plan, self.plan.selection
+        searcher = Searcher(state.params, state.alive, self.history, selection, self.loss_of)
+        step = searcher.step(self.settings, self.descents, target, keep_layers=plan.keep_layers)
+        params, alive, tuned = step.params, step.mask, None
+        if self.fine_tune is not None:
+            params = plan.fine_tuned(self.fine_tune, params, alive)
+            tuned = _finite(self.loss_of(params), "the loss after fine_tune")
+        report = _report(step, selection, state.loss, tuned, gradient_seconds, began)
+        loss = report.loss_after if tuned is None else tuned
+        return State(params, alive, loss, [*state.reports, report], state.batches)
 
 
 @dataclass(frozen=True)
@@ -312,14 +385,26 @@ def _report(
 
 
 class _Stream:
-    """Batches for several loops: each ``iter`` continues where the last stopped."""
+    """Batches for several loops: each ``iter`` continues where the last stopped.
+
+    Attributes:
+        taken: the number of batches so far.
+    """
 
     def __init__(self, batches: Iterable[PyTree]):
         check_batches(batches, "batches")
         self._endless = cycle(batches)
+        self.taken = 0
 
     def __iter__(self) -> Iterator[PyTree]:
-        return (batch for _, batch in self._endless)
+        for _, batch in self._endless:
+            self.taken += 1
+            yield batch
+
+    def skip(self, count: int) -> None:
+        """Passes over some batches."""
+        for _ in itertools.islice(self, count):
+            pass
 
 
 def _first(batches: Iterable[PyTree], search: Search) -> list[PyTree]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mfac_jax import _checks, kernels
+from mfac_jax._durable import claim, write_whole
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels._xla import accumulation_dtype
 from mfac_jax.kernels._xla import products as products_of_blocks
@@ -33,7 +34,6 @@ Total = TypeVar("Total")
 # Of the files; a change of what they hold raises it.
 _VERSION = 1
 _PAGES, _FINISHED, _MANIFEST = "gradients", "finished", "manifest.json"
-_NAMES = {_PAGES, _FINISHED, _MANIFEST, _MANIFEST + ".new"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Files(Storage):
             OSError: the folder cannot be written, or the disk is full.
         """
         m, layout = _checks.positive_int(num_rows, "num_rows"), Layout(params)
-        folder = self._folder()
+        folder = Path(self.directory)
         manifest = {
             "version": _VERSION,
             "parameters": layout.describe(),
@@ -112,19 +112,11 @@ class Files(Storage):
             "dtype": dtype_for(layout, self.dtype).name,
             **origin(),
         }
-        names = {path.name for path in folder.iterdir()}
-        if _MANIFEST in names:
-            _check_manifest(folder, manifest)
-        elif names - _NAMES:
-            raise ValueError(
-                f"{folder} must be empty or hold gradients from an earlier run, but it holds "
-                f"{', '.join(sorted(names - _NAMES)[:3])}."
-            )
-        else:
+        if not claim(folder, _MANIFEST, manifest, (_PAGES, _FINISHED)):
             with _opened(folder / _PAGES) as file:
                 self._rows(file, layout, m)
             (folder / _FINISHED).write_bytes(bytes(m))
-            _write_whole(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+            write_whole(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
         marks = _opened(folder / _FINISHED)
         rows = self._rows(_opened(folder / _PAGES), layout, m, marks)
         return rows, rows.num_finished
@@ -142,15 +134,12 @@ class Files(Storage):
         width = page_width(self.columns, layout.size, num_rows * dtype.itemsize)
         return max(-(-layout.size // width), 1), num_rows, width
 
-    def _folder(self) -> Path:
-        folder = Path(self.directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
     def temporary(self) -> IO[bytes]:
         """A new file in the folder that no other process sees and nothing is left of."""
         # The file outlives this function; it closes with the rows.
-        return tempfile.TemporaryFile(dir=self._folder(), buffering=0)
+        folder = Path(self.directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=folder, buffering=0)
 
 
 # Compared by identity: the files change.
@@ -489,34 +478,6 @@ def _runs(flags: Bool[np.ndarray, " k"]) -> list[tuple[int, int]]:
 def _opened(path: Path) -> IO[bytes]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     return os.fdopen(descriptor, "r+b", buffering=0)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-
-
-def _check_manifest(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Checks that the files in a folder are those of this run.
-
-    Raises:
-        ValueError: they are not.
-    """
-    try:
-        found = json.loads((folder / _MANIFEST).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / _MANIFEST} is not a manifest of gradients.") from error
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"{folder} holds gradients of another run: expected {name} {value}, "
-                f"got {found.get(name)}. Use another folder, or empty it."
-            )
 
 
 @jax.jit
