@@ -30,6 +30,8 @@ Rows = TypeVar("Rows", bound=WritableRows)
 _CHUNK_BYTES = 2**26
 _MAX_CHUNK = 128
 
+NO_BATCH = "batches is empty: expected at least one batch."
+
 # The flags of this many steps are read together, while as many later steps still run. The device
 # therefore never waits for the host, and at most twice as many batches are in use at a time.
 _STEPS_PER_READ = 4
@@ -55,7 +57,7 @@ def fill_rows(
     chunk = _chunk_size(chunk_size, per_example, Layout(params).size, count)
     keep = None if mask is None else tuple(rows.layout.check_mask(mask))
 
-    pending = _Pending()
+    pending = Pending()
     # With disable=None tqdm stays silent unless its output goes to a terminal.
     with tqdm(total=count, unit="row", desc="gradients", disable=None if progress else True) as bar:
         for step, batch in _steps(batches, count, chunk):
@@ -115,7 +117,7 @@ def _gradients(
     return where([keep[None] for keep in mask], gradients)
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """One step, which fills ``rows[row : row + num_rows]``.
 
     Attributes:
@@ -130,6 +132,11 @@ class _Step(NamedTuple):
     batch: int
     example: int | None
 
+    def part(self, row: int, num_rows: int) -> Step:
+        """The step for some of the rows."""
+        example = None if self.example is None else self.example + row - self.row
+        return Step(row, num_rows, self.batch, example)
+
     def check(self, accepted: np.ndarray) -> None:
         """Raises an error that names the first rejected row, if a row was rejected."""
         rejected = np.flatnonzero(~accepted)
@@ -142,13 +149,13 @@ class _Step(NamedTuple):
             )
 
 
-class _Pending:
+class Pending:
     """Steps whose flags are not read yet, because reading would wait for the device."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[_Step, Bool[Array, " k"]]] = []
+        self._steps: list[tuple[Step, Bool[Array, " k"]]] = []
 
-    def add(self, step: _Step, accepted: Bool[Array, " k"]) -> int:
+    def add(self, step: Step, accepted: Bool[Array, " k"]) -> int:
         """Adds a step; returns the number of rows that this call checked."""
         self._steps.append((step, accepted))
         return self._check(_STEPS_PER_READ) if len(self._steps) == 2 * _STEPS_PER_READ else 0
@@ -165,17 +172,17 @@ class _Pending:
         return sum(step.num_rows for step, _ in steps)
 
 
-def _steps(batches: Iterable[PyTree], m: int, chunk: int | None) -> Iterator[tuple[_Step, PyTree]]:
+def _steps(batches: Iterable[PyTree], m: int, chunk: int | None) -> Iterator[tuple[Step, PyTree]]:
     """The steps that fill m rows, each with its batch."""
     row = 0
     for number, batch in cycle(batches):
-        device_batch, length = _on_device(batch, number)
+        length, device_batch = length_of_batch(batch, number), on_device(batch)
         pieces: list[tuple[int | None, int]] = [(None, 1)]
         if chunk is not None:
             pieces = [(i, min(chunk, length - i)) for i in range(0, length, chunk)]
         for example, count in pieces:
             count = min(count, m - row)
-            yield _Step(row, count, number, example), device_batch
+            yield Step(row, count, number, example), device_batch
             row += count
             if row == m:
                 return
@@ -194,7 +201,7 @@ def cycle(batches: Iterable[PyTree]) -> Iterator[tuple[int, PyTree]]:
             kept.append(batch)
         yield number, batch
     if number < 0:
-        raise ValueError("batches is empty: expected at least one batch.")
+        raise ValueError(NO_BATCH)
     again = kept if is_iterator else batches
     while True:
         number = -1
@@ -207,8 +214,8 @@ def cycle(batches: Iterable[PyTree]) -> Iterator[tuple[int, PyTree]]:
             )
 
 
-def _on_device(batch: PyTree, number: int) -> tuple[PyTree, int]:
-    """The batch as JAX arrays that no other code writes to, and its length."""
+def length_of_batch(batch: PyTree, number: int) -> int:
+    """The length of the leading axes of a batch, which are checked."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
     described = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
     lengths = {shape[0] if shape else 0 for shape in described.values()}
@@ -217,7 +224,7 @@ def _on_device(batch: PyTree, number: int) -> tuple[PyTree, int]:
             f"batch {number} must be a tree of arrays with one leading axis of the same length "
             f">= 1, got shapes {described}."
         )
-    return on_device(batch), lengths.pop()
+    return lengths.pop()
 
 
 def on_device(batch: PyTree) -> PyTree:
@@ -272,6 +279,11 @@ def _chunk_size(chunk_size: Any, per_example: Any, d: int, m: int) -> int | None
                 f"chunk_size is for per_example=True, got chunk_size={chunk_size} without it."
             )
         return None
+    return gradients_at_a_time(chunk_size, d, m)
+
+
+def gradients_at_a_time(chunk_size: Any, d: int, m: int) -> int:
+    """The number of gradients of d entries in a chunk, by default as many as fit; at most m."""
     if chunk_size is None:
         chunk_size = min(_MAX_CHUNK, max(1, _CHUNK_BYTES // (4 * max(d, 1))))
     return min(_checks.positive_int(chunk_size, "chunk_size"), m)
