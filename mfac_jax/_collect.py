@@ -30,6 +30,8 @@ Rows = TypeVar("Rows", bound=WritableRows)
 _CHUNK_BYTES = 2**26
 _MAX_CHUNK = 128
 
+NO_BATCH = "batches is empty: expected at least one batch."
+
 # The flags of this many steps are read together, while as many later steps still run. The device
 # therefore never waits for the host, and at most twice as many batches are in use at a time.
 _STEPS_PER_READ = 4
@@ -65,7 +67,7 @@ def fill_rows(
     chunk = _chunk_size(chunk_size, per_example, Layout(params).size, count)
     keep = None if mask is None else tuple(rows.layout.check_mask(mask))
 
-    pending = _Pending()
+    pending = Pending()
     # With disable=None tqdm stays silent unless its output goes to a terminal.
     hidden = None if progress else True
     with tqdm(total=count, initial=done, unit="row", desc="gradients", disable=hidden) as bar:
@@ -136,7 +138,7 @@ def _gradients(
     return where([keep[None] for keep in mask], gradients)
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """One step, which fills ``rows[row : row + num_rows]``.
 
     Attributes:
@@ -151,6 +153,11 @@ class _Step(NamedTuple):
     batch: int
     example: int | None
 
+    def part(self, row: int, num_rows: int) -> Step:
+        """The step for some of the rows."""
+        example = None if self.example is None else self.example + row - self.row
+        return Step(row, num_rows, self.batch, example)
+
     def check(self, accepted: np.ndarray) -> None:
         """Raises an error that names the first rejected row, if a row was rejected."""
         rejected = np.flatnonzero(~accepted)
@@ -163,13 +170,13 @@ class _Step(NamedTuple):
             )
 
 
-class _Pending:
+class Pending:
     """Steps whose flags are not read yet, because reading would wait for the device."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[_Step, Bool[Array, " k"]]] = []
+        self._steps: list[tuple[Step, Bool[Array, " k"]]] = []
 
-    def add(self, step: _Step, accepted: Bool[Array, " k"]) -> int:
+    def add(self, step: Step, accepted: Bool[Array, " k"]) -> int:
         """Adds a step; returns the number of rows that this call checked."""
         self._steps.append((step, accepted))
         return self._check(_STEPS_PER_READ) if len(self._steps) == 2 * _STEPS_PER_READ else 0
@@ -188,11 +195,11 @@ class _Pending:
 
 def _steps(
     batches: Iterable[PyTree], m: int, chunk: int | None, done: int
-) -> Iterator[tuple[_Step, PyTree]]:
+) -> Iterator[tuple[Step, PyTree]]:
     """The steps that fill m rows, each with its batch; without those of the first ``done`` rows."""
     row = 0
     for number, batch in cycle(batches):
-        length = _check_batch(batch, number)
+        length = length_of_batch(batch, number)
         device_batch: PyTree = None
         pieces: list[tuple[int | None, int]] = [(None, 1)]
         if chunk is not None:
@@ -201,7 +208,7 @@ def _steps(
             count = min(count, m - row)
             if row + count > done:
                 device_batch = on_device(batch) if device_batch is None else device_batch
-                yield _Step(row, count, number, example), device_batch
+                yield Step(row, count, number, example), device_batch
             row += count
             if row == m:
                 return
@@ -220,7 +227,7 @@ def cycle(batches: Iterable[PyTree]) -> Iterator[tuple[int, PyTree]]:
             kept.append(batch)
         yield number, batch
     if number < 0:
-        raise ValueError("batches is empty: expected at least one batch.")
+        raise ValueError(NO_BATCH)
     again = kept if is_iterator else batches
     while True:
         number = -1
@@ -233,8 +240,8 @@ def cycle(batches: Iterable[PyTree]) -> Iterator[tuple[int, PyTree]]:
             )
 
 
-def _check_batch(batch: PyTree, number: int) -> int:
-    """Checks a batch, and returns its length."""
+def length_of_batch(batch: PyTree, number: int) -> int:
+    """The length of the leading axes of a batch, which are checked."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
     described = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
     lengths = {shape[0] if shape else 0 for shape in described.values()}
@@ -298,6 +305,11 @@ def _chunk_size(chunk_size: Any, per_example: Any, d: int, m: int) -> int | None
                 f"chunk_size is for per_example=True, got chunk_size={chunk_size} without it."
             )
         return None
+    return gradients_at_a_time(chunk_size, d, m)
+
+
+def gradients_at_a_time(chunk_size: Any, d: int, m: int) -> int:
+    """The number of gradients of d entries in a chunk, by default as many as fit; at most m."""
     if chunk_size is None:
         chunk_size = min(_MAX_CHUNK, max(1, _CHUNK_BYTES // (4 * max(d, 1))))
     return min(_checks.positive_int(chunk_size, "chunk_size"), m)

@@ -1,7 +1,7 @@
 """Collects the gradients of a Fisher matrix from a loss and data.
 
 A row is the gradient of one mini-batch or of one example; :func:`collect_gradients` says how the
-two differ.
+two differ. It stores the rows. :func:`implicit_rows` computes them whenever they are needed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from mfac_jax._collect import (
     fill_rows,
 )
 from mfac_jax._durable import digest
+from mfac_jax._implicit import ImplicitRows, rows_of
 from mfac_jax._layout import PyTree
 from mfac_jax.rows import Dense, Files, Storage, WritableRows
 from mfac_jax.rows._storage import check_storage
 
-__all__ = ["collect_gradients"]
+__all__ = ["ImplicitRows", "collect_gradients", "implicit_rows"]
 
 
 def collect_gradients(
@@ -163,3 +164,88 @@ def _origin(params: PyTree, mask: PyTree, key: Array | None, per_example: Any) -
         "digest of the key": digest(random),
         "per_example": str(per_example),
     }
+
+
+def implicit_rows(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    num_gradients: int | None = None,
+    *,
+    per_example: bool = False,
+    chunk_size: int | None = None,
+    sample_labels: LabelSampler | None = None,
+    key: Array | None = None,
+) -> ImplicitRows:
+    """The rows of :func:`collect_gradients`, computed whenever they are needed and never stored.
+
+    They take the memory of the parameters, a few batches, a few vectors of ``d`` numbers and up to
+    three chunks of gradients, whatever ``m`` is. In exchange every product differentiates the loss
+    of all data again:
+
+    - ``dots`` takes a forward pass with tangents over all data, ``combine`` a forward and a
+      backward pass. :meth:`~mfac_jax.inverse.FisherInverse.ihvp`,
+      :meth:`~mfac_jax.inverse.FisherInverse.quadratic_form` and
+      :meth:`~mfac_jax.inverse.FisherInverse.sample` take one of each,
+      :meth:`~mfac_jax.inverse.FisherInverse.combination` takes ``combine`` alone, and the
+      log-determinant nothing.
+    - ``gram``, and so :func:`mfac_jax.fisher_inverse`, computes about
+      ``m^2 / (2 chunk_size) + m / 2`` gradients: each chunk again for every chunk after it. The
+      diagonal of the inverse computes ``m`` more.
+
+    A larger ``chunk_size`` therefore saves time. With ``chunk_size >= m`` every gradient is
+    computed once.
+
+    Args:
+        loss_fn: ``loss_fn(params, batch)``, as in :func:`collect_gradients`. It must have
+            derivatives in forward and in reverse mode.
+        params: the parameters. The rows hold them without a copy. Products are as precise as the
+            loss, so parameters of low precision give products of low precision.
+        batches: the batches, as in :func:`collect_gradients`. The rows keep a copy of NumPy arrays
+            in host memory, which every product moves to the device batch by batch; JAX arrays stay
+            where they are. A product takes all examples of a batch at a time.
+        num_gradients: ``m``; by default one row for each batch or for each example.
+        per_example: whether a row is the gradient of one example instead of one batch.
+        chunk_size: the number of gradients of a chunk. By default they take 64 MiB; at most 128.
+        sample_labels: draws labels, as in :func:`collect_gradients`; once for each row.
+        key: the random key for ``sample_labels``.
+
+    Returns:
+        The rows, in the order of the data. They answer products and whatever follows from
+        products: the whole inverse and its diagonal. They cannot be written, their columns cannot
+        be read, and ``jit`` cannot trace them. If a gradient has NaN or Inf in it, ``dots`` and
+        ``combine`` return NaN or Inf. What computes gradients in chunks, such as
+        :func:`mfac_jax.fisher_inverse`, raises a ``FloatingPointError`` that names the row, the
+        batch and the example.
+
+    Raises:
+        TypeError: an argument has the wrong type, a parameter is not real floating point, or
+            ``loss_fn`` does not return a real number.
+        ValueError: ``batches`` is empty or a batch is malformed, ``num_gradients`` or
+            ``chunk_size`` is below 1, ``loss_fn`` does not return a scalar, or an option is given
+            without the option that it needs.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import fisher_inverse
+        >>> from mfac_jax.gradients import implicit_rows
+        >>> def loss(params, batch):
+        ...     x, y = batch
+        ...     return jnp.mean((x @ params["w"] - y) ** 2)
+        >>> data = [(jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), jnp.array([-1.0, 1.0]))]
+        >>> rows = implicit_rows(loss, {"w": jnp.zeros(3)}, data, per_example=True)
+        >>> rows.dots({"w": jnp.ones(3)})
+        Array([ 2., -4.], dtype=float32)
+        >>> fisher_inverse(rows, damping=1.0).ihvp({"w": jnp.ones(3)})["w"]
+        Array([0.333, 0.111, 1.   ], dtype=float32)
+    """
+    return rows_of(
+        loss_fn,
+        params,
+        batches,
+        num_gradients,
+        per_example=per_example,
+        chunk_size=chunk_size,
+        sample_labels=sample_labels,
+        key=key,
+    )

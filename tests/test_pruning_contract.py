@@ -523,7 +523,8 @@ class OnlyProducts(rows.Storage):
 
 def test_columns_are_read_only_where_they_are_needed(params, gradients):
     held, mask = hold(Case(), gradients, params), pruning.initial_mask(params)
-    for score, update in [("magnitude", "joint"), (outside.taylor, outside.bounded_joint)]:
+    steps = [("magnitude", "joint"), ("obd", "none"), (outside.taylor, outside.bounded_joint)]
+    for score, update in steps:
         case = Case(score=score, update=update)
         want = case.step(params, mask, held, 0.4)
         jax.tree.map(
@@ -531,7 +532,6 @@ def test_columns_are_read_only_where_they_are_needed(params, gradients):
         )
     for case, what in [
         (Case(), "score='mfac'"),
-        (Case(score="obd"), "score='obd'"),
         (Case(score="magnitude", update="reference"), "update='reference'"),
         (Case(score="magnitude", blocks=16), "blocks=16"),
         (Case(score=pruning.Score(outside.taylor, reads_columns=True)), "score='taylor'"),

@@ -1,4 +1,4 @@
-"""Rows in leaf packing follow the sharding of their parameters."""
+"""Rows in leaf packing, and rows by output, follow the sharding of their parameters."""
 
 import re
 
@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mfac_jax import fisher_inverse, mfac_precondition, mfacw
 from mfac_jax.optimizer import SecondMoments
-from mfac_jax.rows import Dense, Paged, as_rows
+from mfac_jax.rows import Dense, Int8, Paged, TopK, _int8, as_rows
 
+NAMES = "all-reduce|all-gather|all-to-all|collective-permute"
 SPECS = {"kernel": PartitionSpec("x", "y"), "bias": PartitionSpec("y"), "scale": PartitionSpec()}
 
 
@@ -92,10 +93,48 @@ def test_no_parameter_and_no_row_is_gathered(shardings, tx):
     compiled = jax.jit(tx.update).lower(grads, tx.init(grads)).compile().as_text()
     assert "all-reduce" in compiled
     # What is exchanged is of the size of the products: m numbers for each of five blocks at most.
-    names = "all-reduce|all-gather|all-to-all|collective-permute"
-    for results in re.findall(rf"= (.*?) (?:{names})\(", compiled):
+    for results in re.findall(rf"= (.*?) (?:{NAMES})\(", compiled):
         for shape in re.findall(r"\w\[([\d,]*)\]", results):
             assert np.prod([int(n) for n in shape.split(",") if n]) <= 5 * 4
+
+
+@pytest.mark.parametrize(
+    "storage", [Int8(), TopK(0.2, block=8, error_bits=4)], ids=["int8", "largest"]
+)
+def test_compressed_rows_by_output_follow_the_sharding_of_the_outputs(
+    shardings, storage, monkeypatch
+):
+    """Outputs on all devices or on pairs of them, and parameters that are on every device."""
+    monkeypatch.setattr(_int8, "_ENTRIES_AT_A_TIME", 32)  # a loop over tiles
+    mesh, outputs = shardings["bias"].mesh, {"kernel": ("x", "y"), "conv": "y", "same": None}
+    shapes = {"kernel": (48, 12), "conv": (5, 8, 6), "bias": (12,), "same": (60, 4)}
+    specs = {"kernel": (None, outputs["kernel"]), "conv": (None, None, "y"), "bias": (), "same": ()}
+    spread = {name: NamedSharding(mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
+
+    def gradient(seed):
+        rng = np.random.default_rng(seed)
+        return {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+
+    def sharded(seed):
+        return jax.device_put(gradient(seed), spread)
+
+    tx = mfacw(1e-3, window_size=2, storage=storage)
+    plain, state = tx.init(gradient(0)), tx.init(sharded(0))
+    on_one = jax.jit(tx.update)
+    step = jax.jit(tx.update).lower(sharded(0), state, sharded(9)).compile()
+    # At most the Gram matrices of 23 blocks, padded for four devices. A device has 144 numbers of
+    # the kernel, 120 of the convolution and 240 of the last.
+    for results in re.findall(rf"= (.*?) (?:{NAMES})(?:-start)?\(", step.as_text()):
+        for shape in re.findall(r"\w\[([\d,]*)\]", results):
+            assert np.prod([int(n) for n in shape.split(",") if n]) <= 24 * 2**2
+    for seed in range(4):
+        want, plain = on_one(gradient(seed), plain, gradient(9))
+        got, state = step(sharded(seed), state, sharded(9))
+        chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-7)
+    for rows, name in zip(state[0].window.rows[1:], ("conv", "kernel", "same"), strict=True):
+        for part in jax.tree.leaves((rows.code, rows.error)):
+            want = NamedSharding(mesh, PartitionSpec(outputs[name]))
+            assert part.sharding.is_equivalent_to(want, part.ndim)
 
 
 def test_abstract_parameters_carry_their_sharding(shardings):

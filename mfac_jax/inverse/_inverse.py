@@ -50,8 +50,8 @@ def fisher_inverse(
     without a copy, but a function under ``jax.jit`` that returns the inverse copies them.
 
     Args:
-        rows: ``G``; n gradients of d entries. Blocks, the diagonal and entries need rows whose
-            columns can be read (:class:`mfac_jax.rows.ColumnRows`).
+        rows: ``G``; n gradients of d entries. Blocks and entries need rows whose columns can be
+            read (:class:`mfac_jax.rows.ColumnRows`).
         damping: ``lambda > 0``; a number or a scalar array.
         mask: a tree of booleans with the structure of the parameters; gradients count as 0
             where it is false, but must be finite there too. All true by default.

@@ -55,13 +55,12 @@ class WholeInverse(FisherInverse):
         return self._where_in(self.rows.combine(self._shared_solve(self.rows.dots(tree), 1)))
 
     def diagonal(self) -> PyTree:
-        rows = self._columns("diagonal")
+        rows = self.rows
         if self.whitened is None:
             lower = _whole_algebra.inverse_lower(self.factor)
             squares, inner = rows.both_column_square_sums(lower, lower=True)
         else:
-            whitened = check_columns(self.whitened, "whitened rows")
-            squares, inner = rows.column_square_sums(), whitened.column_square_sums()
+            squares, inner = rows.column_square_sums(), self.whitened.column_square_sums()
         return _whole_algebra.diagonal(
             inner, squares, self.damping, self.mask, num_rows=rows.num_rows
         )

@@ -31,7 +31,7 @@ from mfac_jax.pruning._interface import Pattern, check_group_scores
 from mfac_jax.pruning._problem import Problem
 from mfac_jax.pruning._scope import Selection
 from mfac_jax.rows import Blocks, GradientRows
-from mfac_jax.rows._base import check_columns
+from mfac_jax.rows._base import check_rows
 
 ScoreFn = Callable[[Problem], PyTree]
 
@@ -91,7 +91,7 @@ def obd_saliency(
 
     Reference: LeCun, Denker, Solla, "Optimal brain damage", NeurIPS 1989.
     """
-    rows = check_columns(rows, "obd_saliency")
+    rows = check_rows(rows)
     rows.layout.check(params, "params")
     _checks.positive_scalar(damping, "damping")
     if mask is not None:
@@ -221,7 +221,7 @@ def _roots(tree: PyTree) -> PyTree:
 
 
 def _obd_score(problem: Problem) -> PyTree:
-    rows = check_columns(problem.rows, "score='obd'")
+    rows = problem.rows
     squares, n = rows.column_square_sums(), rows.num_rows
     return _obd(problem.weights, None, squares, problem.damping, num_rows=n)
 
@@ -291,7 +291,7 @@ def _check_greedy(pattern: Pattern, largest: int) -> None:
 SCORES: dict[str, Score] = {
     "mfac": Score(_mfac_score, reads_columns=True, of_groups=True),
     "greedy": Score(_greedy_score, reads_columns=True, of_groups=True, check=_check_greedy),
-    "obd": Score(_obd_score, reads_columns=True),
+    "obd": Score(_obd_score),
     "magnitude": Score(_magnitude_score, of_groups=True),
 }
 

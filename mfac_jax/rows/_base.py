@@ -126,6 +126,35 @@ class GradientRows(abc.ABC):
             blocks = jax.tree.map(lambda *x: jnp.stack(x), *map(self.combine, matrix))
         return DenseRows(blocks, self.layout, len(matrix), "leaf")
 
+    def column_square_sums(
+        self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
+    ) -> PyTree:
+        """``diag((M G)^T (M G))``, without storing ``M G``.
+
+        The default transforms some rows of ``M`` at a time.
+
+        Args:
+            matrix: ``M``; the identity by default.
+            lower: whether ``M`` is lower triangular, which can save time.
+        """
+        del lower
+        matrix = jnp.eye(self.num_rows, dtype=self.dtype) if matrix is None else matrix
+        return square_sums_by_rows(self, matrix, _ROWS_AT_A_TIME)
+
+    def both_column_square_sums(
+        self, matrix: Float[Array, "k m"], *, lower: bool = False
+    ) -> tuple[PyTree, PyTree]:
+        """:meth:`column_square_sums` without and with a matrix.
+
+        Args:
+            matrix: ``M``.
+            lower: whether ``M`` is lower triangular, which can save time.
+
+        Returns:
+            ``diag(G^T G)`` and ``diag((M G)^T (M G))``.
+        """
+        return self.column_square_sums(), self.column_square_sums(matrix, lower=lower)
+
 
 class WritableRows(GradientRows):
     """Rows that can be written."""
@@ -248,12 +277,7 @@ class ColumnRows(GradientRows):
     def column_square_sums(
         self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
     ) -> PyTree:
-        """``diag((M G)^T (M G))``, without storing ``M G``.
-
-        Args:
-            matrix: ``M``; the identity by default.
-            lower: whether ``M`` is lower triangular, which can save time.
-        """
+        """See :meth:`GradientRows.column_square_sums`. The default reads pieces of columns."""
         del lower
         constants = () if matrix is None else (matrix,)
         pieces = pieces_of(self.layout.size, self.num_rows)
@@ -262,15 +286,7 @@ class ColumnRows(GradientRows):
     def both_column_square_sums(
         self, matrix: Float[Array, "k m"], *, lower: bool = False
     ) -> tuple[PyTree, PyTree]:
-        """:meth:`column_square_sums` without and with a matrix, in one pass over the gradients.
-
-        Args:
-            matrix: ``M``.
-            lower: whether ``M`` is lower triangular, which can save time.
-
-        Returns:
-            ``diag(G^T G)`` and ``diag((M G)^T (M G))``.
-        """
+        """See :meth:`GradientRows.both_column_square_sums`. The default is one pass."""
         del lower
         pieces = pieces_of(self.layout.size, self.num_rows)
         return self.map_blocks(pieces, _both_square_sums, constants=(matrix,))
@@ -323,6 +339,29 @@ def _products(
     return jax.lax.map(of_row, units, batch_size=min(_ROWS_AT_A_TIME, first.num_rows))
 
 
+def square_sums_by_rows(rows: GradientRows, matrix: Float[Array, "k m"], count: int) -> PyTree:
+    """``diag((M G)^T (M G))`` from ``M' G`` for ``count`` rows ``M'`` of ``M`` at a time."""
+    count = min(count, len(matrix))
+    padded = jnp.pad(matrix, ((0, -len(matrix) % count), (0, 0)))
+    parts = padded.reshape(-1, count, rows.num_rows)
+    zeros = rows.layout.unflatten(jnp.zeros(rows.layout.size, rows.dtype))
+    if rows.is_traceable:
+        return _sum_of_parts(rows, zeros, parts)
+    return functools.reduce(functools.partial(_add_square_sums, rows), parts, zeros)
+
+
+@jax.jit
+def _sum_of_parts(rows: GradientRows, zeros: PyTree, parts: Float[Array, "p k m"]) -> PyTree:
+    def add(total: PyTree, part: Float[Array, "k m"]) -> tuple[PyTree, None]:
+        return _add_square_sums(rows, total, part), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _add_square_sums(rows: GradientRows, total: PyTree, part: Float[Array, "k m"]) -> PyTree:
+    return jax.tree.map(jnp.add, total, rows.transform(part).column_square_sums())
+
+
 def _length(gradients: PyTree) -> int:
     """The number of stacked gradients."""
     leaves = jax.tree.leaves(gradients)
@@ -346,7 +385,7 @@ def _write_rows(
 _map_blocks = jax.jit(map_columns, static_argnames=("function", "by_run"))
 
 
-def is_small_enough(square: Float[Array, ""], num_rows: int) -> Bool[Array, ""]:
+def is_small_enough(square: Float[Array, "*k"], num_rows: int) -> Bool[Array, "*k"]:
     """Whether ``|g|^2`` and sums of it over the rows are finite.
 
     :meth:`WritableRows.put` accepts such gradients and no others.

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax import _checks
@@ -23,7 +24,7 @@ from mfac_jax.kernels._xla import accumulation_dtype, set_row
 from mfac_jax.rows._base import ColumnRows, WritableRows, is_small_enough
 from mfac_jax.rows._blocks import BlockRows, number_of_blocks, output_axis
 from mfac_jax.rows._dense import DenseRows
-from mfac_jax.rows._storage import Storage
+from mfac_jax.rows._storage import Storage, rows_sharding
 
 # As many numbers are decoded or multiplied at a time; 64 MiB in float32.
 _ENTRIES_AT_A_TIME = 2**24
@@ -47,7 +48,9 @@ def check_width(value: Any, name: str) -> None:
 class Compressed(Storage):
     """A storage of fewer bits: a small immutable value that encodes tiles of gradients.
 
-    The rows do not follow the sharding of the parameters.
+    Rows by output follow the sharding of the outputs: every device has the tiles of its outputs.
+    Parameters that are sharded along other axes are gathered for a write, and other rows do not
+    follow the sharding.
     """
 
     @property
@@ -115,9 +118,16 @@ class Compressed(Storage):
         shape = layout.shapes[0]
         each, width = self.tiling(layout.size // max(shape[axis], 1))
         count = shape[axis] * each
-        code, error = self.blank(count, num_rows, width), self.blank_error(count, width)
+
+        def blank() -> tuple[Code, PyTree]:
+            return self.blank(count, num_rows, width), self.blank_error(count, width)
+
+        sharding = rows_sharding(leaf, axis)
+        if sharding is not None:
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+        code, error = blank() if sharding is None else jax.jit(blank, out_shardings=sharding)()
         blocks = number_of_blocks(shape, axis, num_rows)
-        return CompressedOutputRows(code, error, layout, axis, blocks, self)
+        return CompressedOutputRows(code, error, layout, axis, blocks, sharding, self)
 
     def tiling(self, size: int) -> tuple[int, int]:
         """The number and the width of the tiles of ``size`` columns."""
@@ -217,6 +227,10 @@ class CompressedRows(WritableRows, ColumnRows):
         matrix = jnp.moveaxis(tiles, 0, 1).reshape(self.num_rows, -1)
         return lax.dynamic_slice_in_dim(matrix, start - first * self.width, size, axis=1)
 
+    def on_each_device(self, function: Callable[..., Any], *tiles: Any) -> Any:
+        """``function`` of the tiles, which one device has."""
+        return function(*tiles)
+
     def _tiles(self, flat: Array) -> Array:
         """A vector of all coordinates, cut into tiles."""
         padded = jnp.pad(flat, (0, self.num_tiles * self.width - flat.size))
@@ -275,6 +289,8 @@ class CompressedOutputRows(BlockRows):
         layout: the parameter.
         axis: the axis of the outputs in the parameter (static).
         num_blocks: ``k``; it divides the number of outputs (static).
+        sharding: how devices share the tiles; None for parameters without a ``NamedSharding``
+            (static).
         storage: the storage, which knows the code (static).
     """
 
@@ -283,6 +299,7 @@ class CompressedOutputRows(BlockRows):
     layout: Any
     axis: int = field(metadata={"static": True})
     num_blocks: int = field(metadata={"static": True})
+    sharding: NamedSharding | None = field(metadata={"static": True})
     storage: Compressed = field(metadata={"static": True})
 
     @property
@@ -309,17 +326,33 @@ class CompressedOutputRows(BlockRows):
             lambda x: jnp.where(fits, x, jnp.zeros_like(x)), (tiles, self.error)
         )
         rows = _written(replace(self, error=error), row, tiles, accepted)
-        dots = self.storage.dots(rows.code, _row(rows, row))
+        dots = self.on_each_device(self.storage.dots, rows.code, _row(rows, row))
         return rows, jnp.sum(dots.reshape(self.num_blocks, -1, dots.shape[1]), axis=1)
 
     def combine(self, coefficients: Float[Array, "k m"]) -> Float[Array, "..."]:
         (shape,) = self.layout.shapes
         tiles = len(self.code[0])
         weights = jnp.repeat(coefficients.astype(self.dtype), tiles // self.num_blocks, axis=0)
-        combined = self.storage.combine(self.code, weights, self.width)
+
+        def combine(code: Code, weights: Float[Array, "t m"]) -> Float[Array, "t k"]:
+            return self.storage.combine(code, weights, self.width)
+
+        combined = self.on_each_device(combine, self.code, weights)
         rest = [length for i, length in enumerate(shape) if i != self.axis]
         outputs = combined.reshape(shape[self.axis], -1)[:, : math.prod(rest)]
         return jnp.moveaxis(outputs.reshape(shape[self.axis], *rest), 0, self.axis)
+
+    def on_each_device(self, function: Callable[..., Any], *tiles: Any) -> Any:
+        """``function`` of the tiles of each device.
+
+        XLA would gather tiles for a loop over them, and share tiles that every device has.
+        """
+        if self.sharding is None:
+            return function(*tiles)
+        mesh, spec = self.sharding.mesh.abstract_mesh, self.sharding.spec
+        return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(
+            *tiles
+        )
 
 
 Coded = TypeVar("Coded", CompressedRows, CompressedOutputRows)
@@ -329,8 +362,7 @@ def _written(
     rows: Coded, row: Int[Array, ""], tiles: Float[Array, "t k"], accepted: Bool[Array, ""]
 ) -> Coded:
     """The rows with one replaced, if the new one is accepted."""
-    new, error = rows.storage.encode(tiles, rows.error)
-
+    new, error = rows.on_each_device(rows.storage.encode, tiles, rows.error)
     pairs = zip(rows.code, new, strict=True)
     code = tuple(set_row(part, row, value, accepted) for part, value in pairs)
     error = jax.tree.map(lambda x, old: jnp.where(accepted, x, old), error, rows.error)
@@ -340,7 +372,11 @@ def _written(
 def _row(rows: CompressedRows | CompressedOutputRows, row: Int[Array, ""]) -> Float[Array, "t k"]:
     """One gradient as stored."""
     own = tuple(lax.dynamic_slice_in_dim(part, row, 1, axis=1) for part in rows.code)
-    return rows.storage.decode(own, rows.width, rows.dtype)[:, 0]
+
+    def decode(own: Code) -> Float[Array, "t k"]:
+        return rows.storage.decode(own, rows.width, rows.dtype)[:, 0]
+
+    return rows.on_each_device(decode, own)
 
 
 @jax.jit

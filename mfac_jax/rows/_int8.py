@@ -25,8 +25,8 @@ class Int8(Compressed):
     """Stores gradients as integers of 8 bits, with a float32 scale for each tile of columns.
 
     A window of ``m`` gradients takes ``(1 + 4 / tile) m`` bytes for each parameter. Numbers are
-    rounded to the nearest of 255, of which the largest is the largest of the tile. The rows do not
-    follow the sharding of the parameters.
+    rounded to the nearest of 255, of which the largest is the largest of the tile. Rows by output
+    follow the sharding of the outputs.
 
     Attributes:
         tile: the number of neighbouring entries that share a scale, a power of two from 2 to

@@ -108,7 +108,6 @@ class StackedRows(ColumnRows):
     ) -> PyTree:
         if matrix is not None:
             return super().column_square_sums(matrix, lower=lower)
-        self._column_parts()
         return self._run(_column_square_sums)
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -172,7 +171,7 @@ def _gram(
 
 def _column_square_sums(rows: StackedRows) -> PyTree:
     """``sum_p s_p^2 q_p`` for the column square sums ``q_p`` of the parts."""
-    parts = [part.column_square_sums() for part in rows._column_parts()]
+    parts = [part.column_square_sums() for part in rows.parts]
 
     def of_leaf(*leaves: Array) -> Array:
         pairs = zip(rows.scales, leaves, strict=True)

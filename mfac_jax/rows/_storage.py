@@ -184,7 +184,7 @@ class Dense(Storage):
             blocks: PyTree = jnp.zeros((count, m, width), dtype)
         else:
             blocks = jax.tree.map(
-                lambda leaf: jnp.zeros((m, *jnp.shape(leaf)), dtype, device=_sharding(leaf)),
+                lambda leaf: jnp.zeros((m, *jnp.shape(leaf)), dtype, device=rows_sharding(leaf)),
                 params,
             )
         return DenseRows(blocks, layout, m, self.packing, self.implementation).supported()
@@ -207,7 +207,7 @@ class Dense(Storage):
         axis = output_axis(leaf, axis)
         count = number_of_blocks(tuple(shape), axis, num_rows)
         shape = [shape.pop(axis), num_rows, *shape]
-        zeros = jnp.zeros(shape, dtype, device=_sharding(leaf, axis))
+        zeros = jnp.zeros(shape, dtype, device=rows_sharding(leaf, axis))
         return OutputRows(zeros, axis, count)
 
     def hold(self, gradients: PyTree, params: PyTree) -> DenseRows:
@@ -288,7 +288,7 @@ def as_rows(
     return storage.hold(gradients, params)
 
 
-def _sharding(leaf: Any, output_axis: int | None = None) -> NamedSharding | None:
+def rows_sharding(leaf: Any, output_axis: int | None = None) -> NamedSharding | None:
     """The leaf's sharding with an unsharded axis of rows; None without a ``NamedSharding``.
 
     The rows come first, or second after the axis of outputs.

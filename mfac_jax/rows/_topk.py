@@ -30,8 +30,8 @@ class TopK(Compressed):
     Each gradient is flattened and cut into blocks. What earlier gradients left out is added to it.
     Of each block the entries of largest absolute value are stored, with their places in 16 bits,
     and the rest is left for the next gradient. So a window of ``m`` gradients takes
-    ``4 density m`` bytes for each parameter with bfloat16 values, and the errors 2 bytes more. The
-    rows do not follow the sharding of the parameters.
+    ``4 density m`` bytes for each parameter with bfloat16 values, and the errors 2 bytes more. Rows
+    by output follow the sharding of the outputs.
 
     Reference: Modoranu et al., "Error Feedback Can Accurately Compress Preconditioners", ICML 2024;
     Modoranu et al., "MicroAdam: Accurate Adaptive Optimization with Low Space Overhead and Provable
