@@ -23,14 +23,20 @@ from mfac_jax._collect import (
     on_device,
 )
 from mfac_jax._layout import PyTree, where
+from mfac_jax.pruning._block_curvature import (
+    BlockCurvature,
+    Settings,
+    check_sums,
+    settings_in_blocks,
+)
 from mfac_jax.pruning._blocks import FisherBlocks
 from mfac_jax.pruning._finite import check_finite
-from mfac_jax.pruning._gradients import Gradients, History, check_gradients
+from mfac_jax.pruning._gradients import Curvature, Gradients, History, check_gradients
 from mfac_jax.pruning._masks import initial_mask, pruned_of_leaves
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport, peak_memory
 from mfac_jax.pruning._schedules import schedule_of
 from mfac_jax.pruning._scope import Scope, Selection, check_scope, select
-from mfac_jax.pruning._search import Search, Setting, settings_on
+from mfac_jax.pruning._search import Search, Setting
 from mfac_jax.pruning._step import column_readers
 from mfac_jax.pruning._targets import Start, Target, check_wanted, target_from
 from mfac_jax.pruning._trials import Searcher, Step, mean_loss
@@ -128,9 +134,7 @@ def prune(
     """
     _check_kinds(loss_fn, fine_tune, scope, gradients, search)
     plan = _Plan.of(params, sparsity, steps, scope, mask)
-    settings = settings_on(plan.selection, search.settings)
-    readers = functools.partial(_column_readers, settings)
-    check_gradients(gradients, params, len(plan.targets), readers)
+    settings, curvature = _curvature(gradients, params, plan, search)
     params, alive = plan.start(params)
     loss_fn = _PrunableLoss(loss_fn, plan.selection.keep)
     stream = _Stream(batches)
@@ -138,7 +142,6 @@ def prune(
     loss_of = functools.partial(mean_loss, loss_fn, batches=held_out)
     loss = _finite(loss_of(params), "the loss of params on the calibration batches")
 
-    history = History(gradients, params, len(plan.targets))
     reports: list[StepReport] = []
     hidden = None if progress else True  # on None tqdm stays silent in a file
     with tqdm(total=len(plan.targets), unit="step", desc="pruning", disable=hidden) as bar:
@@ -152,10 +155,12 @@ def prune(
                 per_example=gradients.per_example,
                 progress=progress,
             )
-            history.take(fill, alive)
+            curvature.take(fill, alive)
             gradient_seconds = time.perf_counter() - began
-            searcher = Searcher(params, alive, history, plan.selection, loss_of)
-            step = searcher.step(settings, search.descents, target, keep_layers=plan.keep_layers)
+            # The searcher is not kept: it holds the gradients.
+            step = Searcher(params, alive, curvature, plan.selection, loss_of).step(
+                settings, search.descents, target, keep_layers=plan.keep_layers
+            )
             params, alive, tuned = step.params, step.mask, None
             if fine_tune is not None:
                 params = plan.fine_tuned(fine_tune, params, alive)
@@ -177,6 +182,19 @@ def _check_kinds(loss_fn: Any, fine_tune: Any, scope: Any, gradients: Any, searc
             name = kind.__name__
             hint = "; give rows as Gradients(given=rows)" if kind is Gradients else ""
             raise TypeError(f"{name.lower()} must be a {name}, got {type(value).__name__}{hint}.")
+
+
+def _curvature(
+    gradients: Gradients, params: PyTree, plan: _Plan, search: Search
+) -> tuple[Settings, Curvature]:
+    """The settings to try, and where their gradients go; both are checked."""
+    steps, selection = len(plan.targets), plan.selection
+    settings, shared = settings_in_blocks(gradients, selection, search.settings, steps)
+    if shared is not None:
+        check_sums(gradients, params)
+        return settings, BlockCurvature(gradients, params, selection, shared)
+    check_gradients(gradients, params, steps, functools.partial(_column_readers, settings))
+    return settings, History(gradients, params, steps)
 
 
 def _column_readers(settings: Iterable[tuple[Setting, FisherBlocks]], num_rows: int) -> list[str]:

@@ -10,6 +10,7 @@ rows; nothing else in the library changes.
 
 from mfac_jax._layout import Layout
 from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows, is_small_enough
+from mfac_jax.rows._block_sums import BlockSums, InBlocks
 from mfac_jax.rows._blocks import BlockRows, OutputRows
 from mfac_jax.rows._compressed import Compressed, CompressedRows
 from mfac_jax.rows._dense import DenseRows
@@ -22,6 +23,7 @@ from mfac_jax.rows._topk import TopK
 __all__ = [
     "BlockRows",
     "BlockRun",
+    "BlockSums",
     "Blocks",
     "ColumnRows",
     "Compressed",
@@ -29,6 +31,7 @@ __all__ = [
     "Dense",
     "DenseRows",
     "GradientRows",
+    "InBlocks",
     "Int8",
     "Layout",
     "OutputRows",
