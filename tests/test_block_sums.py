@@ -12,6 +12,7 @@ import pytest
 from mfac_jax import algebra, collect_gradients, fisher_inverse, pruning, rows
 from mfac_jax.pruning import Gradients, Scope, Search, Setting, WithinOutputs, _block_curvature
 from mfac_jax.pruning._scope import select
+from mfac_jax.rows import _sum_programs
 
 SIZES = [12, 12, 12, 4]
 D = sum(SIZES)
@@ -478,3 +479,21 @@ def test_memory_is_that_of_the_sums():
     )  # fmt: skip
     sums = 4 * size * params["w"].size
     assert sums < max(found) - found[0] < 1.7 * sums
+
+
+@pytest.mark.wrong_types  # shapes stand for arrays
+def test_sums_and_roots_are_changed_in_place():
+    """For ResNet-20, beside the sums and the buffer there are only some pieces of blocks."""
+    runs = (rows.BlockRun(0, 16, 27), rows.BlockRun(432, 1856, 144), rows.BlockRun(267696, 10, 64))
+    partition = rows.Partition(jnp.arange(268336, dtype=jnp.int32), runs)
+    sums = jax.eval_shape(lambda: rows.InBlocks(partition).empty(jnp.zeros(268336), 4096))
+    total = 4 * 144 * 268336
+    parts = sums.blocks, sums.total, sums.held, sums.buffer, partition
+    for compiled in (
+        _sum_programs.added.lower(*parts).compile(),
+        _sum_programs.square_roots.lower(sums.blocks, partition, num_rows=4096).compile(),
+    ):
+        memory = compiled.memory_analysis()
+        assert memory.argument_size_in_bytes < 1.55 * total
+        assert memory.alias_size_in_bytes > 0.98 * total
+        assert memory.temp_size_in_bytes < 0.3 * total

@@ -2,7 +2,8 @@
 
 Rows have three capabilities. All rows compute products (:class:`GradientRows`). Some rows can be
 written (:class:`WritableRows`). The columns of some rows can be read (:class:`ColumnRows`). An
-algorithm requires writing or columns only if it needs them.
+algorithm requires writing or columns only if it needs them. :class:`BlockSums` keep no gradients:
+they have no products, and their columns are read block by block.
 
 A :class:`Storage` makes rows. A new way to store gradients is a new storage with its own class of
 rows; nothing else in the library changes.

@@ -1,8 +1,8 @@
 """The interface of stored gradients, in three capabilities.
 
-All rows compute products (:class:`GradientRows`). Writing (:class:`WritableRows`) and access to
-columns (:class:`ColumnRows`) are optional. An algorithm that needs one of them calls
-``check_writable`` or ``check_columns``.
+All rows but :class:`BlockSums` compute products (:class:`GradientRows`). Writing
+(:class:`WritableRows`) and access to columns (:class:`ColumnRows`) are optional. An algorithm that
+needs one of them calls ``check_writable`` or ``check_columns``.
 """
 
 from __future__ import annotations

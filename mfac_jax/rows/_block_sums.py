@@ -11,17 +11,15 @@ Fisher of the n gradients, so functions of blocks take them for B gradients.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
-from mfac_jax import _checks, algebra
+from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.rows._base import (
     ColumnRows,
@@ -29,20 +27,19 @@ from mfac_jax.rows._base import (
     check_columns,
     check_traceable,
     check_writable,
-    is_small_enough,
     leaves_of,
 )
-from mfac_jax.rows._map import after, concatenated, in_pieces
-from mfac_jax.rows._partition import (
-    PIECE_ENTRIES,
-    BlockRun,
-    Blocks,
-    Partition,
-    check_partition,
-    flat_vector,
-    partition,
-)
+from mfac_jax.rows._partition import Blocks, Partition, check_partition, partition
 from mfac_jax.rows._storage import Dense, Storage, check_storage
+from mfac_jax.rows._sum_programs import (
+    added,
+    are_small,
+    map_roots,
+    noted,
+    scaled,
+    square_roots,
+    taken,
+)
 
 
 # Compared by identity: the order of a partition is an array, which is not simply equal.
@@ -155,7 +152,7 @@ class BlockSums(WritableRows, ColumnRows):
             ValueError: a gradient is still to come.
         """
         self._check_complete()
-        return _scaled(self.total, jnp.asarray(1 / self.num_rows, self.dtype))
+        return scaled(self.total, jnp.asarray(1 / self.num_rows, self.dtype))
 
     def write_rows(
         self, first: int | Int[Array, ""], gradients: PyTree, count: int | Int[Array, ""]
@@ -182,7 +179,7 @@ class BlockSums(WritableRows, ColumnRows):
                 f"gradients must be added in order, each once: expected row {self.num_written} of "
                 f"{self.num_rows}, got rows {start} to {end - 1}."
             )
-        small = _are_small(gradients, dtype=self.dtype, num_rows=self.num_rows)
+        small = are_small(gradients, dtype=self.dtype, num_rows=self.num_rows)
         accepted = jnp.ones_like(small)
         rows = self
         while rows.num_written < end:
@@ -203,17 +200,17 @@ class BlockSums(WritableRows, ColumnRows):
         slot = self.num_written % length
         count = min(length - slot, left)
         if done or len(small) > length:
-            gradients = _taken(gradients, done, length=min(len(small), length))
+            gradients = taken(gradients, done, length=min(len(small), length))
         buffer, stored = self.buffer.write_rows(slot, gradients, count)
-        held, accepted = _noted(self.held, accepted, stored, small, slot, done, count)
+        held, accepted = noted(self.held, accepted, stored, small, slot, done, count)
         rows = replace(self, buffer=buffer, held=held, num_written=self.num_written + count)
         is_last = rows.num_written == self.num_rows
         if slot + count == length or is_last:
-            sums = _added(self.blocks, self.total, held, buffer, self.partition)
+            sums = added(self.blocks, self.total, held, buffer, self.partition)
             blocks, total, held = sums
             rows = replace(rows, blocks=blocks, total=total, held=held)
         if is_last:
-            roots = _square_roots(rows.blocks, self.partition, num_rows=self.num_rows)
+            roots = square_roots(rows.blocks, self.partition, num_rows=self.num_rows)
             rows = replace(rows, blocks=roots, buffer=None, held=None)
         return rows, accepted
 
@@ -251,7 +248,7 @@ class BlockSums(WritableRows, ColumnRows):
         same = self._match(partition)
         leaves = tuple(leaves_of(self.layout, vector) for vector in vectors)
         held = self.blocks, self.partition, self.layout
-        return _map_roots(*held, same, function, leaves, tuple(constants), by_run=by_run)
+        return map_roots(*held, same, function, leaves, tuple(constants), by_run=by_run)
 
     def _match(self, other: Partition) -> Bool[Array, ""] | None:
         """Checks that the other partition has the same blocks.
@@ -284,7 +281,7 @@ class BlockSums(WritableRows, ColumnRows):
         if matrix is not None:
             self._refuse("products with a matrix")
         means = self.map_blocks(self.partition, _mean_squares)
-        return _scaled(means, jnp.asarray(self.num_rows, self.dtype))
+        return scaled(means, jnp.asarray(self.num_rows, self.dtype))
 
     def both_column_square_sums(
         self, matrix: Float[Array, "k m"], *, lower: bool = False
@@ -350,163 +347,3 @@ def _described(partition: Partition) -> str:
 
 def _mean_squares(batch: Float[Array, "b n B"]) -> Float[Array, "b B"]:
     return jnp.sum(batch * batch, axis=1) / batch.shape[1]
-
-
-@jax.jit
-def _scaled(tree: PyTree, factor: Float[Array, ""]) -> PyTree:
-    return jax.tree.map(lambda leaf: factor * leaf, tree)
-
-
-@functools.partial(jax.jit, static_argnames=("dtype", "num_rows"))
-def _are_small(gradients: PyTree, *, dtype: jnp.dtype, num_rows: int) -> Bool[Array, " k"]:
-    """Whether each gradient and the sums of n such gradients are finite."""
-    leaves = [leaf.astype(dtype) for leaf in jax.tree.leaves(gradients)]
-    squares = [jnp.sum(leaf * leaf, axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
-    total = functools.reduce(jnp.add, squares)
-    return jax.vmap(lambda square: is_small_enough(square, num_rows))(total)
-
-
-@functools.partial(jax.jit, static_argnames="length")
-def _taken(gradients: PyTree, first: Int[Array, ""] | int, *, length: int) -> PyTree:
-    """``length`` of the stacked gradients from ``first`` on; the last is repeated at the end."""
-    places = first + jnp.arange(length, dtype=jnp.int32)
-    return jax.tree.map(lambda leaf: leaf[jnp.minimum(places, len(leaf) - 1)], gradients)
-
-
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def _noted(
-    held: Bool[Array, " r"],
-    accepted: Bool[Array, " k"],
-    stored: Bool[Array, " l"],
-    small: Bool[Array, " k"],
-    slot: Int[Array, ""] | int,
-    done: Int[Array, ""] | int,
-    count: Int[Array, ""] | int,
-) -> tuple[Bool[Array, " r"], Bool[Array, " k"]]:
-    """Notes which rows of the buffer hold a gradient, and which gradients were accepted."""
-    own = jnp.arange(len(stored), dtype=jnp.int32)
-    good = stored & small[jnp.minimum(done + own, len(small) - 1)]
-    rows = jnp.where(own < count, slot + own, len(held))
-    places = jnp.where(own < count, done + own, len(accepted))
-    return held.at[rows].set(good, mode="drop"), accepted.at[places].set(good, mode="drop")
-
-
-def _in_place(
-    blocks: Float[Array, "b B B"],
-    count: int,
-    function: Callable[[int | Int[Array, ""], Float[Array, "_ B B"]], Float[Array, "_ B B"]],
-) -> Float[Array, "b B B"]:
-    """Replaces ``count`` blocks after another by ``function(first, blocks)``, in place."""
-
-    def replaced(first: int | Int[Array, ""], count: int, blocks: Array) -> Array:
-        piece = function(first, lax.dynamic_slice_in_dim(blocks, first, count))
-        return lax.dynamic_update_slice_in_dim(blocks, piece, first, axis=0)
-
-    whole, rest = divmod(len(blocks), count)
-    if whole == 1:
-        blocks = replaced(0, count, blocks)
-    else:
-        blocks = lax.fori_loop(0, whole, lambda i, own: replaced(i * count, count, own), blocks)
-    return replaced(whole * count, rest, blocks) if rest else blocks
-
-
-def _piece_size(run: BlockRun, height: int) -> int:
-    """The number of blocks in a piece of about :data:`PIECE_ENTRIES`."""
-    return max(min(PIECE_ENTRIES // (height * run.size), run.count), 1)
-
-
-@functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-def _added(
-    blocks: tuple[Float[Array, "_ _ _"], ...],
-    total: PyTree,
-    held: Bool[Array, " r"],
-    buffer: Any,
-    partition: Partition,
-) -> tuple[tuple[Float[Array, "_ _ _"], ...], PyTree, Bool[Array, " r"]]:
-    """Adds the gradients in the buffer to the sums; the buffer then holds none."""
-    combined = buffer.combine(held.astype(buffer.dtype))
-    total = jax.tree.map(jnp.add, total, combined)
-
-    def batch(run: BlockRun, first: int | Int[Array, ""], count: int) -> Float[Array, "r b B"]:
-        start, width = run.start + first * run.size, count * run.size
-        if partition.order is None:
-            columns = buffer.columns(start, width)
-        else:
-            columns = buffer.take(lax.dynamic_slice_in_dim(partition.order, start, width))
-        kept = jnp.where(held[:, None], columns, jnp.zeros_like(columns))
-        return kept.reshape(len(held), count, run.size)
-
-    def added(
-        first: int | Int[Array, ""], sums: Float[Array, "b B B"], run: BlockRun
-    ) -> Float[Array, "b B B"]:
-        gradients = batch(run, first, len(sums))
-        return sums + jnp.einsum("rbi,rbj->bij", gradients, gradients, precision="highest")
-
-    new = []
-    for run, own in zip(partition.runs, blocks, strict=True):
-        count = _piece_size(run, max(len(held), run.size))
-        new.append(_in_place(own, count, functools.partial(added, run=run)))
-    return tuple(new), total, jnp.zeros_like(held)
-
-
-@functools.partial(jax.jit, static_argnames="num_rows", donate_argnums=0)
-def _square_roots(
-    blocks: tuple[Float[Array, "_ _ _"], ...], partition: Partition, *, num_rows: int
-) -> tuple[Float[Array, "_ _ _"], ...]:
-    """``R_b`` with ``R_b^T R_b = (B / n) S_b``."""
-    roots: list[Array] = []
-    for run, own in zip(partition.runs, blocks, strict=True):
-        before = roots[-1] if roots else None
-
-        def root(
-            first: int | Int[Array, ""],
-            sums: Float[Array, "b B B"],
-            before: Array | None = before,
-            size: int = run.size,
-        ) -> Float[Array, "b B B"]:
-            del first
-            scale = jnp.sqrt(jnp.asarray(size / num_rows, sums.dtype))
-            return scale * algebra.square_root(after(sums, before))
-
-        roots.append(_in_place(own, _piece_size(run, run.size), root))
-    return tuple(roots)
-
-
-@functools.partial(jax.jit, static_argnames=("function", "by_run"))
-def _map_roots(
-    blocks: tuple[Float[Array, "_ _ _"], ...],
-    partition: Partition,
-    layout: Layout,
-    same: Bool[Array, ""] | None,
-    function: Callable[..., Any],
-    vectors: tuple[tuple[Array, ...], ...],
-    constants: tuple[Any, ...],
-    *,
-    by_run: bool,
-) -> Any:
-    """:meth:`BlockSums.map_blocks`; the results are NaN if ``same`` is false."""
-    order = partition.order
-    flat = [flat_vector(leaves, blocks[0].dtype) for leaves in vectors]
-    flat = flat if order is None else [vector[order] for vector in flat]
-
-    def piece(
-        first: int | Int[Array, ""], count: int, before: Any, run: BlockRun, roots: Array
-    ) -> Any:
-        batch = lax.dynamic_slice_in_dim(roots, first, count)
-        if same is not None:
-            batch = jnp.where(same, batch, jnp.full_like(batch, jnp.nan))
-        start, width = run.start + first * run.size, count * run.size
-        parts: list[Shaped[Array, "b B"]] = [
-            lax.dynamic_slice_in_dim(v, start, width).reshape(count, run.size) for v in flat
-        ]
-        return function(after(batch, before), *parts, *constants)
-
-    results: list[list[Any]] = []
-    for run, roots in zip(partition.runs, blocks, strict=True):
-        before = results[-1][-1] if results else None
-        of_piece = functools.partial(piece, run=run, roots=roots)
-        results.append(in_pieces(of_piece, run, run.size, before))
-    if by_run:
-        return tuple(jax.tree.map(concatenated, *pieces) for pieces in results)
-    pieces = [result for of_run in results for result in of_run]
-    return jax.tree.map(lambda *parts: partition.join(parts, layout), *pieces)
