@@ -63,9 +63,9 @@ class Gradients:
         in_blocks: whether no gradients are kept, but the sums of their products in the blocks of
             the settings (:class:`mfac_jax.rows.BlockSums`): d B numbers for any ``count``. All
             settings then share their blocks, and a step uses its own gradients only. By default
-            true if the gradients would take more than 2 GiB, the sums take less, and nothing that
-            you set excludes it: settings that do not share their blocks or have functions of
-            yours, ``given``, ``history``, or a ``storage`` other than ``Dense()``.
+            true if the gradients would take more than 2 GiB, the sums take less than half of that,
+            and nothing that you set excludes it: settings that do not share their blocks or have
+            functions of yours, ``given``, ``history``, or a ``storage`` other than ``Dense()``.
 
     Raises:
         TypeError: an attribute has another type.
@@ -185,7 +185,7 @@ def like(params: PyTree) -> PyTree:
 
 
 class Curvature(abc.ABC):
-    """What a step knows of the loss: its gradients, and quantities of their whole Fisher.
+    """What a step knows of the loss: gradients, whole or summed in blocks, and their Fisher.
 
     The Fisher averages over the filled rows: 1 / ``filled`` times the average over all rows. The
     average over all rows, with ``filled`` times the damping, gives the same masks and updates.
@@ -218,7 +218,7 @@ class Curvature(abc.ABC):
 
     @abc.abstractmethod
     def freedom(self, problem: Problem) -> float:
-        """The degrees of freedom of a problem's Fisher, over its mask and under its damping."""
+        """The degrees of freedom of the Fisher over the mask and under the damping of a problem."""
 
     @abc.abstractmethod
     def direction(self, mask: PyTree, damping: float) -> PyTree:

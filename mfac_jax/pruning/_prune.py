@@ -113,8 +113,9 @@ def prune(
             the way that a setting needs. The error names the setting and the storage, and comes
             before any work.
         ValueError: as :func:`prune_step` and :func:`mfac_jax.collect_gradients`; or there are
-            no calibration batches or settings. A malformed batch raises when it is read; every
-            other error comes before any work.
+            no calibration batches or settings, or ``in_blocks`` is true and the settings do not
+            share their blocks. A malformed batch raises when it is read; every other error comes
+            before any work.
         FloatingPointError: a weight, the loss on the calibration batches, a gradient, every loss
             of a step, or the loss after ``fine_tune`` is not finite.
 

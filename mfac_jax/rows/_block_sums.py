@@ -58,10 +58,10 @@ class InBlocks(Storage):
     Example:
         >>> import jax.numpy as jnp
         >>> from mfac_jax import fisher_inverse, rows
-        >>> gradients = jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
-        >>> sums = rows.as_rows(gradients, storage=rows.InBlocks([2, 1]))
-        >>> fisher_inverse(sums, damping=0.5, blocks=[2, 1]).diagonal()
-        Array([1. , 0.4, 2. ], dtype=float32)
+        >>> gradients = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+        >>> sums = rows.as_rows(gradients, storage=rows.InBlocks(2))
+        >>> fisher_inverse(sums, damping=0.5, blocks=2).diagonal()
+        Array([1. , 0.4], dtype=float32)
     """
 
     blocks: Blocks | Partition
