@@ -458,7 +458,7 @@ def test_wrong_types_are_refused():
 
 
 def test_memory_is_that_of_the_sums():
-    """Two steps with 400 gradients: at no batch do arrays take 3 d B numbers."""
+    """Two steps with 160 gradients: at no batch do arrays take 3 d B numbers."""
     size, found = 40, []
     params = {"w": jax.random.normal(jax.random.key(0), (size, 60))}
     batch = jax.random.normal(jax.random.key(1), (4, size))
@@ -475,7 +475,7 @@ def test_memory_is_that_of_the_sums():
     settings = among(WITHIN._replace(blocks=size), NOTHING, descents=[pruning.Descent(0.3, 0.1)])
     pruning.prune(
         params, loss, Batches(), 0.5, steps=2, search=settings, progress=False,
-        gradients=Gradients(400, in_blocks=True),
+        gradients=Gradients(160, in_blocks=True),
     )  # fmt: skip
     sums = 4 * size * params["w"].size
     assert sums < max(found) - found[0] < 1.7 * sums
