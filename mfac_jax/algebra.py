@@ -89,6 +89,28 @@ def inverse_root(gram: Float[Array, "*b n n"], shift: Float[Array, ""]) -> Float
     return _inverse_triangular(lower) / jnp.expand_dims(size, -2)
 
 
+@jax.jit
+def square_root(gram: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
+    """``R`` with ``R^T R = gram``, for one positive semidefinite matrix or a batch.
+
+    ``gram`` is scaled to a unit diagonal and factored. If it is singular to working precision, a
+    fraction of its diagonal is added: every entry of the diagonal then keeps its own relative
+    accuracy, whatever its size. Measured in float32 for 144 x 144 sums of products (largest error
+    relative to the diagonal): 1e-6 if they have full rank, as the sums themselves; 1e-5 for rank
+    2 to 40; 1e-4 for one gradient repeated 1,024 times. The roots of an eigendecomposition are as
+    accurate for sums of low rank, lose coordinates of small gradients, and take 100 times as long.
+
+    Args:
+        gram: (n, n), or a batch; only the lower triangle is read.
+
+    Returns:
+        ``R``, upper triangular, with zero columns for zero columns of ``gram``.
+    """
+    lower, _, _ = _scaled_factor(gram, jnp.zeros((), gram.dtype))
+    size = jnp.sqrt(jnp.maximum(jnp.diagonal(gram, axis1=-2, axis2=-1), 0))
+    return jnp.matrix_transpose(jnp.tril(lower) * jnp.expand_dims(size, -1))
+
+
 # Jitted for eager callers: otherwise every slice compiles separately.
 @jax.jit
 def _inverse_triangular(lower: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mfac_jax import collect_gradients
-from mfac_jax.pruning import Gradients, Scope, Search, prune
+from mfac_jax.pruning import Gradients, Search, prune
 from mfac_jax.rows import Dense, Files, TopK, _files
 
 D, M = 7, 10
@@ -296,6 +296,15 @@ def whole_pruning(fine_tune):
     return pruned(fine_tune=fine_tune)
 
 
+def test_sums_in_blocks_go_on_from_the_last_step(tmp_path):
+    gradients = Gradients(6, in_blocks=True)
+    want = pruned(gradients=gradients)
+    with pytest.raises(Interrupted):
+        pruned(interrupted(EXAMPLES, 22), gradients=gradients, checkpoint=tmp_path)
+    assert_same(pruned(gradients=gradients, checkpoint=tmp_path), want)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "step.npz"}
+
+
 def test_a_finished_pruning_is_read(tmp_path):
     want = pruned(checkpoint=tmp_path)
     assert_same(pruned(interrupted(EXAMPLES, 30), checkpoint=tmp_path), want)
@@ -305,9 +314,12 @@ def test_a_finished_pruning_is_read(tmp_path):
     ("changes", "message"),
     [
         ({"steps": 3}, "digest of the targets"),
-        ({"gradients": Gradients(7, history=2)}, r"expected gradients 7, history 2, got 6"),
+        (
+            {"gradients": Gradients(7, history=2)},
+            "expected gradients 7, and those of 2 earlier steps, got 6",
+        ),
         ({"search": Search(descents=())}, r"expected descents \[\], got"),
-        ({"scope": Scope(lambda path: "b" in path)}, "expected digest"),
+        ({"mask": {"w": np.arange(48).reshape(6, 8) > 3, "b": True}}, "digest of the mask"),
     ],
 )
 def test_the_record_of_another_run_is_an_error(tmp_path, changes, message):

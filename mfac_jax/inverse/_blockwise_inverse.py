@@ -18,6 +18,7 @@ from mfac_jax.inverse._block_products import block_ihvp, block_inverse_diagonal
 from mfac_jax.inverse._coordinates import Pairs
 from mfac_jax.inverse._factored import Inverted, invert_blocks
 from mfac_jax.rows import Partition
+from mfac_jax.rows._base import check_products
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +40,7 @@ class BlockwiseInverse(FisherInverse):
         return self._call("apply", tree, alone=block_ihvp)
 
     def _combination(self, a: Float[Array, " n"]) -> PyTree:
+        check_products(self.rows, "combination")
         combination = self._implemented(of_blocks.combination)
         return self._map("combination", self.blocks, combination, constants=(a,))
 

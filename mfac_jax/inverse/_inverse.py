@@ -84,9 +84,10 @@ def fisher_inverse(
     _checks.positive_scalar(damping, "damping")
     if mask is not None:
         mask = jax.tree.unflatten(layout.treedef, layout.check_mask(mask))
-        _check_finite(rows)
+        if rows.has_products:
+            _check_finite(rows)
     cut = partition(layout, blocks)
-    if not products_suffice(rows.num_rows, cut):
+    if not uses_products(rows, cut):
         check_columns(
             rows, f"an inverse with blocks={blocks!r}, n={rows.num_rows}, d={layout.size}"
         )
@@ -112,7 +113,7 @@ def inverse_of(
         blocks: the blocks of the Fisher.
         gram: returns ``G G^T`` over the mask; called if the inverse needs it.
     """
-    if products_suffice(rows.num_rows, blocks):
+    if uses_products(rows, blocks):
         return whole_inverse(rows, mask, damping, blocks, gram())
     return BlockwiseInverse(rows, mask, damping, blocks)
 
@@ -131,6 +132,11 @@ def whole_inverse(
 def products_suffice(num_rows: int, blocks: Partition) -> bool:
     """Whether products of n rows suffice: one block of more than n coordinates holds all."""
     return blocks.is_whole and blocks.runs[0].size > num_rows
+
+
+def uses_products(rows: GradientRows, blocks: Partition) -> bool:
+    """Whether products with the rows are all that an inverse in these blocks needs."""
+    return rows.has_products and products_suffice(rows.num_rows, blocks)
 
 
 def _check_finite(rows: GradientRows) -> None:

@@ -11,7 +11,8 @@ weights to prune, S the set to keep. A change ``delta`` with ``delta_Q = -w_Q`` 
   may be pruned, :class:`Gradients` which gradients each step uses, :class:`Search` which settings
   each step tries;
 - :func:`prune_step` makes one step, for your own loop. :func:`sparsity_schedule` gives the
-  sparsities of several steps. :func:`sparse` and :func:`set_mask` train between steps;
+  sparsities of several steps, and :func:`step_blocks` the blocks for sums of gradients.
+  :func:`sparse` and :func:`set_mask` train between steps;
 - :class:`Unstructured`, :class:`NofM`, :class:`BlocksOf` and :class:`Slices` are the patterns;
   :class:`WithinOutputs` cuts the Fisher into blocks;
 - :func:`prunable` says which leaves may be pruned; the others never move;
@@ -46,7 +47,7 @@ from mfac_jax.pruning._scope import Scope
 from mfac_jax.pruning._scores import Score, magnitude, obd_saliency, saliency
 from mfac_jax.pruning._search import Descent, Search, Setting, Trial, default_settings
 from mfac_jax.pruning._sparse import SparseState, set_mask, sparse
-from mfac_jax.pruning._step import PruneInfo, prune_step
+from mfac_jax.pruning._step import PruneInfo, prune_step, step_blocks
 from mfac_jax.pruning._updates import (
     Update,
     joint_update,
@@ -97,5 +98,6 @@ __all__ = [
     "set_mask",
     "sparse",
     "sparsity_schedule",
+    "step_blocks",
     "to_bcoo",
 ]

@@ -10,6 +10,7 @@ every step runs the same programs. Rows without gradients are zero.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -22,15 +23,25 @@ from jaxtyping import Float
 from mfac_jax import _checks
 from mfac_jax._collect import read_rows
 from mfac_jax._layout import Layout, PyTree
+from mfac_jax.inverse._inverse import whole_inverse
 from mfac_jax.pruning._finite import check_finite_gradients
-from mfac_jax.pruning._problem import Grams
-from mfac_jax.rows import Dense, FileRows, GradientRows, StackedRows, Storage, WritableRows
+from mfac_jax.pruning._problem import Grams, Problem
+from mfac_jax.rows import (
+    Dense,
+    FileRows,
+    GradientRows,
+    StackedRows,
+    Storage,
+    WritableRows,
+    partition,
+)
 from mfac_jax.rows._base import check_columns, check_rows, check_writable
 from mfac_jax.rows._storage import check_storage
 
 Fill = Callable[[WritableRows], WritableRows]
 
 _COUNT = 128
+_HISTORY = 1
 
 
 # Compared by identity: two arrays are not simply equal or different.
@@ -48,26 +59,36 @@ class Gradients:
             sparsities can share them. They are used in their own storage, and never copied or
             changed. By default the first step computes its gradients.
         history: the number of earlier steps whose gradients are used as well. Each needs the
-            memory of ``count`` gradients, from the first step.
+            memory of ``count`` gradients, from the first step. By default 1, and 0 with sums in
+            blocks.
         storage: how gradients are stored; see :class:`mfac_jax.rows.Dense`.
+        in_blocks: whether no gradients are kept, but the sums of their products in the blocks of
+            the settings (:class:`mfac_jax.rows.BlockSums`): d B numbers for any ``count``. All
+            settings then share their blocks, and a step uses its own gradients only. By default
+            true if the gradients would take more than 2 GiB, the sums take less than half of that,
+            and nothing that you set excludes it: settings that do not share their blocks or have
+            functions of yours, ``given``, ``history``, or a ``storage`` other than ``Dense()``.
 
     Raises:
         TypeError: an attribute has another type.
-        ValueError: ``count`` is below 1, ``history`` is below 0, or ``given`` does not hold
-            ``count`` gradients.
+        ValueError: ``count`` is below 1, ``history`` is below 0, ``given`` does not hold
+            ``count`` gradients, or ``in_blocks`` comes with ``given`` or with ``history`` above 0.
     """
 
     count: int | None = None
     per_example: bool = False
     given: GradientRows | None = None
-    history: int = 1
+    history: int | None = None
     storage: Storage = Dense()  # noqa: RUF009  (immutable)
+    in_blocks: bool | None = None
 
     def __post_init__(self) -> None:
         if self.count is not None:
             _checks.positive_int(self.count, "count")
-        _checks.non_negative_int(self.history, "history")
+        if self.history is not None:
+            _checks.non_negative_int(self.history, "history")
         check_storage(self.storage)
+        self._check_in_blocks()
         if not isinstance(self.per_example, bool):
             raise TypeError(f"per_example must be a bool, got {type(self.per_example).__name__}.")
         if self.given is None:
@@ -85,6 +106,21 @@ class Gradients:
         if self.given.num_rows != self.count:
             raise ValueError(
                 f"given must be count={self.count} gradients, got {self.given.num_rows}."
+            )
+
+    def _check_in_blocks(self) -> None:
+        _checks.instance(self.in_blocks, "in_blocks", bool | None)
+        if not self.in_blocks:
+            return
+        if self.history:
+            raise ValueError(
+                "in_blocks=True uses the gradients of the newest step only: expected history=0, "
+                f"got history={self.history}."
+            )
+        if self.given is not None:
+            raise ValueError(
+                "in_blocks=True keeps no gradients, so none can be given: expected given=None, "
+                f"got {type(self.given).__name__}."
             )
 
 
@@ -110,9 +146,9 @@ def check_gradients(
         FloatingPointError: a given gradient has NaN or Inf in it.
     """
     given, storage = gradients.given, gradients.storage
-    readers = column_readers(_num_parts(gradients, steps) * _count_of(gradients))
+    readers = column_readers(num_kept(gradients, steps))
     if given is None or steps > 1:
-        rows = storage.empty(_like(params), 1)  # any number of rows shows what they can do
+        rows = storage.empty(like(params), 1)  # any number of rows shows what they can do
         check_writable(rows, f"prune with storage={storage!r}")
         for reader in readers:
             check_columns(rows, f"{reader} with storage={storage!r}")
@@ -129,45 +165,96 @@ def check_gradients(
     check_finite_gradients(given, "given")
 
 
+def num_kept(gradients: Gradients, steps: int) -> int:
+    """The number of gradients that are kept."""
+    return _num_parts(gradients, steps) * count_of(gradients)
+
+
 def _num_parts(gradients: Gradients, steps: int) -> int:
     """The number of steps whose gradients are kept."""
-    return min(1 + gradients.history, steps)
+    history = _HISTORY if gradients.history is None else gradients.history
+    return min(1 + history, steps)
 
 
-def _count_of(gradients: Gradients) -> int:
+def count_of(gradients: Gradients) -> int:
     """The number of gradients of a step, which :class:`Gradients` has set."""
     return cast(int, gradients.count)
 
 
-def _like(params: PyTree) -> PyTree:
+def like(params: PyTree) -> PyTree:
+    """The shapes and dtypes of the parameters."""
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params)
 
 
-class History:
-    """Keeps the gradients of the latest steps; a new step replaces the oldest.
+class Curvature(abc.ABC):
+    """What a step knows of the loss: gradients, whole or summed in blocks, and their Fisher.
+
+    The Fisher averages over the filled rows: 1 / ``filled`` times the average over all rows. The
+    average over all rows, with ``filled`` times the damping, gives the same masks and updates.
 
     Attributes:
-        rows: all kept gradients; older ones are scaled.
+        rows: the gradients.
         grams: the Gram matrices of these rows.
     """
 
     rows: GradientRows
     grams: Grams
 
-    def __init__(self, gradients: Gradients, params: PyTree, steps: int) -> None:
-        self._gradients = gradients
-        self._num_parts, self._count = _num_parts(gradients, steps), _count_of(gradients)
-        self._like = _like(params)
-        self._parts: list[GradientRows] = []
-        self._taken = 0
+    @property
+    @abc.abstractmethod
+    def num_earlier(self) -> int | None:
+        """The number of earlier steps whose gradients are used; None if none are kept."""
 
+    @abc.abstractmethod
+    def resume(self, taken: int, gradients_of: Callable[[int], FileRows]) -> None:
+        """Reads the gradients of earlier steps after an interruption.
+
+        Args:
+            taken: the number of steps that were taken.
+            gradients_of: the gradients of a step.
+        """
+
+    @abc.abstractmethod
     def take(self, fill: Fill, alive: PyTree) -> None:
-        """Adds the gradients of a step.
+        """Takes the gradients of a step.
 
         Args:
             fill: ``fill(rows)`` writes the gradients into ``rows``, which are donated.
             alive: the mask of all parameters.
         """
+
+    @property
+    @abc.abstractmethod
+    def filled(self) -> float:
+        """The fraction of the rows that hold gradients."""
+
+    @abc.abstractmethod
+    def trace(self, mask: PyTree) -> float:
+        """The trace of ``G^T G / n`` over a mask."""
+
+    @abc.abstractmethod
+    def freedom(self, problem: Problem) -> float:
+        """The degrees of freedom of the Fisher over the mask and under the damping of a problem."""
+
+    @abc.abstractmethod
+    def direction(self, mask: PyTree, damping: float) -> PyTree:
+        """``(lambda I + G^T G / n)^-1`` over a mask, times the mean of the newest gradients."""
+
+
+class History(Curvature):
+    """Keeps the gradients of the latest steps; a new step replaces the oldest.
+
+    :attr:`rows` are all kept gradients; older ones are scaled.
+    """
+
+    def __init__(self, gradients: Gradients, params: PyTree, steps: int) -> None:
+        self._gradients = gradients
+        self._num_parts, self._count = _num_parts(gradients, steps), count_of(gradients)
+        self._like = like(params)
+        self._parts: list[GradientRows] = []
+        self._taken = 0
+
+    def take(self, fill: Fill, alive: PyTree) -> None:
         slot = self._taken % self._num_parts
         if self._taken == 0:
             given = self._gradients.given
@@ -195,16 +282,9 @@ class History:
 
     @property
     def num_earlier(self) -> int:
-        """The number of earlier steps whose gradients are used."""
         return self._num_parts - 1
 
     def resume(self, taken: int, gradients_of: Callable[[int], FileRows]) -> None:
-        """Reads the gradients of earlier steps after an interruption.
-
-        Args:
-            taken: the number of steps that were taken.
-            gradients_of: the gradients of a step.
-        """
         self._taken = taken
         self._parts = [self._empty() for _ in range(self._num_parts)]
         for step in range(max(taken - self.num_earlier, 0), taken):
@@ -216,7 +296,6 @@ class History:
 
     @property
     def filled(self) -> float:
-        """The fraction of the rows that hold gradients."""
         return min(self._taken, self._num_parts) / self._num_parts
 
     @property
@@ -225,6 +304,25 @@ class History:
         slot, count = (self._taken - 1) % self._num_parts, self._count
         is_newest = np.repeat(np.arange(self._num_parts) == slot, count)
         return (is_newest / count).astype(np.float32)
+
+    def trace(self, mask: PyTree) -> float:
+        gram = np.asarray(self.grams.of(mask))
+        return float(np.trace(gram, dtype=np.float64)) / len(gram)
+
+    def freedom(self, problem: Problem) -> float:
+        """``sum k_i / (k_i + n lambda)`` over the eigenvalues ``k_i`` of ``K``."""
+        gram = np.asarray(self.grams.of(problem.mask))
+        eigenvalues = np.maximum(np.linalg.eigvalsh(gram), 0).astype(np.float64)
+        shift = len(gram) * float(problem.damping)
+        return float(np.sum(eigenvalues / (eigenvalues + shift)))
+
+    def direction(self, mask: PyTree, damping: float) -> PyTree:
+        # ``g`` is a mean of the rows, so nothing is subtracted.
+        whole, own = partition(self.rows.layout, None), np.asarray(damping, self.rows.dtype)
+        gram = self.grams.of(mask)
+        inverse = whole_inverse(self.rows, mask, jax.device_put(own), whole, gram)
+        # The inverse of the average over all rows is 1 / filled times as large.
+        return inverse.combination(self.filled * self.mean)
 
     def _empty(self) -> WritableRows:
         return self._gradients.storage.empty(self._like, self._count)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from mfac_jax._layout import PyTree
 from mfac_jax.inverse import FisherInverse
-from mfac_jax.inverse._inverse import inverse_of, products_suffice, whole_inverse
+from mfac_jax.inverse._inverse import inverse_of, uses_products, whole_inverse
 from mfac_jax.pruning._blocks import FisherBlocks, blocks_under, check_groups
 from mfac_jax.pruning._interface import Pattern
 from mfac_jax.pruning._scope import Selection
@@ -126,7 +126,7 @@ class Problem:
         products with the gradients only.
         """
         # The order of the weights is computed and uploaded only for what reads columns.
-        if products_suffice(self.rows.num_rows, Partition(None, self._blocks.runs)):
+        if uses_products(self.rows, Partition(None, self._blocks.runs)):
             return partition(self.rows.layout, None)
         return self._ordered_blocks
 

@@ -25,15 +25,21 @@ from mfac_jax._collect import (
 )
 from mfac_jax._durable import digest
 from mfac_jax._layout import PyTree, where
+from mfac_jax.pruning._block_curvature import (
+    BlockCurvature,
+    Settings,
+    check_sums,
+    settings_in_blocks,
+)
 from mfac_jax.pruning._blocks import FisherBlocks
 from mfac_jax.pruning._finite import check_finite
-from mfac_jax.pruning._gradients import Fill, Gradients, History, check_gradients
+from mfac_jax.pruning._gradients import Curvature, Fill, Gradients, History, check_gradients
 from mfac_jax.pruning._masks import initial_mask, pruned_of_leaves
 from mfac_jax.pruning._record import Record, State
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport, peak_memory
 from mfac_jax.pruning._schedules import schedule_of
 from mfac_jax.pruning._scope import Scope, Selection, check_scope, select
-from mfac_jax.pruning._search import Descent, Search, Setting, Trial, settings_on
+from mfac_jax.pruning._search import Descent, Search, Setting, Trial
 from mfac_jax.pruning._step import column_readers
 from mfac_jax.pruning._targets import Start, Target, check_wanted, target_from
 from mfac_jax.pruning._trials import Searcher, Step, mean_loss
@@ -116,9 +122,9 @@ def prune(
             the way that a setting needs. The error names the setting and the storage, and comes
             before any work.
         ValueError: as :func:`prune_step` and :func:`mfac_jax.collect_gradients`; or there are
-            no calibration batches or settings; or ``checkpoint`` holds something else than this
-            run. A malformed batch raises when it is read; every other error comes before any work.
-        OSError: the folder of ``checkpoint`` cannot be written, or the disk is full.
+            no calibration batches or settings, or ``in_blocks`` is true and the settings do not
+            share their blocks. A malformed batch raises when it is read; every other error comes
+            before any work.
         FloatingPointError: a weight, the loss on the calibration batches, a gradient, every loss
             of a step, or the loss after ``fine_tune`` is not finite.
 
@@ -138,9 +144,7 @@ def prune(
     """
     _check_kinds(loss_fn, fine_tune, scope, gradients, search)
     plan = _Plan.of(params, sparsity, steps, scope, mask)
-    settings = settings_on(plan.selection, search.settings)
-    readers = functools.partial(_column_readers, settings)
-    check_gradients(gradients, params, len(plan.targets), readers)
+    settings, curvature = _curvature(gradients, params, plan, search)
     params, alive = plan.start(params)
     loss_fn = _PrunableLoss(loss_fn, plan.selection.keep)
     stream = _Stream(batches)
@@ -148,24 +152,23 @@ def prune(
     loss_of = functools.partial(mean_loss, loss_fn, batches=held_out)
     loss = _finite(loss_of(params), "the loss of params on the calibration batches")
 
-    history = History(gradients, params, len(plan.targets))
-    run = _Run(plan, settings, search.descents, loss_of, fine_tune, history)
+    run = _Run(plan, settings, search.descents, loss_of, fine_tune, curvature)
     state, record = State(params, alive, loss, [], stream.taken), None
     if checkpoint is not None:
         tried = [setting for setting, _ in settings]
-        origin = plan.origin(params, alive, gradients, tried, search.descents)
+        origin = run.origin(params, alive, gradients)
         record = Record(checkpoint, origin, params, gradients, tried, search.descents)
         state = record.load(state)
     first, total = len(state.reports), len(plan.targets)
     if record is not None and first < total:
         stream.skip(state.batches - stream.taken)
-        history.resume(first, record.gradients)
+        curvature.resume(first, record.gradients)
     hidden = None if progress else True  # on None tqdm stays silent in a file
     with tqdm(total=total, initial=first, unit="step", desc="pruning", disable=hidden) as bar:
         for number in range(first, total):
             fill = functools.partial(
                 _fill,
-                record=record,
+                record=None if curvature.num_earlier is None else record,
                 number=number,
                 loss_fn=loss_fn,
                 params=state.params,
@@ -176,7 +179,7 @@ def prune(
             state = run.step(state, plan.targets[number], fill)
             state = state._replace(batches=stream.taken)
             if record is not None:
-                record.save(state, history.num_earlier)
+                record.save(state, curvature.num_earlier or 0)
             bar.update()
             sparsity = state.reports[-1].sparsity
             bar.set_postfix(loss=f"{state.loss:.4g}", sparsity=f"{sparsity:.1%}")
@@ -202,6 +205,19 @@ def _check_kinds(loss_fn: Any, fine_tune: Any, scope: Any, gradients: Any, searc
             name = kind.__name__
             hint = "; give rows as Gradients(given=rows)" if kind is Gradients else ""
             raise TypeError(f"{name.lower()} must be a {name}, got {type(value).__name__}{hint}.")
+
+
+def _curvature(
+    gradients: Gradients, params: PyTree, plan: _Plan, search: Search
+) -> tuple[Settings, Curvature]:
+    """The settings to try, and where their gradients go; both are checked."""
+    steps, selection = len(plan.targets), plan.selection
+    settings, shared = settings_in_blocks(gradients, selection, search.settings, steps)
+    if shared is not None:
+        check_sums(gradients, params)
+        return settings, BlockCurvature(gradients, params, selection, shared)
+    check_gradients(gradients, params, steps, functools.partial(_column_readers, settings))
+    return settings, History(gradients, params, steps)
 
 
 def _column_readers(settings: Iterable[tuple[Setting, FisherBlocks]], num_rows: int) -> list[str]:
@@ -261,26 +277,6 @@ class _Plan:
         check_finite(params, layout.paths, "params")
         return cls(selection, mask, targets, not scope.allow_empty_layers)
 
-    def origin(
-        self,
-        params: PyTree,
-        alive: PyTree,
-        gradients: Gradients,
-        settings: Sequence[Setting],
-        descents: Sequence[Descent],
-    ) -> dict[str, str]:
-        """What the run depends on, by name, apart from the loss and the data."""
-        tried = [str(Trial(setting, 1.0, 0.0)) for setting in settings]
-        return {
-            "digest of the parameters": digest(params),
-            "digest of the mask": digest((alive, self.given)),
-            "digest of the targets": digest(self.targets),
-            "gradients": f"{gradients.count}, history {gradients.history}",
-            "per_example": str(gradients.per_example),
-            "settings": "; ".join(tried),
-            "descents": str([tuple(descent) for descent in descents]),
-        }
-
     def start(self, params: PyTree) -> tuple[PyTree, PyTree]:
         """The parameters, 0 where masked, and the mask of the prunable leaves."""
         if self.given is None:
@@ -316,20 +312,36 @@ class _Run:
     """What all steps share; the arguments of :func:`prune`, checked."""
 
     plan: _Plan
-    settings: Sequence[tuple[Setting, FisherBlocks]]
+    settings: Settings
     descents: Sequence[Descent]
     loss_of: Callable[[PyTree], float]
     fine_tune: FineTune | None
-    history: History
+    curvature: Curvature
+
+    def origin(self, params: PyTree, alive: PyTree, gradients: Gradients) -> dict[str, str]:
+        """What the run depends on, by name, apart from the loss and the data."""
+        earlier = self.curvature.num_earlier
+        kept = "sums in blocks" if earlier is None else f"and those of {earlier} earlier steps"
+        return {
+            "digest of the parameters": digest(params),
+            "digest of the mask": digest((alive, self.plan.given)),
+            "digest of the targets": digest(self.plan.targets),
+            "gradients": f"{gradients.count}, {kept}",
+            "per_example": str(gradients.per_example),
+            "settings": "; ".join(str(Trial(setting, 1.0, 0.0)) for setting, _ in self.settings),
+            "descents": str([tuple(descent) for descent in self.descents]),
+        }
 
     def step(self, state: State, target: Target, fill: Fill) -> State:
         """The state after one more step."""
         began = time.perf_counter()
-        self.history.take(fill, state.alive)
+        self.curvature.take(fill, state.alive)
         gradient_seconds = time.perf_counter() - began
         plan, selection = self.plan, self.plan.selection
-        searcher = Searcher(state.params, state.alive, self.history, selection, self.loss_of)
-        step = searcher.step(self.settings, self.descents, target, keep_layers=plan.keep_layers)
+        # The searcher is not kept: it holds the gradients.
+        step = Searcher(state.params, state.alive, self.curvature, selection, self.loss_of).step(
+            self.settings, self.descents, target, keep_layers=plan.keep_layers
+        )
         params, alive, tuned = step.params, step.mask, None
         if self.fine_tune is not None:
             params = plan.fine_tuned(self.fine_tune, params, alive)

@@ -33,7 +33,8 @@ class StepReport:
         removed_norm: ``|w_Q|``, the norm of the pruned weights.
         degrees_of_freedom: ``sum k_i / (k_i + n lambda)``, the number of directions in which the
             whole Fisher outweighs the damping. If it is near n, an update by the whole Fisher
-            fits every gradient and may overstep. For an update in blocks it says less.
+            fits every gradient and may overstep. For an update in blocks it says less. With
+            ``Gradients(in_blocks=True)`` it is that of the Fisher in blocks.
         gradient_seconds: the time for the gradients.
         seconds: the time for the whole step.
         peak_memory: the largest memory that this process (on a CPU) or the device has used so

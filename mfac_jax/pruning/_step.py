@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mfac_jax import _checks
 from mfac_jax._layout import PyTree
 from mfac_jax.inverse._inverse import products_suffice
-from mfac_jax.pruning._blocks import FisherBlocks, WithinOutputs, cut_into_blocks
+from mfac_jax.pruning._blocks import FisherBlocks, WithinOutputs, blocks_under, cut_into_blocks
 from mfac_jax.pruning._finite import check_finite, check_finite_gradients
 from mfac_jax.pruning._functions import name_of
 from mfac_jax.pruning._masks import choose, num_pruned
@@ -166,6 +166,47 @@ def prune_step(
         check_finite(selection.leaves(params), selection.names, "params")
         check_finite_gradients(rows, "rows")
     return new, selection.tree(selection.leaves(kept), whole_mask), info
+
+
+def step_blocks(
+    params: PyTree,
+    mask: PyTree,
+    blocks: Blocks | WithinOutputs,
+    *,
+    scope: Scope = Scope(),  # noqa: B008  (immutable)
+) -> Partition:
+    """The blocks that :func:`prune_step` has, for sums of gradients in them.
+
+    Args:
+        params: the parameters.
+        mask: the mask of the step.
+        blocks: the blocks of the step.
+        scope: the scope of the step.
+
+    Returns:
+        The blocks, for :class:`mfac_jax.rows.InBlocks`. The next mask moves weights to other
+        blocks.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument does not fit ``params``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mfac_jax import pruning, rows
+        >>> w, alive = jnp.array([[1.0, 0.1], [2.0, 0.5]]), jnp.ones((2, 2), bool)
+        >>> blocks = pruning.step_blocks(w, alive, 2)
+        >>> sums = rows.as_rows(jnp.ones((3, 2, 2)), storage=rows.InBlocks(blocks))
+        >>> _, mask, _ = pruning.prune_step(w, alive, sums, 0.25, damping=0.01, blocks=2)
+        >>> mask.tolist()
+        [[True, False], [True, True]]
+    """
+    check_scope(scope)
+    selection = select(scope, params)
+    leaves = selection.layout.check_mask(mask)
+    whole = jax.tree.unflatten(selection.layout.treedef, leaves)
+    alive = selection.mask(selection.leaves(whole))
+    return blocks_under(cut_into_blocks(blocks, selection), selection, alive)
 
 
 def new_mask(

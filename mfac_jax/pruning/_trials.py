@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from mfac_jax._collect import LossFn, check_scalar
 from mfac_jax._layout import PyTree
-from mfac_jax.inverse._inverse import whole_inverse
 from mfac_jax.pruning._blocks import FisherBlocks
-from mfac_jax.pruning._gradients import History
+from mfac_jax.pruning._gradients import Curvature
 from mfac_jax.pruning._masks import pruned_of_leaves
 from mfac_jax.pruning._problem import Problem
 from mfac_jax.pruning._scope import Selection
@@ -24,7 +23,6 @@ from mfac_jax.pruning._search import Descent, Setting, Trial
 from mfac_jax.pruning._step import PruneInfo, info_of, move, new_mask
 from mfac_jax.pruning._targets import Target
 from mfac_jax.pruning._updates import as_update, delta_of
-from mfac_jax.rows import partition
 
 
 class Step(NamedTuple):
@@ -37,7 +35,7 @@ class Step(NamedTuple):
         tried: all trials.
         chosen: the index of the chosen trial.
         damping: ``lambda`` of the update.
-        freedom: the degrees of freedom of the whole Fisher under this damping.
+        freedom: the degrees of freedom of the Fisher under this damping.
     """
 
     params: PyTree
@@ -50,27 +48,22 @@ class Step(NamedTuple):
 
 
 class Searcher:
-    """Tries every setting of a step, and every descent after the best setting.
-
-    The Fisher averages over the filled rows: 1 / ``filled`` times the average over all rows. The
-    average over all rows, with ``filled`` times the damping, gives the same masks and updates.
-    """
+    """Tries every setting of a step, and every descent after the best setting."""
 
     def __init__(
         self,
         params: PyTree,
         mask: PyTree,
-        history: History,
+        curvature: Curvature,
         selection: Selection,
         loss_of: Callable[[PyTree], float],
     ) -> None:
         self._params, self._mask, self._selection = params, mask, selection
-        self._history, self._loss_of = history, loss_of
-        self._dtype = history.rows.dtype
-        self._gram = np.asarray(history.grams.of(mask))
+        self._curvature, self._loss_of = curvature, loss_of
+        self._dtype = curvature.rows.dtype
         num_alive = selection.num_weights - sum(pruned_of_leaves(selection.leaves(mask)))
-        mean = _trace(self._gram) / max(num_alive, 1)
-        self._mean = _or_one(mean) / history.filled
+        mean = curvature.trace(mask) / max(num_alive, 1)
+        self._mean = _or_one(mean) / curvature.filled
         self._problems: dict[tuple[object, ...], Problem] = {}
         self._masks: dict[tuple[int, bool, int], tuple[PyTree, Array]] = {}
         self._tried: list[Trial] = []
@@ -103,7 +96,7 @@ class Searcher:
                 "no setting gives a finite loss on the calibration batches: "
                 f"tried {[str(trial) for trial in self._tried]}."
             )
-        problem, filled = best.problem, self._history.filled
+        problem, filled = best.problem, self._curvature.filled
         info = jax.device_get(info_of(problem, self._selection, best.mask, best.delta))
         info = info._replace(
             predicted_loss_increase=info.predicted_loss_increase / filled,
@@ -117,7 +110,7 @@ class Searcher:
             tuple(self._tried),
             chosen,
             float(problem.damping) / filled,
-            _degrees_of_freedom(self._gram, float(problem.damping)),
+            self._curvature.freedom(problem),
         )
 
     def _try(
@@ -147,15 +140,15 @@ class Searcher:
         key = (setting.damping, setting.relative, blocks)
         if key not in self._problems:
             mean = self._mean if setting.relative else 1.0
-            damping = np.asarray(self._history.filled * setting.damping * mean, self._dtype)
+            damping = np.asarray(self._curvature.filled * setting.damping * mean, self._dtype)
             self._problems[key] = Problem(
                 self._params,
                 self._mask,
-                self._history.rows,
+                self._curvature.rows,
                 jax.device_put(damping),
                 self._selection,
                 blocks,
-                self._history.grams,
+                self._curvature.grams,
             )
         return self._problems[key]
 
@@ -180,16 +173,10 @@ class Searcher:
         """``F^-1 g`` over the weights that stay, for the mean ``g`` of the step's gradients.
 
         At the minimum of the quadratic model over the weights that stay, the remaining gradient
-        is ``g``, the gradient of the loss. The next step is a step of the optimizer. ``g`` is a
-        mean of the rows, so nothing is subtracted.
+        is ``g``, the gradient of the loss. The next step is a step of the optimizer.
         """
-        history, rows = self._history, self._history.rows
-        gram = history.grams.of(mask)
-        damping = np.asarray(relative_damping * _or_one(_trace(np.asarray(gram))), self._dtype)
-        whole = partition(rows.layout, None)
-        inverse = whole_inverse(rows, mask, jax.device_put(damping), whole, gram)
-        # The inverse of the average over all rows is 1 / filled times as large.
-        return inverse.combination(history.filled * history.mean)
+        damping = relative_damping * _or_one(self._curvature.trace(mask))
+        return self._curvature.direction(mask, damping)
 
 
 class _Found(NamedTuple):
@@ -216,20 +203,8 @@ def _loss_key(found: _Found) -> tuple[float, int]:
     return found.loss, found.trial
 
 
-# Numbers that only steer the search are computed on the host, which needs no compilation.
-def _trace(gram: Float[np.ndarray, "n n"]) -> float:
-    """The trace of ``G^T G / n``."""
-    return float(np.trace(gram, dtype=np.float64)) / len(gram)
-
-
 def _or_one(scale: float) -> float:
     return scale if scale > 0 else 1.0
-
-
-def _degrees_of_freedom(gram: Float[np.ndarray, "n n"], damping: float) -> float:
-    """``sum k_i / (k_i + n lambda)`` over the eigenvalues ``k_i`` of ``K``."""
-    eigenvalues = np.maximum(np.linalg.eigvalsh(gram), 0).astype(np.float64)
-    return float(np.sum(eigenvalues / (eigenvalues + len(gram) * damping)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

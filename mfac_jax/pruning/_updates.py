@@ -35,7 +35,7 @@ from jaxtyping import Array, Float
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.inverse import fisher_inverse
-from mfac_jax.inverse._inverse import products_suffice
+from mfac_jax.inverse._inverse import uses_products
 from mfac_jax.pruning._functions import ProblemFunction, as_kind, call
 from mfac_jax.pruning._problem import Problem, removed_weights
 from mfac_jax.rows import Blocks, GradientRows, Partition, partition
@@ -164,15 +164,14 @@ def predicted_loss_increase(
 
 def curvature_along(delta: PyTree, rows: GradientRows, blocks: Partition) -> Float[Array, ""]:
     """``delta^T (G^T G / n) delta``, whole or in blocks."""
-    if products_suffice(rows.num_rows, blocks):
+    if uses_products(rows, blocks):
         return _mean_square(rows.dots(delta), num_rows=rows.num_rows)
-    squares = check_columns(rows, "blocks").map_blocks(blocks, _block_squares, delta)
-    return _mean(squares, num_rows=rows.num_rows)
+    return _sum(check_columns(rows, "blocks").map_blocks(blocks, _block_means, delta))
 
 
-def _block_squares(batch: Float[Array, "b n B"], delta: Float[Array, "b B"]) -> Float[Array, " b"]:
+def _block_means(batch: Float[Array, "b n B"], delta: Float[Array, "b B"]) -> Float[Array, " b"]:
     dots = jnp.einsum("bnj,bj->bn", batch, delta, precision="highest")
-    return jnp.sum(dots * dots, axis=1)
+    return jnp.sum(dots * dots, axis=1) / batch.shape[1]
 
 
 @functools.partial(jax.jit, static_argnames="num_rows")
@@ -180,9 +179,7 @@ def _mean_square(dots: Float[Array, " n"], *, num_rows: int) -> Float[Array, ""]
     return jnp.sum(dots * dots) / num_rows
 
 
-@functools.partial(jax.jit, static_argnames="num_rows")
-def _mean(squares: Float[Array, " blocks"], *, num_rows: int) -> Float[Array, ""]:
-    return jnp.sum(squares) / num_rows
+_sum = jax.jit(jnp.sum)
 
 
 @jax.jit

@@ -1,8 +1,8 @@
 """The interface of stored gradients, in three capabilities.
 
-All rows compute products (:class:`GradientRows`). Writing (:class:`WritableRows`) and access to
-columns (:class:`ColumnRows`) are optional. An algorithm that needs one of them calls
-``check_writable`` or ``check_columns``.
+All rows but :class:`BlockSums` compute products (:class:`GradientRows`). Writing
+(:class:`WritableRows`) and access to columns (:class:`ColumnRows`) are optional. An algorithm that
+needs one of them calls ``check_writable`` or ``check_columns``.
 """
 
 from __future__ import annotations
@@ -66,6 +66,14 @@ class GradientRows(abc.ABC):
         """Whether ``jit`` can trace the rows.
 
         If true, each default method runs as one compiled program.
+        """
+        return True
+
+    @property
+    def has_products(self) -> bool:
+        """Whether ``dots``, ``combine`` and ``gram`` exist; false for :class:`BlockSums`.
+
+        Rows without products are finite: gradients were checked as they were written.
         """
         return True
 
@@ -243,12 +251,13 @@ class ColumnRows(GradientRows):
         Args:
             partition: the blocks.
             function: ``function(batch, *parts, *constants)``. ``batch`` holds the gradients of
-                b blocks of one size, (b, n, B). Each of ``parts`` holds the part of one
-                vector, (b, B). The function returns one number for each coordinate, (b, B), or
-                one for each block, (b,), or a tuple of such results. It is hashable. Functions
-                that do the same compare equal, so that they compile once. A block may be padded
-                with coordinates where the gradients and vectors are 0 (or false), and a batch
-                with blocks of such coordinates.
+                b blocks of one size, (b, n, B). (:class:`BlockSums` gives B other rows with the
+                same ``G_b^T G_b / n``, so take n from the batch.) Each of ``parts`` holds the
+                part of one vector, (b, B). The function returns one number for each coordinate,
+                (b, B), or one for each block, (b,), or a tuple of such results. It is hashable.
+                Functions that do the same compare equal, so that they compile once. A block may be
+                padded with coordinates where the gradients and vectors are 0 (or false), and a
+                batch with blocks of such coordinates.
             vectors: trees like the parameters, of numbers or booleans.
             constants: arrays that every call receives whole.
             by_run: return the results as they are, for each run of blocks. The function may then
@@ -265,12 +274,8 @@ class ColumnRows(GradientRows):
             ValueError: the partition or a vector does not fit, or ``by_run`` is set for blocks
                 that are not of consecutive coordinates.
         """
-        check_partition(partition, self.layout)
-        if by_run and partition.order is not None:
-            raise ValueError(
-                "by_run needs blocks of consecutive coordinates, got a partition with an order."
-            )
-        leaves = tuple(_leaves(self.layout, vector) for vector in vectors)
+        check_partition(partition, self.layout, by_run=by_run)
+        leaves = tuple(leaves_of(self.layout, vector) for vector in vectors)
         mapped = _map_blocks if self.is_traceable else map_columns
         return mapped(self, partition, function, leaves, tuple(constants), by_run=by_run)
 
@@ -292,7 +297,7 @@ class ColumnRows(GradientRows):
         return self.map_blocks(pieces, _both_square_sums, constants=(matrix,))
 
 
-def _leaves(layout: Layout, vector: PyTree) -> tuple[Array, ...]:
+def leaves_of(layout: Layout, vector: PyTree) -> tuple[Array, ...]:
     """The leaves of a tree of numbers or booleans like the parameters, checked."""
     dtypes = {jnp.result_type(leaf) for leaf in jax.tree.leaves(vector)}
     check = layout.check_mask if dtypes == {jnp.dtype(bool)} else layout.check
@@ -441,6 +446,23 @@ def check_writable(rows: Any, what: str) -> WritableRows:
             f"got {type(rows).__name__}, which cannot."
         )
     return rows
+
+
+def check_products(rows: GradientRows, what: str) -> None:
+    """Checks that ``rows`` can be multiplied.
+
+    Args:
+        rows: the rows.
+        what: what needs products, for the error.
+
+    Raises:
+        TypeError: the rows have no products.
+    """
+    if not rows.has_products:
+        raise TypeError(
+            f"{what} needs products with the gradients, got {type(rows).__name__}, which keeps "
+            "sums in blocks and no gradients."
+        )
 
 
 def check_traceable(rows: GradientRows, what: str) -> None:

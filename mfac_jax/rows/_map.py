@@ -68,7 +68,7 @@ def map_columns(
     else:
         results = _map_scattered(rows, partition.order, partition.runs, call, flat)
     if by_run:
-        return tuple(jax.tree.map(_concatenated, *pieces) for pieces in results)
+        return tuple(jax.tree.map(concatenated, *pieces) for pieces in results)
     pieces = list(itertools.chain.from_iterable(results))
     if not pieces:
         empty = [jax.ShapeDtypeStruct((1, 1), v.dtype) for v in flat]
@@ -89,14 +89,14 @@ def _call(
     return function(batch, *parts, *constants)
 
 
-def _each(function: Callable[[Any], Any], xs: Shaped[np.ndarray, "p ..."], rows: ColumnRows) -> Any:
+def _each(function: Callable[[Any], Any], xs: Shaped[np.ndarray, "p ..."], *, traced: bool) -> Any:
     """The stacked results of ``function`` for every ``x``, in a loop that ``jit`` traces once."""
-    if rows.is_traceable:
+    if traced:
         return lax.map(function, jnp.asarray(xs))
     return jax.tree.map(lambda *x: jnp.stack(x), *(function(jnp.asarray(x)) for x in xs))
 
 
-def _concatenated(*parts: Shaped[Array, "_ ..."]) -> Shaped[Array, "b ..."]:
+def concatenated(*parts: Shaped[Array, "_ ..."]) -> Shaped[Array, "b ..."]:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
@@ -119,31 +119,48 @@ def _map_neighbours(
     """Maps blocks whose columns are neighbours; the results of the pieces of each run."""
     n = rows.num_rows
     results: list[list[Any]] = []
-    latest: Any = None
 
-    def piece(start: int | Int[Array, ""], count: int, size: int) -> Any:
-        width = count * size
-        batch = jnp.moveaxis(rows.columns(start, width).reshape(n, count, size), 1, 0)
-        parts = [lax.dynamic_slice_in_dim(v, start, width).reshape(count, size) for v in vectors]
-        return function(batch, parts, latest)
+    def piece(first: int | Int[Array, ""], count: int, before: Any, run: BlockRun) -> Any:
+        start, width = run.start + first * run.size, count * run.size
+        batch = jnp.moveaxis(rows.columns(start, width).reshape(n, count, run.size), 1, 0)
+        parts = [
+            lax.dynamic_slice_in_dim(v, start, width).reshape(count, run.size) for v in vectors
+        ]
+        return function(batch, parts, before)
 
     for run in runs:
-        count = _piece_size(n, run)
-        pieces = run.count // count
-        done, of_run = 0, []
-        if pieces > _MOST_PIECES:
-            # A loop keeps only one piece in memory at a time.
-            starts = run.start + count * run.size * np.arange(pieces)
-            found = _each(functools.partial(piece, count=count, size=run.size), starts, rows)
-            latest = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
-            of_run.append(latest)
-            done = pieces * count
-        for first in range(done, run.count, count):
-            here = min(count, run.count - first)
-            latest = piece(run.start + first * run.size, here, run.size)
-            of_run.append(latest)
-        results.append(of_run)
+        before = results[-1][-1] if results else None
+        of_run = functools.partial(piece, run=run)
+        results.append(in_pieces(of_run, run, n, before, traced=rows.is_traceable))
     return results
+
+
+def in_pieces(
+    function: Callable[..., Any], run: BlockRun, num_rows: int, before: Any, *, traced: bool = True
+) -> list[Any]:
+    """The results of the pieces of a run.
+
+    Args:
+        function: ``function(first, count=..., before=...)`` maps ``count`` blocks of the run, the
+            first of which is ``first``, after the results ``before``.
+        run: the blocks.
+        num_rows: the number of rows in a batch.
+        before: the results before this run; None for the first run.
+        traced: whether ``jit`` traces the function.
+    """
+    count = _piece_size(num_rows, run)
+    pieces, done = run.count // count, 0
+    found: list[Any] = []
+    if pieces > _MOST_PIECES:
+        # A loop keeps only one piece in memory at a time.
+        of_piece = functools.partial(function, count=count, before=before)
+        stacked = _each(of_piece, count * np.arange(pieces), traced=traced)
+        found.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked))
+        done = pieces * count
+    for first in range(done, run.count, count):
+        before = found[-1] if found else before
+        found.append(function(first, count=min(count, run.count - first), before=before))
+    return found
 
 
 def _map_scattered(
@@ -184,7 +201,7 @@ def _map_scattered(
         tables = np.moveaxis(table.reshape(2, pieces, -1), 1, 0)
         of_piece = functools.partial(piece, size=size, before=found)
         if pieces > 1:
-            stacked = _each(of_piece, tables, rows)
+            stacked = _each(of_piece, tables, traced=rows.is_traceable)
             found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
         else:
             found = of_piece(jnp.asarray(tables[0]))

@@ -145,12 +145,18 @@ def check_size(layout: Layout) -> None:
         )
 
 
-def check_partition(partition: Any, layout: Layout) -> None:
+def check_partition(partition: Any, layout: Layout, *, by_run: bool = False) -> None:
     """Checks that ``partition`` is a partition of coordinates of the parameters.
+
+    Args:
+        partition: the blocks.
+        layout: the parameters.
+        by_run: whether results are wanted for each run of blocks.
 
     Raises:
         TypeError: it has another type.
-        ValueError: a block has places that do not exist.
+        ValueError: a block has places that do not exist, or ``by_run`` is set for blocks that are
+            not of consecutive coordinates.
     """
     if not isinstance(partition, Partition):
         raise TypeError(
@@ -163,6 +169,10 @@ def check_partition(partition: Any, layout: Layout) -> None:
         raise ValueError(
             f"the blocks of a partition must lie within its {min(places, layout.size)} places, "
             f"got a block that ends at {end} and an order of {places} of {layout.size} coordinates."
+        )
+    if by_run and partition.order is not None:
+        raise ValueError(
+            "by_run needs blocks of consecutive coordinates, got a partition with an order."
         )
 
 
