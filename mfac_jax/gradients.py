@@ -15,6 +15,7 @@ from mfac_jax._collect import LabelSampler, LossFn, fill_rows
 from mfac_jax._layout import PyTree
 from mfac_jax.rows import Dense, Storage, WritableRows
 from mfac_jax.rows._base import check_writable
+from mfac_jax.rows._room import require_room
 from mfac_jax.rows._storage import check_storage
 
 __all__ = ["collect_gradients"]
@@ -94,6 +95,7 @@ def collect_gradients(
             given without the option that it needs.
         FloatingPointError: a gradient has NaN or Inf in it or is too large to square. The
             message names the row, the batch and the example.
+        MemoryError: the rows cannot fit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -114,9 +116,10 @@ def collect_gradients(
         approximation", NeurIPS 2019 (the empirical Fisher against the true one).
     """
     m = _checks.positive_int(num_gradients, "num_gradients")
+    require_room(check_storage(storage), params, m, "num_gradients")
     what = f"collecting gradients with storage={storage!r}"
     return fill_rows(
-        check_writable(check_storage(storage).empty(params, m), what),
+        check_writable(storage.empty(params, m), what),
         loss_fn,
         params,
         batches,

@@ -101,6 +101,19 @@ class Compressed(Storage):
     ) -> Float[Array, "m j"]:
         """Some coordinates of every gradient."""
 
+    def step_bytes(self, vector: int, code: int, piece: int, platform: str) -> int:
+        """See :meth:`GradientRows.step_bytes`.
+
+        Args:
+            vector: the bytes of a vector in the accumulation dtype.
+            code: the bytes of the code of all gradients.
+            piece: the bytes of the code that is decoded at a time.
+            platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+        """
+        if platform != "cpu":
+            return 4 * vector
+        return 5 * vector + (piece if piece < code else 0)  # a piece is a copy
+
     def empty(self, params: PyTree, num_rows: int) -> CompressedRows:
         """See :meth:`Storage.empty`."""
         m, layout = _checks.positive_int(num_rows, "num_rows"), Layout(params)
@@ -156,7 +169,7 @@ class CompressedRows(WritableRows, ColumnRows):
     @property
     def num_tiles(self) -> int:
         """``t``."""
-        return len(self.code[0])
+        return int(self.code[0].shape[0])
 
     @property
     def width(self) -> int:
@@ -217,6 +230,12 @@ class CompressedRows(WritableRows, ColumnRows):
         matrix = jnp.moveaxis(tiles, 0, 1).reshape(self.num_rows, -1)
         return lax.dynamic_slice_in_dim(matrix, start - first * self.width, size, axis=1)
 
+    def step_bytes(self, platform: str) -> int:
+        code = sum(part.size * part.dtype.itemsize for part in self.code)
+        share = min(self._products_at_a_time / self.num_tiles, 1)
+        vector = self.layout.size * self.dtype.itemsize
+        return self.storage.step_bytes(vector, code, int(share * code), platform)
+
     def _tiles(self, flat: Array) -> Array:
         """A vector of all coordinates, cut into tiles."""
         padded = jnp.pad(flat, (0, self.num_tiles * self.width - flat.size))
@@ -228,8 +247,12 @@ class CompressedRows(WritableRows, ColumnRows):
 
     def _map(self, function: Callable[..., Array], *tiles: Any) -> Array:
         """``function`` of all tiles, some at a time, so that intermediate results stay small."""
-        entries = sum(math.prod(part.shape[1:]) for part in self.code)
-        return map_tiles(function, max(_ENTRIES_AT_A_TIME // entries, 1), *tiles)
+        return map_tiles(function, self._products_at_a_time, *tiles)
+
+    @property
+    def _products_at_a_time(self) -> int:
+        """The number of tiles that are multiplied at a time."""
+        return max(_ENTRIES_AT_A_TIME // sum(math.prod(x.shape[1:]) for x in self.code), 1)
 
     @property
     def _tiles_at_a_time(self) -> int:

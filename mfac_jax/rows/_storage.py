@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,12 +13,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from mfac_jax import _checks
+from mfac_jax import _checks, _memory
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels.backends import check_implementation
 from mfac_jax.rows._base import GradientRows, WritableRows, check_writable
 from mfac_jax.rows._blocks import BlockRows, OutputRows, number_of_blocks, output_axis
 from mfac_jax.rows._dense import DenseRows, tiles_of, tiling
+from mfac_jax.rows._room import require_room
 
 PACKINGS = ("flat", "leaf")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -42,6 +43,30 @@ class Storage(abc.ABC):
                 shapes and dtypes only, and a sharding if there is one.
             num_rows: ``m``, at least 1.
         """
+
+    def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int] | None:
+        """What :meth:`empty` allocates, for plans: bytes on each device, on the host and on disk.
+
+        The default traces :meth:`empty`. A storage overrides it if ``jit`` cannot trace its rows,
+        and must do so if :meth:`empty` does more than make arrays.
+
+        Args:
+            params: shapes, as in :meth:`empty`.
+            num_rows: ``m``.
+
+        Returns:
+            The bytes under ``"device"``, ``"host"`` and ``"disk"``, where they are not 0. None if
+            they are unknown: such rows are not planned, and never refused for their size.
+        """
+        found: list[bool] = []
+
+        def traced(params: PyTree) -> Any:
+            rows = self.empty(params, num_rows)
+            found.append(rows.is_traceable)
+            return rows if rows.is_traceable else ()
+
+        made = _memory.arrays(traced, _memory.on_mesh(params))
+        return _memory.bytes_by_place(made) if all(found) else None
 
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> BlockRows:  # noqa: ARG002
         """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.
@@ -74,6 +99,7 @@ class Storage(abc.ABC):
                 too large to square. Inside ``jit`` there is no error.
         """
         count = len(jax.tree.leaves(gradients)[0])
+        require_room(self, params, count, "number of gradients")
         empty = check_writable(
             self.empty(params, count), f"the default hold of {type(self).__name__}"
         )
@@ -194,6 +220,7 @@ class Dense(Storage):
             blocks: PyTree = jax.tree.unflatten(layout.treedef, leaves)
         else:
             dtype = functools.reduce(np.promote_types, [leaf.dtype for leaf in leaves])
+            require_room(replace(self, dtype=dtype), params, n, "number of gradients")
             flat = [leaf.reshape(n, -1).astype(dtype) for leaf in leaves]
             blocks = tiles_of(jnp.concatenate(flat, axis=1))
         return DenseRows(blocks, layout, n, self.packing, self.implementation).supported()
@@ -220,6 +247,7 @@ def as_rows(
     Raises:
         TypeError: a leaf is not real floating point, or ``storage`` is not a storage.
         ValueError: leading axes differ, there is no row, or ``params`` do not fit.
+        MemoryError: the rows cannot fit.
 
     Example:
         >>> import jax.numpy as jnp
