@@ -198,7 +198,7 @@ def lacking(plan: Plan) -> list[str]:
     """Each place where less is free than the plan needs."""
     on_host, on_device = free_on_host(), free_on_device()
     needs = [("device", plan.device_bytes, on_device), ("host", plan.host_bytes, on_host)]
-    if _device().platform == "cpu":  # the device is the host
+    if _device().platform == "cpu":  # the device is the host; of several devices one is counted
         needs = [("host", plan.device_bytes + plan.host_bytes, on_host)]
     return [
         f"{with_unit(needed)} are needed and {with_unit(free)} are free on the {place}."

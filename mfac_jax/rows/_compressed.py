@@ -112,7 +112,7 @@ class Compressed(Storage):
         """
         if platform != "cpu":
             return 4 * vector
-        return 5 * vector + (piece if piece < code else 0)  # a piece is a copy
+        return 14 * vector // 3 + (piece if piece < code else 0)  # a piece is a copy
 
     def empty(self, params: PyTree, num_rows: int) -> CompressedRows:
         """See :meth:`Storage.empty`."""

@@ -27,9 +27,6 @@ from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows, is_small
 # The width of a tile is a multiple of this, as the vector units of GPUs and TPUs require.
 _ALIGNMENT = 128
 
-# Whether XLA for a CPU widens a whole window of few bits to change one row.
-_WIDENS = jax.__version_info__ < (0, 12)
-
 # The operations of a storage that have kernels.
 _SCANS = ("dots", "write_row", "combine")
 
@@ -175,11 +172,12 @@ class DenseRows(WritableRows, ColumnRows):
         if platform != "cpu":
             return vectors * 4 // 3 if self.packing == "flat" else 0
         if self.packing == "flat":
-            return 3 * vectors if not (is_narrow and _WIDENS) else vectors + sum(rows)
-        # XLA for a CPU copies the blocks of parameters with axes of length one. Of the others it
-        # widens some at a time.
+            # XLA for a CPU widens all rows to change one.
+            return vectors + sum(rows) if is_narrow else 3 * vectors
+        # It copies the blocks of parameters with axes of length one, and of the others it widens
+        # some at a time.
         copied = [size for size, leaf in zip(rows, leaves, strict=True) if 1 in leaf.shape[1:]]
-        widened = 2 * max(rows, default=0) if is_narrow and _WIDENS else 0
+        widened = 2 * max(rows, default=0) if is_narrow else 0
         return vectors + max(sum(copied), widened)
 
     def _leaves(self) -> list[Array]:

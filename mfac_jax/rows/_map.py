@@ -112,7 +112,7 @@ def _piece_size(num_rows: int, run: BlockRun) -> int:
 
 def piece_entries(num_rows: int, partition: Partition) -> int:
     """The numbers that a piece of blocks takes with its intermediate results, for plans."""
-    matrices = 3  # of the smaller side of each block
+    matrices = 5  # of the smaller side of each block
     each = [
         _piece_size(num_rows, run) * (num_rows * run.size + matrices * min(num_rows, run.size) ** 2)
         for run in partition.runs
