@@ -59,7 +59,7 @@ def require_room_of(
 
     def plan(count: int) -> Plan:
         made = _memory.arrays(lambda params: make(params, count), shapes)
-        named = _memory.components("gradients in blocks", _memory.bytes_by_place(made))
+        named = _memory.components("gradients", _memory.bytes_by_place(made))
         return Plan(f"{name}={count}", tuple(named))
 
     _memory.require(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from mfac_jax.kernels.backends import check_implementation
 from mfac_jax.rows._base import GradientRows, WritableRows, check_writable
 from mfac_jax.rows._blocks import BlockRows, OutputRows, number_of_blocks, output_axis
 from mfac_jax.rows._dense import DenseRows, tiles_of, tiling
-from mfac_jax.rows._room import require_room
+from mfac_jax.rows._room import require_room, require_room_of
 
 PACKINGS = ("flat", "leaf")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -58,15 +58,15 @@ class Storage(abc.ABC):
             The bytes under ``"device"``, ``"host"`` and ``"disk"``, where they are not 0. None if
             they are unknown: such rows are not planned, and never refused for their size.
         """
-        found: list[bool] = []
+        is_pytree: list[bool] = []
 
         def traced(params: PyTree) -> Any:
             rows = self.empty(params, num_rows)
-            found.append(rows.is_traceable)
-            return rows if rows.is_traceable else ()
+            is_pytree.append(rows.is_traceable and not jax.tree_util.all_leaves([rows]))
+            return jax.tree.leaves(rows) if is_pytree[-1] else []
 
         made = _memory.arrays(traced, _memory.on_mesh(params))
-        return _memory.bytes_by_place(made) if all(found) else None
+        return _memory.bytes_by_place(made) if all(is_pytree) else None
 
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> BlockRows:  # noqa: ARG002
         """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.
@@ -220,7 +220,12 @@ class Dense(Storage):
             blocks: PyTree = jax.tree.unflatten(layout.treedef, leaves)
         else:
             dtype = functools.reduce(np.promote_types, [leaf.dtype for leaf in leaves])
-            require_room(replace(self, dtype=dtype), params, n, "number of gradients")
+            require_room_of(
+                lambda params, count: jnp.zeros((count, Layout(params).size), dtype),
+                params,
+                n,
+                "number of gradients",
+            )
             flat = [leaf.reshape(n, -1).astype(dtype) for leaf in leaves]
             blocks = tiles_of(jnp.concatenate(flat, axis=1))
         return DenseRows(blocks, layout, n, self.packing, self.implementation).supported()
