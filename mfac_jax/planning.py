@@ -189,7 +189,7 @@ def plan_inverse(
         >>> params = {"w": jax.ShapeDtypeStruct((1000, 1000), "float32")}
         >>> made = planning.plan_inverse(params, 512, blocks=128, platform="cpu")
         >>> [(part.name, part.nbytes // 10**6) for part in made.components]
-        [('gradients', 2063), ('vectors', 12), ('pieces of gradients', 536)]
+        [('gradients', 2063), ('vectors', 12), ('pieces of gradients', 603)]
     """
     n = _checks.positive_int(num_gradients, "num_gradients")
     platform = _platform(platform)
