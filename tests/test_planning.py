@@ -22,7 +22,7 @@ from mfac_jax import (
 )
 from mfac_jax.optimizer import SecondMoments
 from mfac_jax.pruning import Gradients, prune
-from mfac_jax.rows import Dense, Int8, TopK, as_rows
+from mfac_jax.rows import Dense, Int8, Storage, TopK, as_rows
 
 SHAPES = {"a": (6, 40), "b": (40,), "c": (3, 3, 4, 8), "s": ()}
 STORAGES = {
@@ -182,7 +182,7 @@ def test_pruning_makes_rows_for_each_step_that_it_remembers():
 
 def test_rows_that_do_not_say_what_they_take():
     class Silent(outside.Host):
-        bytes_by_place = Dense.bytes_by_place
+        bytes_by_place = Storage.bytes_by_place
 
     with pytest.raises(ValueError, match="Silent does not say"):
         planning.plan_inverse(zeros(), 3, storage=Silent())

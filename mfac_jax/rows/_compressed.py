@@ -23,7 +23,7 @@ from mfac_jax.kernels._xla import accumulation_dtype, set_row
 from mfac_jax.rows._base import ColumnRows, WritableRows, is_small_enough
 from mfac_jax.rows._blocks import BlockRows, number_of_blocks, output_axis
 from mfac_jax.rows._dense import DenseRows
-from mfac_jax.rows._storage import Storage
+from mfac_jax.rows._storage import Storage, traced_bytes
 
 # As many numbers are decoded or multiplied at a time; 64 MiB in float32.
 _ENTRIES_AT_A_TIME = 2**24
@@ -120,6 +120,10 @@ class Compressed(Storage):
         count, width = self.tiling(layout.size)
         code, error = self.blank(count, m, width), self.blank_error(count, width)
         return CompressedRows(code, error, layout, m, self)
+
+    def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int]:
+        """See :meth:`Storage.bytes_by_place`."""
+        return traced_bytes(self, params, num_rows)
 
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> CompressedOutputRows:
         """See :meth:`Storage.by_output`. Every output has tiles of its own."""

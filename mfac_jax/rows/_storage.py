@@ -44,29 +44,20 @@ class Storage(abc.ABC):
             num_rows: ``m``, at least 1.
         """
 
-    def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int] | None:
+    def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int] | None:  # noqa: ARG002
         """What :meth:`empty` allocates, for plans: bytes on each device, on the host and on disk.
 
-        The default traces :meth:`empty`. A storage overrides it if ``jit`` cannot trace its rows,
-        and must do so if :meth:`empty` does more than make arrays.
+        If ``jit`` can trace :meth:`empty`, :func:`traced_bytes` finds them.
 
         Args:
             params: shapes, as in :meth:`empty`.
             num_rows: ``m``.
 
         Returns:
-            The bytes under ``"device"``, ``"host"`` and ``"disk"``, where they are not 0. None if
-            they are unknown: such rows are not planned, and never refused for their size.
+            The bytes under ``"device"``, ``"host"`` and ``"disk"``, where they are not 0. None,
+            the default, if they are unknown: such rows are never refused for their size.
         """
-        is_pytree: list[bool] = []
-
-        def traced(params: PyTree) -> Any:
-            rows = self.empty(params, num_rows)
-            is_pytree.append(rows.is_traceable and not jax.tree_util.all_leaves([rows]))
-            return jax.tree.leaves(rows) if is_pytree[-1] else []
-
-        made = _memory.arrays(traced, _memory.on_mesh(params))
-        return _memory.bytes_by_place(made) if all(is_pytree) else None
+        return None
 
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> BlockRows:  # noqa: ARG002
         """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.
@@ -110,6 +101,21 @@ class Storage(abc.ABC):
                 "large to square."
             )
         return rows
+
+
+def traced_bytes(storage: Storage, params: PyTree, num_rows: int) -> dict[str, int]:
+    """:meth:`Storage.bytes_by_place` of a storage whose ``empty`` can be traced.
+
+    Args:
+        storage: the storage.
+        params: the parameters or their shapes.
+        num_rows: ``m``.
+    """
+
+    def leaves(params: PyTree) -> list[Any]:
+        return jax.tree.leaves(storage.empty(params, num_rows))
+
+    return _memory.bytes_by_place(_memory.arrays(leaves, _memory.on_mesh(params)))
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,10 @@ class Dense(Storage):
                 params,
             )
         return DenseRows(blocks, layout, m, self.packing, self.implementation).supported()
+
+    def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int]:
+        """See :meth:`Storage.bytes_by_place`."""
+        return traced_bytes(self, params, num_rows)
 
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> OutputRows:
         """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.
