@@ -7,6 +7,7 @@ from mfac_jax import (
     inverse,
     kernels,
     optimizer,
+    planning,
     pruning,
     reference,
     rows,
@@ -15,6 +16,7 @@ from mfac_jax import (
 from mfac_jax.gradients import collect_gradients
 from mfac_jax.inverse import fisher_inverse
 from mfac_jax.optimizer import mfac, mfac_precondition, mfacw, natural_gradient
+from mfac_jax.planning import plan
 
 __version__ = "0.2.0"
 
@@ -32,6 +34,8 @@ __all__ = [
     "mfacw",
     "natural_gradient",
     "optimizer",
+    "plan",
+    "planning",
     "pruning",
     "reference",
     "rows",

@@ -26,6 +26,7 @@ from mfac_jax._durable import digest
 from mfac_jax._implicit import ImplicitRows, rows_of
 from mfac_jax._layout import PyTree
 from mfac_jax.rows import Dense, Files, Storage, WritableRows
+from mfac_jax.rows._room import require_room
 from mfac_jax.rows._storage import check_storage
 
 __all__ = ["ImplicitRows", "collect_gradients", "implicit_rows"]
@@ -112,6 +113,7 @@ def collect_gradients(
         OSError: the folder of ``checkpoint`` cannot be written, or the disk is full.
         FloatingPointError: a gradient has NaN or Inf in it or is too large to square. The
             message names the row, the batch and the example.
+        MemoryError: the rows cannot fit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -134,8 +136,9 @@ def collect_gradients(
     m = _checks.positive_int(num_gradients, "num_gradients")
     check_functions(loss_fn, sample_labels, key)
     check_batches(batches, "batches")
+    require_room(check_storage(storage), params, m, "num_gradients")
     origin = functools.partial(_origin, params, mask, key, per_example)
-    rows, done = check_storage(storage).resume(params, m, origin)
+    rows, done = storage.resume(params, m, origin)
     copy = None
     if checkpoint is not None:
         copy, _ = Files(checkpoint).resume(params, m, origin)

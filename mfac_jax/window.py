@@ -32,6 +32,7 @@ from mfac_jax import _checks, algebra, incremental
 from mfac_jax._layout import PyTree
 from mfac_jax.rows import Dense, Storage, WritableRows
 from mfac_jax.rows._base import check_writable
+from mfac_jax.rows._room import require_room
 from mfac_jax.rows._storage import check_storage
 
 _EMPTY = -1
@@ -87,6 +88,7 @@ def init(
         TypeError: ``window_size`` is not an int, ``storage`` is not a storage, or a leaf is
             not real floating point.
         ValueError: ``window_size`` is below 1.
+        MemoryError: the window cannot fit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -98,6 +100,7 @@ def init(
     """
     m = _checks.positive_int(window_size, "window_size")
     check_storage(storage)
+    require_room(storage, params, m, "window_size")
     rows = storage.empty(params, m)
     check_writable(rows, "a window")
     return Window(

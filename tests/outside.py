@@ -145,6 +145,9 @@ class HostRows(WritableRows, ColumnRows):
 class Host(Storage):
     """Stores gradients in the memory of the host."""
 
+    def bytes_by_place(self, params, num_rows):
+        return {"host": 4 * num_rows * Layout(params).size}
+
     def empty(self, params, num_rows):
         layout = Layout(params)
         return HostRows(np.zeros((num_rows, layout.size), np.float32), layout, num_rows)

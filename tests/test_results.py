@@ -6,6 +6,7 @@ import demo
 import first_call
 import launches
 import optimizer_results
+import plan
 import pruning_results
 import pruning_step
 import pytest
@@ -52,6 +53,15 @@ def test_tables_of_the_optimizers_are_those_of_the_result_files():
 def test_tables_of_the_storages_are_those_of_the_result_file():
     for name, table in storages.tables(report.load("storages")).items():
         assert report.read_table(storages.PAGE, name) == table.strip()
+
+
+def test_plans_are_within_a_tenth_of_what_xla_and_the_process_report():
+    results = report.load("plan")
+    for name, table in plan.tables(results).items():
+        assert report.read_table(plan.PAGE, name) == table.strip()
+    for result in [*results["compiled"], *results["process"]]:
+        actual = result["XLA"] if "XLA" in result else result["process"]
+        assert result["plan"] == pytest.approx(actual, rel=0.1), result
 
 
 def test_figure_of_the_demo_is_there():

@@ -146,6 +146,6 @@ class Diagonal(Metric):
         return state
 
 
-def _wide_zeros(leaf: Array) -> Array:
+def _wide_zeros(leaf: Any) -> Array:
     """Zeros in float32 at least, with the sharding of the leaf."""
     return jnp.zeros_like(leaf, np.promote_types(jnp.result_type(leaf), np.float32))

@@ -24,9 +24,13 @@ from mfac_jax.optimizer._direction import Direction, lengths, solve, system
 from mfac_jax.rows import BlockRows, Storage, is_small_enough
 from mfac_jax.rows._base import check_traceable, check_writable
 from mfac_jax.rows._blocks import WholeRows
+from mfac_jax.rows._room import require_room_of
 from mfac_jax.window import PushInfo, Window
 
 BLOCKS = ("leaf", "output", "output_first")
+
+# The matrices like the Gram matrix that a step computes with.
+_SQUARES = 4
 
 
 class BlockWindows(NamedTuple):
@@ -65,6 +69,12 @@ def init(params: PyTree, window_size: int, storage: Storage, blocks: str | None)
         check_traceable(held.rows, "a window under jit")
         return held
 
+    make = functools.partial(_empty_blocks, storage=storage, blocks=blocks)
+    require_room_of(make, params, window_size, "window_size")
+    return make(params, window_size)
+
+
+def _empty_blocks(params: PyTree, window_size: int, storage: Storage, blocks: str) -> BlockWindows:
     def rows_of(leaf: Any) -> BlockRows:
         if blocks != "leaf" and jnp.ndim(leaf) > 1:
             return storage.by_output(leaf, window_size, -1 if blocks == "output" else 0)
@@ -82,6 +92,13 @@ def init(params: PyTree, window_size: int, storage: Storage, blocks: str | None)
         rejected=jnp.zeros((), jnp.int32),
         layout=Layout(params),
     )
+
+
+def step_bytes(windows: Windows, platform: str) -> int:
+    """An estimate of the temporary arrays of a step; see :meth:`GradientRows.step_bytes`."""
+    rows = windows.rows if isinstance(windows, BlockWindows) else (windows.rows,)
+    squares = _SQUARES * windows.gram.size * windows.gram.dtype.itemsize
+    return squares + sum(part.step_bytes(platform) for part in rows)
 
 
 def layout_of(windows: Windows) -> Layout:

@@ -36,6 +36,7 @@ from mfac_jax.rows import (
     partition,
 )
 from mfac_jax.rows._base import check_columns, check_rows, check_writable
+from mfac_jax.rows._room import require_room
 from mfac_jax.rows._storage import check_storage
 
 Fill = Callable[[WritableRows], WritableRows]
@@ -144,6 +145,7 @@ def check_gradients(
         TypeError: rows cannot be written, or columns cannot be read.
         ValueError: the given gradients belong to other parameters.
         FloatingPointError: a given gradient has NaN or Inf in it.
+        MemoryError: the gradients cannot fit.
     """
     given, storage = gradients.given, gradients.storage
     readers = column_readers(num_kept(gradients, steps))
@@ -152,6 +154,8 @@ def check_gradients(
         check_writable(rows, f"prune with storage={storage!r}")
         for reader in readers:
             check_columns(rows, f"{reader} with storage={storage!r}")
+        parts, count = num_new_parts(gradients, steps)
+        require_room(storage, like(params), count, "Gradients.count", parts=parts)
     if given is None:
         return
     own, other = Layout(params), given.layout
@@ -174,6 +178,14 @@ def _num_parts(gradients: Gradients, steps: int) -> int:
     """The number of steps whose gradients are kept."""
     history = _HISTORY if gradients.history is None else gradients.history
     return min(1 + history, steps)
+
+
+def num_new_parts(gradients: Gradients, steps: int) -> tuple[int, int]:
+    """How many sets of rows a run makes, beside given ones, and the number of rows of each."""
+    parts = _num_parts(gradients, steps)
+    if gradients.given is not None:
+        parts -= steps <= parts  # its place is free for others once it is too old
+    return parts, count_of(gradients)
 
 
 def count_of(gradients: Gradients) -> int:

@@ -20,7 +20,7 @@ from mfac_jax.rows._int8 import Int8
 from mfac_jax.rows._paged import Paged, PagedRows
 from mfac_jax.rows._partition import BlockRun, Blocks, Partition, partition
 from mfac_jax.rows._stacked import StackedRows
-from mfac_jax.rows._storage import Dense, Storage, as_rows
+from mfac_jax.rows._storage import Dense, Storage, as_rows, traced_bytes
 from mfac_jax.rows._topk import TopK
 
 __all__ = [
@@ -50,4 +50,5 @@ __all__ = [
     "as_rows",
     "is_small_enough",
     "partition",
+    "traced_bytes",
 ]

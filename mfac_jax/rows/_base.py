@@ -77,6 +77,17 @@ class GradientRows(abc.ABC):
         """
         return True
 
+    def step_bytes(self, platform: str) -> int:  # noqa: ARG002
+        """An estimate, for plans, of what a ``put`` and a ``combine`` in one program take.
+
+        It counts the temporary arrays on each device, beside the rows, the gradient and the result.
+        By default these are three vectors of the accumulation dtype.
+
+        Args:
+            platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+        """
+        return 3 * self.layout.size * self.dtype.itemsize
+
     @abc.abstractmethod
     def dots(self, vector: PyTree) -> Float[Array, " m"]:
         """``G v``."""

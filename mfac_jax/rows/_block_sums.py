@@ -30,7 +30,7 @@ from mfac_jax.rows._base import (
     leaves_of,
 )
 from mfac_jax.rows._partition import Blocks, Partition, check_partition, partition
-from mfac_jax.rows._storage import Dense, Storage, check_storage
+from mfac_jax.rows._storage import Dense, Storage, check_storage, traced_bytes
 from mfac_jax.rows._sum_programs import (
     added,
     are_small,
@@ -69,6 +69,10 @@ class InBlocks(Storage):
 
     def __post_init__(self) -> None:
         check_storage(self.storage)
+
+    def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int]:
+        """See :meth:`Storage.bytes_by_place`."""
+        return traced_bytes(self, params, num_rows)
 
     def empty(self, params: PyTree, num_rows: int) -> BlockSums:
         """Sums for ``num_rows`` gradients of ``params``.

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mfac_jax._layout import PyTree
-from mfac_jax.kernels._xla import accumulation_dtype
+from mfac_jax.kernels._xla import accumulation_dtype, set_row
 from mfac_jax.rows._base import WritableRows, is_small_enough
 
 
@@ -34,6 +34,10 @@ class BlockRows(abc.ABC):
     @abc.abstractmethod
     def dtype(self) -> jnp.dtype:
         """The accumulation dtype."""
+
+    def step_bytes(self, platform: str) -> int:  # noqa: ARG002
+        """As :meth:`GradientRows.step_bytes`; 0 by default."""
+        return 0
 
     @abc.abstractmethod
     def put(
@@ -71,6 +75,9 @@ class WholeRows(BlockRows):
     @property
     def dtype(self) -> jnp.dtype:
         return self.rows.dtype
+
+    def step_bytes(self, platform: str) -> int:
+        return self.rows.step_bytes(platform)
 
     def put(
         self, row: Int[Array, ""], gradient: Float[Array, "..."], accepted: Bool[Array, ""]
@@ -114,12 +121,15 @@ class OutputRows(BlockRows):
         new = jnp.moveaxis(gradient, self.axis, 0).astype(self.outputs.dtype)
         square = jnp.sum(jnp.square(new.astype(self.dtype)))
         new = jnp.where(is_small_enough(square, self.outputs.shape[1]), new, jnp.zeros_like(new))
-        old = lax.dynamic_index_in_dim(self.outputs, row, 1, keepdims=False)
-        outputs = lax.dynamic_update_index_in_dim(
-            self.outputs, jnp.where(accepted, new, old), row, axis=1
-        )
+        outputs = set_row(self.outputs, row, new, accepted)
         dots = self._totals(self._products(outputs, new.astype(self.dtype)))
         return replace(self, outputs=outputs), dots
+
+    def step_bytes(self, platform: str) -> int:
+        shape, itemsize = self.outputs.sharding.shard_shape(self.outputs.shape), self.dtype.itemsize
+        rows = math.prod(shape) * itemsize
+        widened = rows if platform == "cpu" and self.outputs.dtype != self.dtype else 0
+        return (3 if platform == "cpu" else 1) * rows // shape[1] + widened
 
     def _products(
         self, outputs: Shaped[Array, "o m *rest"], vector: Float[Array, "o *rest"]

@@ -24,7 +24,7 @@ from mfac_jax.kernels._xla import accumulation_dtype, set_row
 from mfac_jax.rows._base import ColumnRows, WritableRows, is_small_enough
 from mfac_jax.rows._blocks import BlockRows, number_of_blocks, output_axis
 from mfac_jax.rows._dense import DenseRows
-from mfac_jax.rows._storage import Storage, rows_sharding
+from mfac_jax.rows._storage import Storage, rows_sharding, traced_bytes
 
 # As many numbers are decoded or multiplied at a time; 64 MiB in float32.
 _ENTRIES_AT_A_TIME = 2**24
@@ -104,12 +104,29 @@ class Compressed(Storage):
     ) -> Float[Array, "m j"]:
         """Some coordinates of every gradient."""
 
+    def step_bytes(self, vector: int, code: int, piece: int, platform: str) -> int:
+        """See :meth:`GradientRows.step_bytes`.
+
+        Args:
+            vector: the bytes of a vector in the accumulation dtype.
+            code: the bytes of the code of all gradients.
+            piece: the bytes of the code that is decoded at a time.
+            platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+        """
+        if platform != "cpu":
+            return 4 * vector
+        return 14 * vector // 3 + (piece if piece < code else 0)  # a piece is a copy
+
     def empty(self, params: PyTree, num_rows: int) -> CompressedRows:
         """See :meth:`Storage.empty`."""
         m, layout = _checks.positive_int(num_rows, "num_rows"), Layout(params)
         count, width = self.tiling(layout.size)
         code, error = self.blank(count, m, width), self.blank_error(count, width)
         return CompressedRows(code, error, layout, m, self)
+
+    def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int]:
+        """See :meth:`Storage.bytes_by_place`."""
+        return traced_bytes(self, params, num_rows)
 
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> CompressedOutputRows:
         """See :meth:`Storage.by_output`. Every output has tiles of its own."""
@@ -166,7 +183,7 @@ class CompressedRows(WritableRows, ColumnRows):
     @property
     def num_tiles(self) -> int:
         """``t``."""
-        return len(self.code[0])
+        return int(self.code[0].shape[0])
 
     @property
     def width(self) -> int:
@@ -231,6 +248,12 @@ class CompressedRows(WritableRows, ColumnRows):
         """``function`` of the tiles, which one device has."""
         return function(*tiles)
 
+    def step_bytes(self, platform: str) -> int:
+        code = sum(part.size * part.dtype.itemsize for part in self.code)
+        share = min(self._products_at_a_time / self.num_tiles, 1)
+        vector = self.layout.size * self.dtype.itemsize
+        return self.storage.step_bytes(vector, code, int(share * code), platform)
+
     def _tiles(self, flat: Array) -> Array:
         """A vector of all coordinates, cut into tiles."""
         padded = jnp.pad(flat, (0, self.num_tiles * self.width - flat.size))
@@ -242,8 +265,12 @@ class CompressedRows(WritableRows, ColumnRows):
 
     def _map(self, function: Callable[..., Array], *tiles: Any) -> Array:
         """``function`` of all tiles, some at a time, so that intermediate results stay small."""
-        entries = sum(math.prod(part.shape[1:]) for part in self.code)
-        return map_tiles(function, max(_ENTRIES_AT_A_TIME // entries, 1), *tiles)
+        return map_tiles(function, self._products_at_a_time, *tiles)
+
+    @property
+    def _products_at_a_time(self) -> int:
+        """The number of tiles that are multiplied at a time."""
+        return max(_ENTRIES_AT_A_TIME // sum(math.prod(x.shape[1:]) for x in self.code), 1)
 
     @property
     def _tiles_at_a_time(self) -> int:

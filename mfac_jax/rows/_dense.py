@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -161,6 +162,23 @@ class DenseRows(WritableRows, ColumnRows):
 
     def take(self, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
         return _take(self, coordinates)
+
+    def step_bytes(self, platform: str) -> int:
+        itemsize = self.dtype.itemsize
+        leaves = jax.tree.leaves(self.blocks)
+        rows = [math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize for leaf in leaves]
+        vectors = sum(rows) // self.num_rows
+        is_narrow = any(leaf.dtype != self.dtype for leaf in leaves)
+        if platform != "cpu":
+            return vectors * 4 // 3 if self.packing == "flat" else 0
+        if self.packing == "flat":
+            # XLA for a CPU widens all rows to change one.
+            return vectors + sum(rows) if is_narrow else 3 * vectors
+        # It copies the blocks of parameters with axes of length one, and of the others it widens
+        # some at a time.
+        copied = [size for size, leaf in zip(rows, leaves, strict=True) if 1 in leaf.shape[1:]]
+        widened = 2 * max(rows, default=0) if is_narrow else 0
+        return vectors + max(sum(copied), widened)
 
     def _leaves(self) -> list[Array]:
         return list(jax.tree.leaves(self.blocks))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import math
 import os
 import tempfile
 import weakref
@@ -91,6 +92,12 @@ class Files(Storage):
         """
         m, layout = _checks.positive_int(num_rows, "num_rows"), Layout(params)
         return self._rows(self.temporary(), layout, m)
+
+    def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int]:
+        """See :meth:`Storage.bytes_by_place`."""
+        layout = Layout(params)
+        shape = self._shape(layout, num_rows)
+        return {"disk": math.prod(shape) * dtype_for(layout, self.dtype).itemsize}
 
     def resume(
         self, params: PyTree, num_rows: int, origin: Callable[[], Mapping[str, str]]
@@ -390,7 +397,7 @@ class _Pages:
         Raises:
             OSError: the disk is full.
         """
-        size = int(np.prod(self.shape)) * self.dtype.itemsize
+        size = math.prod(self.shape) * self.dtype.itemsize
         descriptor = self.file.fileno()
         missing = size - os.fstat(descriptor).st_size
         if missing <= 0:

@@ -110,6 +110,16 @@ def _piece_size(num_rows: int, run: BlockRun) -> int:
     return min(max(part, fewest), most, run.count)
 
 
+def piece_entries(num_rows: int, partition: Partition) -> int:
+    """The numbers that a piece of blocks takes with its intermediate results, for plans."""
+    matrices = 5  # of the smaller side of each block
+    each = [
+        _piece_size(num_rows, run) * (num_rows * run.size + matrices * min(num_rows, run.size) ** 2)
+        for run in partition.runs
+    ]
+    return max(each, default=0)
+
+
 def _map_neighbours(
     rows: ColumnRows,
     runs: tuple[BlockRun, ...],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
@@ -22,7 +24,7 @@ from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
 
 # A page takes at most 64 MiB, which a bus moves in a millisecond or more: long beside what it
 # takes to start a copy, and small beside the memory of a device, which holds two pages.
-_PAGE_BYTES = 2**26
+PAGE_BYTES = 2**26
 
 # The width of a page is a multiple of this, as the vector units of GPUs and TPUs require.
 _ALIGNMENT = 128
@@ -71,12 +73,22 @@ class Paged(Storage):
         Raises:
             ValueError: a page has more columns than the gradients.
         """
-        m, layout = _checks.positive_int(num_rows, "num_rows"), Layout(params)
-        dtype, mesh = dtype_for(layout, self.dtype), _mesh_of(params)
-        devices = 1 if mesh is None else mesh.size
-        width = page_width(self.columns, layout.size, m * dtype.itemsize, devices)
-        shape = max(-(-layout.size // width), 1), m, width
-        return PagedRows(_blank(shape, dtype, mesh), layout, m)
+        layout, mesh = Layout(params), _mesh_of(params)
+        shape, dtype = self._pages(layout, num_rows, mesh)
+        return PagedRows(_blank(shape, dtype, mesh), layout, num_rows)
+
+    def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int]:
+        """See :meth:`Storage.bytes_by_place`. One host has the pages of all devices."""
+        shape, dtype = self._pages(Layout(params), num_rows, _mesh_of(params))
+        return {"host": math.prod(shape) * dtype.itemsize}
+
+    def _pages(
+        self, layout: Layout, num_rows: int, mesh: Mesh | AbstractMesh | None
+    ) -> tuple[tuple[int, int, int], np.dtype]:
+        """The shape and the dtype of the pages."""
+        m, dtype = _checks.positive_int(num_rows, "num_rows"), dtype_for(layout, self.dtype)
+        width = page_width(self.columns, layout.size, m * dtype.itemsize, _num_devices(mesh))
+        return (max(-(-layout.size // width), 1), m, width), dtype
 
 
 @jax.tree_util.register_dataclass
@@ -99,6 +111,11 @@ class PagedRows(WritableRows, ColumnRows):
     def dtype(self) -> jnp.dtype:
         """The accumulation dtype."""
         return accumulation_dtype(self.pages.dtype)
+
+    def step_bytes(self, platform: str) -> int:
+        del platform
+        page = math.prod(self.pages.shape[1:]) * self.pages.dtype.itemsize
+        return 2 * page + 2 * self.layout.size * self.dtype.itemsize
 
     def put(
         self, row: Int[Array, ""], gradient: PyTree
@@ -332,11 +349,15 @@ def page_width(columns: int | None, size: int, column_bytes: int, num_devices: i
             )
         return columns
     step = _ALIGNMENT * num_devices
-    most = max(_PAGE_BYTES // column_bytes // step, 1) * step
+    most = max(PAGE_BYTES // column_bytes // step, 1) * step
     if size <= most:
         return max(-(-size // num_devices), 1) * num_devices
     pages = -(-size // most)
     return -(-size // (pages * step)) * step
+
+
+def _num_devices(mesh: Mesh | AbstractMesh | None) -> int:
+    return 1 if mesh is None else mesh.size
 
 
 def _mesh_of(params: PyTree) -> Mesh | AbstractMesh | None:

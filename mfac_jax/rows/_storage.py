@@ -14,12 +14,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from mfac_jax import _checks
+from mfac_jax import _checks, _memory
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels.backends import check_implementation
 from mfac_jax.rows._base import GradientRows, WritableRows, check_writable
 from mfac_jax.rows._blocks import BlockRows, OutputRows, number_of_blocks, output_axis
 from mfac_jax.rows._dense import DenseRows, tiles_of, tiling
+from mfac_jax.rows._room import require_room, require_room_of
 
 PACKINGS = ("flat", "leaf")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -63,6 +64,21 @@ class Storage(abc.ABC):
         what = f"collecting gradients with storage={self!r}"
         return check_writable(self.empty(params, num_rows), what), 0
 
+    def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int] | None:  # noqa: ARG002
+        """What :meth:`empty` allocates, for plans: bytes on each device, on the host and on disk.
+
+        If ``jit`` can trace :meth:`empty`, :func:`traced_bytes` finds them.
+
+        Args:
+            params: shapes, as in :meth:`empty`.
+            num_rows: ``m``.
+
+        Returns:
+            The bytes under ``"device"``, ``"host"`` and ``"disk"``, where they are not 0. None,
+            the default, if they are unknown: such rows are never refused for their size.
+        """
+        return None
+
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> BlockRows:  # noqa: ARG002
         """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.
 
@@ -94,6 +110,7 @@ class Storage(abc.ABC):
                 too large to square. Inside ``jit`` there is no error.
         """
         count = len(jax.tree.leaves(gradients)[0])
+        require_room(self, params, count, "number of gradients")
         empty = check_writable(
             self.empty(params, count), f"the default hold of {type(self).__name__}"
         )
@@ -125,6 +142,21 @@ def dtype_for(layout: Layout, dtype: DTypeLike | None) -> np.dtype:
     """The dtype of stored gradients of these parameters, if ``dtype`` was asked for."""
     is_double = jnp.dtype("float64") in layout.dtypes
     return jnp.dtype(dtype or (jnp.float64 if is_double else jnp.float32))
+
+
+def traced_bytes(storage: Storage, params: PyTree, num_rows: int) -> dict[str, int]:
+    """:meth:`Storage.bytes_by_place` of a storage whose ``empty`` can be traced.
+
+    Args:
+        storage: the storage.
+        params: the parameters or their shapes.
+        num_rows: ``m``.
+    """
+
+    def leaves(params: PyTree) -> list[Any]:
+        return jax.tree.leaves(storage.empty(params, num_rows))
+
+    return _memory.bytes_by_place(_memory.arrays(leaves, _memory.on_mesh(params)))
 
 
 @dataclass(frozen=True)
@@ -189,6 +221,10 @@ class Dense(Storage):
             )
         return DenseRows(blocks, layout, m, self.packing, self.implementation).supported()
 
+    def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int]:
+        """See :meth:`Storage.bytes_by_place`."""
+        return traced_bytes(self, params, num_rows)
+
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> OutputRows:
         """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.
 
@@ -225,6 +261,12 @@ class Dense(Storage):
             blocks: PyTree = jax.tree.unflatten(layout.treedef, leaves)
         else:
             dtype = functools.reduce(np.promote_types, [leaf.dtype for leaf in leaves])
+            require_room_of(
+                lambda params, count: jnp.zeros((count, Layout(params).size), dtype),
+                params,
+                n,
+                "number of gradients",
+            )
             flat = [leaf.reshape(n, -1).astype(dtype) for leaf in leaves]
             blocks = tiles_of(jnp.concatenate(flat, axis=1))
         return DenseRows(blocks, layout, n, self.packing, self.implementation).supported()
@@ -251,6 +293,7 @@ def as_rows(
     Raises:
         TypeError: a leaf is not real floating point, or ``storage`` is not a storage.
         ValueError: leading axes differ, there is no row, or ``params`` do not fit.
+        MemoryError: the rows cannot fit.
 
     Example:
         >>> import jax.numpy as jnp

@@ -77,6 +77,11 @@ class TopK(Compressed):
     def most_columns(self) -> int:
         return self.block
 
+    def step_bytes(self, vector: int, code: int, piece: int, platform: str) -> int:
+        usual = super().step_bytes(vector, code, piece, platform)
+        # A CPU computes with stored entries in float32, and with their places in 32 bits.
+        return max(usual, vector + 4 * piece) if platform == "cpu" else usual
+
     def kept(self, width: int) -> int:
         """The number of entries stored of a block."""
         return max(math.ceil(self.density * width), 1)

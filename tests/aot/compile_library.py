@@ -20,8 +20,8 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
-from mfac_jax import fisher_inverse, mfac_precondition
-from mfac_jax.rows import Dense, Paged, PagedRows
+from mfac_jax import fisher_inverse, mfac_precondition, plan
+from mfac_jax.rows import Dense, Int8, Paged, PagedRows, TopK
 
 jax.config.update("jax_platforms", "cpu")
 
@@ -64,6 +64,25 @@ def test_a_step_of_the_optimizer_runs_the_kernels_in_place(devices, dtype):
     memory, window = compiled.memory_analysis(), 256 * D * jnp.dtype(dtype).itemsize
     assert memory.alias_size_in_bytes >= window
     assert memory.temp_size_in_bytes < window / 8
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [Dense(), Dense(jnp.bfloat16), Dense(packing="leaf"), Int8(), TopK(0.01)],
+    ids=["float32", "bfloat16", "leaf", "int8", "topk"],
+)
+def test_a_step_takes_what_is_planned(devices, storage):
+    memory = compile_update(SingleDeviceSharding(devices[0]), 64, storage).memory_analysis()
+    actual = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    platform = "tpu" if devices[0].platform == "tpu" else "gpu"
+    params = {"w": jax.ShapeDtypeStruct((D,), jnp.float32)}
+    made = plan(params, 64, storage=storage, platform=platform)
+    assert made.device_bytes == pytest.approx(actual, rel=0.1)
 
 
 @pytest.mark.parametrize("m", [64, 512])

@@ -1,0 +1,409 @@
+"""Plans: what a computation takes, by component, before anything is allocated.
+
+A plan follows from the shapes, dtypes and shardings of the parameters. The state of an optimizer is
+exact, for every storage and option: JAX traces its ``init``. Temporary arrays are estimates; the
+page "Planning" of the documentation compares them with XLA's own figures. A plan leaves out the
+parameters, the data, and what the network takes to compute its gradient.
+
+:func:`plan` is for :func:`mfac_jax.mfac_precondition`, :func:`plan_optimizer` for any optax
+transformation, :func:`plan_inverse` for the static algorithm and :func:`plan_pruning` for
+:func:`mfac_jax.pruning.prune`. :func:`fitting` finds the largest window that fits a budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, Mesh
+
+from mfac_jax import _checks, _memory
+from mfac_jax._layout import Layout, PyTree
+from mfac_jax._memory import Component, Plan, check_memory
+from mfac_jax.inverse._inverse import products_suffice
+from mfac_jax.kernels._xla import MAX_TILE
+from mfac_jax.optimizer import mfac_precondition
+from mfac_jax.optimizer._metric import Metric
+from mfac_jax.optimizer._precondition import DEFAULT_WINDOW_SIZE
+from mfac_jax.optimizer._windows import BlockWindows, step_bytes
+from mfac_jax.pruning import Gradients
+from mfac_jax.pruning._gradients import num_kept, num_new_parts
+from mfac_jax.rows import Blocks, Dense, InBlocks, Storage, partition
+from mfac_jax.rows._map import piece_entries
+from mfac_jax.rows._paged import PAGE_BYTES
+from mfac_jax.rows._room import spelled, storages
+from mfac_jax.rows._storage import check_storage
+from mfac_jax.window import Window
+
+__all__ = [
+    "Choice",
+    "Component",
+    "Fitting",
+    "Plan",
+    "check_memory",
+    "fitting",
+    "plan",
+    "plan_inverse",
+    "plan_optimizer",
+    "plan_pruning",
+]
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+
+# The vectors of a pruning step: parameters, changes, scores and masks.
+_VECTORS_OF_PRUNING = 10
+
+
+def plan(
+    params: PyTree,
+    window_size: int = DEFAULT_WINDOW_SIZE,
+    *,
+    storage: Storage = Dense(),  # noqa: B008  (immutable)
+    blocks: str | None = None,
+    metric: Metric | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    platform: str | None = None,
+) -> Plan:
+    """What :func:`mfac_jax.mfac_precondition` takes: its state, and a step that donates the state.
+
+    Args:
+        params: the parameters, or ``jax.ShapeDtypeStruct`` with their shapes. A ``NamedSharding``
+            of a leaf divides what follows it over the devices.
+        window_size: see :func:`mfac_jax.mfac_precondition`.
+        storage: see :func:`mfac_jax.mfac_precondition`.
+        blocks: see :func:`mfac_jax.mfac_precondition`.
+        metric: see :func:`mfac_jax.mfac_precondition`.
+        mesh: stands for the mesh of the leaves, whose axes it has. An ``AbstractMesh`` needs no
+            devices.
+        platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``, on which temporary arrays depend; by default
+            that of the default device.
+
+    Returns:
+        The plan; its bytes are those of one device.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has an impossible value, or the mesh does not fit a leaf.
+
+    Example:
+        >>> import jax
+        >>> from mfac_jax import plan
+        >>> params = {"w": jax.ShapeDtypeStruct((1000, 1000), "float32")}
+        >>> print(plan(params, window_size=64, platform="gpu"))
+        window of 64 gradients, Dense(), 1,000,000 parameters, on a gpu
+        gradients            device  246.00 MiB
+        Gram matrix          device   16.00 KiB
+        other state          device   16.26 KiB
+        gradient and update  device    7.63 MiB
+        temporary arrays     device    5.19 MiB
+        together             device  258.85 MiB
+    """
+    check_storage(storage)
+    tx = mfac_precondition(window_size, storage=storage, blocks=blocks, metric=metric)
+    made = plan_optimizer(tx, params, mesh=mesh, platform=platform)
+    title = f"window of {window_size} gradients, {spelled(storage)}, {_size(params)}"
+    return Plan(f"{title}, on a {_platform(platform)}", made.components)
+
+
+def plan_optimizer(
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    platform: str | None = None,
+) -> Plan:
+    """What any optax transformation takes: its state, and a step that donates the state.
+
+    Temporary arrays are those of the windows of :func:`mfac_jax.mfac_precondition` in it.
+
+    Args:
+        tx: the transformation, for example :func:`mfac_jax.mfacw` or a chain. If a leaf is sharded,
+            ``init`` must read no values of the parameters.
+        params: as in :func:`plan`.
+        mesh: as in :func:`plan`.
+        platform: as in :func:`plan`.
+
+    Returns:
+        The plan; its bytes are those of one device.
+
+    Raises:
+        TypeError: ``tx`` is no transformation.
+        ValueError: as :func:`plan`.
+    """
+    _checks.instance(tx, "tx", optax.GradientTransformation)
+    platform = _platform(platform)
+    params = _memory.on_mesh(params, mesh)
+    state = _memory.arrays(tx.init, params)
+    windows = _nodes(state, (Window, BlockWindows))
+    rows = _memory.bytes_by_place([held.rows for held in windows])
+    gram = _memory.bytes_by_place([held.gram for held in windows])
+    whole = _memory.bytes_by_place(state)
+    other = {place: whole[place] - rows[place] - gram[place] for place in whole}
+    temporary = sum(step_bytes(held, platform) for held in windows)
+    sizes = {
+        "gradients": rows,
+        "Gram matrix": gram,
+        "other state": other,
+        "gradient and update": {"device": 2 * _memory.bytes_by_place(params)["device"]},
+        "temporary arrays": {"device": temporary},
+    }
+    return _plan(f"optimizer of {_size(params)} on a {platform}", sizes)
+
+
+def plan_inverse(
+    params: PyTree,
+    num_gradients: int,
+    *,
+    storage: Storage = Dense(),  # noqa: B008  (immutable)
+    blocks: Blocks = None,
+    whiten: bool = False,
+    mesh: Mesh | AbstractMesh | None = None,
+    platform: str | None = None,
+) -> Plan:
+    """What :func:`mfac_jax.fisher_inverse` takes, and gradients that are collected for it.
+
+    Args:
+        params: as in :func:`plan`.
+        num_gradients: ``n``.
+        storage: how gradients are stored.
+        blocks: see :func:`mfac_jax.fisher_inverse`.
+        whiten: whether ``W`` or the inverses of blocks are stored; see
+            :meth:`mfac_jax.inverse.FisherInverse.whiten`.
+        mesh: as in :func:`plan`.
+        platform: as in :func:`plan`.
+
+    Returns:
+        The plan; its bytes are those of one device.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: as :func:`plan`; or it is unknown what the rows of the storage take.
+
+    Example:
+        >>> import jax
+        >>> from mfac_jax import planning
+        >>> params = {"w": jax.ShapeDtypeStruct((1000, 1000), "float32")}
+        >>> made = planning.plan_inverse(params, 512, blocks=128, platform="cpu")
+        >>> [(part.name, part.nbytes // 10**6) for part in made.components]
+        [('gradients', 2063), ('vectors', 12), ('pieces of gradients', 603)]
+    """
+    n = _checks.positive_int(num_gradients, "num_gradients")
+    platform = _platform(platform)
+    params = _memory.on_mesh(params, mesh)
+    layout = Layout(params)
+    cut, wide = partition(layout, blocks), _width(layout)
+    rows = _rows_bytes(storage, params, n)
+    is_whole = products_suffice(n, cut)
+    vector = wide * layout.size
+    pieces = _whole_pieces(n, layout.size, platform) if is_whole else piece_entries(n, cut)
+    if is_whole and not rows.get("device"):
+        pieces = min(pieces, 4 * PAGE_BYTES // wide)  # two pages and what becomes of them
+    stored = sum(run.width * min(n, run.size) for run in cut.runs)
+    sizes = {
+        "gradients": rows,
+        "Gram matrix and factor": {"device": 3 * wide * n**2 if is_whole else 0},
+        "whitened gradients" if is_whole else "inverses of blocks": {
+            "device": wide * stored if whiten else 0
+        },
+        "vectors": {"device": 3 * vector},
+        "pieces of gradients": {"device": wide * pieces},
+    }
+    title = f"inverse of {n} gradients, {spelled(storage)}, {_size(params)}, on a {platform}"
+    return _plan(title, sizes)
+
+
+def plan_pruning(
+    params: PyTree,
+    *,
+    steps: int = 8,
+    gradients: Gradients = Gradients(),  # noqa: B008  (immutable)
+    blocks: Blocks = 128,
+    mesh: Mesh | AbstractMesh | None = None,
+    platform: str | None = None,
+) -> Plan:
+    """What :func:`mfac_jax.pruning.prune` takes beside given gradients.
+
+    Args:
+        params: as in :func:`plan`.
+        steps: the number of steps.
+        gradients: as in :func:`mfac_jax.pruning.prune`.
+        blocks: the blocks of the setting with the largest ones.
+        mesh: as in :func:`plan`.
+        platform: as in :func:`plan`.
+
+    Returns:
+        The plan; its bytes are those of one device.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: as :func:`plan`; or it is unknown what the rows of the storage take.
+
+    Example:
+        >>> import jax
+        >>> from mfac_jax import planning
+        >>> from mfac_jax.pruning import Gradients
+        >>> params = {"w": jax.ShapeDtypeStruct((1000, 100), "float32")}
+        >>> made = planning.plan_pruning(params, gradients=Gradients(64), platform="cpu")
+        >>> made.components[0].nbytes  # those of the step and of the step before
+        51970048
+    """
+    steps = _checks.positive_int(steps, "steps")
+    platform = _platform(platform)
+    params = _memory.on_mesh(params, mesh)
+    layout = Layout(params)
+    parts, count = num_new_parts(gradients, steps)
+    storage, kept = gradients.storage, num_kept(gradients, steps)
+    cut, wide = partition(layout, blocks), _width(layout)
+    if gradients.in_blocks:
+        # The square roots of the sums stand for as many gradients as a block has coordinates.
+        storage, parts, kept = InBlocks(blocks, storage), 1, max(cut.sizes.tolist())
+    rows = _rows_bytes(storage, params, count)
+    sizes = {
+        "gradients": {place: parts * nbytes for place, nbytes in rows.items()},
+        "Gram matrices": {"device": 0 if gradients.in_blocks else 4 * wide * kept**2},
+        "vectors": {"device": _VECTORS_OF_PRUNING * wide * layout.size},
+        "pieces of gradients": {"device": wide * piece_entries(kept, cut)},
+    }
+    title = f"pruning with {count} gradients a step, {spelled(gradients.storage)}"
+    return _plan(f"{title}, {_size(params)}, on a {platform}", sizes)
+
+
+class Choice(NamedTuple):
+    """One storage of a :class:`Fitting`.
+
+    Attributes:
+        storage: the storage.
+        num_gradients: the largest number of gradients that fits; 0 if none does.
+        plan: the plan of these gradients; None if none fits.
+    """
+
+    storage: Storage
+    num_gradients: int
+    plan: Plan | None
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What fits a budget; ``print`` shows a table.
+
+    Attributes:
+        budget: the bytes of a device.
+        choices: the storages in the order in which they were given.
+    """
+
+    budget: int
+    choices: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            (
+                spelled(choice.storage),
+                str(choice.num_gradients),
+                _memory.with_unit(_total(choice.plan)),
+            )
+            for choice in self.choices
+        ]
+        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+        shown = [f"{name:{widths[0]}}  {n:>{widths[1]}}  {size}" for name, n, size in lines]
+        return "\n".join([f"the most that fit {_memory.with_unit(self.budget)}", *shown])
+
+
+def fitting(
+    budget: int,
+    params: PyTree,
+    *,
+    make: Callable[..., Plan] = plan,
+    storages: Sequence[Storage] = storages(),
+    **options: Any,
+) -> Fitting:
+    """The largest number of gradients that fits a budget, for each storage.
+
+    Args:
+        budget: the bytes of a device that the gradients and all that goes with them may take.
+        params: as in :func:`plan`.
+        make: :func:`plan` or :func:`plan_inverse`.
+        storages: the storages to compare.
+        options: further arguments of ``make``.
+
+    Returns:
+        The storages, each with its largest number of gradients.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: ``budget`` is below 1; or as ``make``.
+
+    Example:
+        >>> import jax
+        >>> from mfac_jax import planning
+        >>> params = {"w": jax.ShapeDtypeStruct((1000, 1000), "float32")}
+        >>> print(planning.fitting(2**30, params, platform="gpu"))
+        the most that fit 1.00 GiB
+        Dense()                   262  1021.39 MiB
+        Dense(dtype='bfloat16')   522  1022.21 MiB
+        Int8()                    519  1023.19 MiB
+        TopK()                   5822  1023.73 MiB
+    """
+    budget = _checks.positive_int(budget, "budget")
+
+    def best(storage: Storage) -> Choice:
+        def of(count: int) -> Plan:
+            return make(params, count, storage=storage, **options)
+
+        count = _memory.largest(lambda count: of(count).device_bytes <= budget)
+        return Choice(storage, count, of(count) if count else None)
+
+    return Fitting(budget, tuple(map(best, storages)))
+
+
+def _plan(title: str, sizes: dict[str, dict[str, int]]) -> Plan:
+    parts = [part for name, size in sizes.items() for part in _memory.components(name, size)]
+    return Plan(title, tuple(parts))
+
+
+def _total(plan: Plan | None) -> int:
+    return 0 if plan is None else plan.device_bytes
+
+
+def _platform(platform: str | None) -> str:
+    name = jax.default_backend() if platform is None else platform
+    if platform is not None:
+        _checks.one_of(platform, "platform", PLATFORMS)
+    return name
+
+
+def _nodes(tree: PyTree, kinds: tuple[type, ...]) -> list[Any]:
+    """The nodes of these types in a tree."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kinds))
+    return [node for node in nodes if isinstance(node, kinds)]
+
+
+def _rows_bytes(storage: Storage, params: PyTree, num_rows: int) -> dict[str, int]:
+    sizes = check_storage(storage).bytes_by_place(params, num_rows)
+    if sizes is None:
+        name = type(storage).__name__
+        raise ValueError(
+            f"{name} does not say what its rows take: expected {name}.bytes_by_place to return "
+            "bytes, got None."
+        )
+    return sizes
+
+
+def _whole_pieces(num_rows: int, size: int, platform: str) -> int:
+    """The numbers that the diagonal of a whole inverse takes at a time."""
+    if platform == "cpu":
+        return 4 * num_rows * min(size, MAX_TILE)
+    return num_rows * size // 8
+
+
+def _width(layout: Layout) -> int:
+    """The bytes of a number in the accumulation dtype."""
+    return 8 if jnp.dtype("float64") in layout.dtypes else 4
+
+
+def _size(params: PyTree) -> str:
+    return f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)):,} parameters"

@@ -1,0 +1,337 @@
+"""Plans against real arrays, against XLA, and the refusal of what cannot fit."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import optax
+import outside
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from mfac_jax import (
+    _memory,
+    collect_gradients,
+    fisher_inverse,
+    mfac,
+    mfac_precondition,
+    mfacw,
+    plan,
+    planning,
+    window,
+)
+from mfac_jax.optimizer import SecondMoments
+from mfac_jax.pruning import Gradients, prune
+from mfac_jax.rows import Dense, Int8, Storage, TopK, as_rows
+
+SHAPES = {"a": (6, 40), "b": (40,), "c": (3, 3, 4, 8), "s": ()}
+STORAGES = {
+    "float32": Dense(),
+    "bfloat16": Dense(jnp.bfloat16),
+    "leaf": Dense(packing="leaf"),
+    "int8": Int8(32),
+    "topk": TopK(0.1, block=64),
+    "4-bit errors": TopK(0.1, block=64, error_bits=4),
+    "half": outside.Half(),
+}
+CASES = {
+    **{name: (storage, {}) for name, storage in STORAGES.items()},
+    "metric": (Dense(), {"metric": SecondMoments()}),
+    "blocks": (Dense(), {"blocks": "leaf"}),
+    "outputs": (Dense(), {"blocks": "output"}),
+    "outputs, first": (Int8(32), {"blocks": "output_first"}),
+    "outputs, topk": (TopK(0.1, block=64), {"blocks": "output"}),
+}
+DTYPE = jnp.dtype("float32")
+
+
+def zeros(shapes=SHAPES):
+    return {name: jnp.zeros(shape) for name, shape in shapes.items()}
+
+
+def nbytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def of_state(made):
+    """The bytes of a plan without what a step takes beside the state."""
+    beside = ("gradient and update", "temporary arrays")
+    return sum(part.nbytes for part in made.components if part.name not in beside)
+
+
+@pytest.mark.parametrize(("storage", "options"), CASES.values(), ids=CASES)
+def test_the_state_is_planned_to_the_byte(storage, options):
+    tx = mfac_precondition(5, storage=storage, **options)
+    state = tx.init(zeros())
+    made = plan(jax.eval_shape(zeros), 5, storage=storage, **options)
+    assert of_state(made) == nbytes(state)
+    assert {part.place for part in made.components} == {"device"}
+    sizes = {part.name: part.nbytes for part in made.components}
+    assert sizes["gradients"] == nbytes(state.window.rows)
+    assert sizes["Gram matrix"] == nbytes(state.window.gram)
+    assert sizes["gradient and update"] == 2 * nbytes(zeros())
+
+
+def test_any_transformation_is_planned():
+    # The inverse of the m x m matrix, a momentum, and a mask that is a function of the values.
+    tx = mfac(0.1, 64, momentum=0.9, mask=lambda p: jax.tree.map(lambda x: x == 0, p))
+    assert of_state(planning.plan_optimizer(tx, zeros())) == nbytes(tx.init(zeros()))
+    adam = optax.adam(1e-3)
+    made = planning.plan_optimizer(adam, zeros())
+    assert of_state(made) == nbytes(adam.init(zeros()))
+    assert made.device_bytes == of_state(made) + 2 * nbytes(zeros())
+
+
+def sharded(mesh, make):
+    specs = {"w": PartitionSpec("x", "y"), "b": PartitionSpec("y"), "r": PartitionSpec()}
+    shapes = {"w": (4, 6), "b": (8,), "r": (3,)}
+    return {name: make(shapes[name], NamedSharding(mesh, spec)) for name, spec in specs.items()}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "tx",
+    [mfac(0.1, 5, momentum=0.9, storage=Dense(packing="leaf")), mfac(0.1, 5), mfacw(1e-3)],
+    ids=["leaf", "flat", "mfacw"],
+)
+def test_bytes_of_a_device_are_those_of_its_shards(tx, kind):
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
+    params = sharded(mesh, lambda shape, where: jax.device_put(jnp.zeros(shape), where))
+    shards = [
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(tx.init(params))
+        for shard in leaf.addressable_shards
+        if shard.device == jax.devices()[0]
+    ]
+    made = planning.plan_optimizer(tx, params)
+    assert of_state(made) == sum(shards)
+    shapes = sharded(mesh, lambda shape, where: jax.ShapeDtypeStruct(shape, DTYPE, sharding=where))
+    assert planning.plan_optimizer(tx, shapes) == made
+
+
+def test_a_mesh_that_is_not_there():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    where = NamedSharding(mesh, PartitionSpec("x"))
+    params = jax.ShapeDtypeStruct((3000, 7), DTYPE, sharding=where)
+    leaf = Dense(packing="leaf")
+    made = plan(params, 8, storage=leaf, mesh=AbstractMesh((1000,), ("x",)))
+    assert made.components[0] == ("gradients", "device", 4 * 8 * 3 * 7)
+    with pytest.raises(ValueError, match="y"):
+        plan(params, 8, storage=leaf, mesh=AbstractMesh((1000,), ("y",)))
+    with pytest.raises(ValueError, match=r"3000.*7000|7000.*3000|divisible"):
+        plan(params, 8, storage=leaf, mesh=AbstractMesh((7000,), ("x",)))
+
+
+def test_arrays_in_host_memory_count_for_the_host():
+    def make(params):
+        return jnp.zeros((2, 3)), jax.device_put(params, jax.memory.Space.Host)
+
+    made = _memory.arrays(make, _memory.on_mesh(jnp.zeros(5)))
+    assert _memory.bytes_by_place(made) == {"device": 24, "host": 20, "disk": 0}
+
+
+@pytest.mark.parametrize("storage", [Dense(), Int8(), TopK()], ids=["dense", "int8", "topk"])
+def test_a_step_takes_what_xla_says(storage):
+    params = jax.ShapeDtypeStruct((300_000,), DTYPE)
+    tx = mfac_precondition(32, storage=storage)
+    state = jax.eval_shape(tx.init, params)
+    memory = jax.jit(tx.update, donate_argnums=1).lower(params, state).compile().memory_analysis()
+    actual = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    made = plan(params, 32, storage=storage, platform="cpu").device_bytes
+    assert made == pytest.approx(actual, rel=0.1)
+
+
+def test_the_inverse():
+    rows = as_rows(jnp.ones((6, 80)))
+    params = jax.ShapeDtypeStruct((80,), DTYPE)
+
+    def sizes(**options):
+        made = planning.plan_inverse(params, 6, platform="cpu", **options)
+        return {part.name: part.nbytes for part in made.components}
+
+    whole = fisher_inverse(rows, 0.1).whiten()
+    assert sizes(whiten=True)["whitened gradients"] == nbytes(whole.whitened)
+    assert sizes()["gradients"] == nbytes(rows)
+    assert "whitened gradients" not in sizes()
+    assert sizes()["Gram matrix and factor"] >= nbytes((whole.gram, whole.factor))
+    assert sizes(blocks=4, whiten=True)["inverses of blocks"] == 4 * 80 * 4
+    assert "Gram matrix and factor" not in sizes(blocks=4)
+    assert planning.plan_inverse(params, 6, storage=outside.Host()).host_bytes == 4 * 6 * 80
+
+
+def test_pruning_makes_rows_for_each_step_that_it_remembers():
+    params = jax.ShapeDtypeStruct((80,), DTYPE)
+    given = as_rows(jnp.ones((6, 80)))
+
+    def rows(steps, **options):
+        gradients = Gradients(6, **options)
+        made = planning.plan_pruning(params, steps=steps, gradients=gradients, blocks=8)
+        return made.components[0].nbytes / nbytes(given)
+
+    assert rows(1) == 1
+    assert rows(8) == 2
+    assert rows(8, history=3) == 4
+    assert rows(2, given=given) == 1
+    assert rows(3, given=given) == 2
+
+
+def test_rows_that_do_not_say_what_they_take():
+    class Silent(outside.Host):
+        bytes_by_place = Storage.bytes_by_place
+
+    with pytest.raises(ValueError, match="Silent does not say"):
+        planning.plan_inverse(zeros(), 3, storage=Silent())
+    assert window.init(zeros(), 3, storage=Silent()).rows.num_rows == 3
+
+
+@pytest.mark.parametrize("make", [plan, planning.plan_inverse])
+def test_the_largest_number_that_fits(make):
+    params, budget = jax.ShapeDtypeStruct((100, 100), DTYPE), 2_000_000
+    found = planning.fitting(budget, params, make=make, platform="gpu")
+    for choice in found.choices:
+        options = {"storage": choice.storage, "platform": "gpu"}
+        assert make(params, choice.num_gradients, **options) == choice.plan
+        assert choice.plan.device_bytes <= budget
+        assert make(params, choice.num_gradients + 1, **options).device_bytes > budget
+    counts = [choice.num_gradients for choice in found.choices]
+    assert counts == sorted(counts)
+    assert "Dense(dtype='bfloat16')" in str(found)
+    nothing = planning.fitting(1, params).choices[0]
+    assert (nothing.num_gradients, nothing.plan) == (0, None)
+
+
+def test_a_plan_is_shown_as_a_table():
+    parts = (
+        planning.Component("gradients", "host", 3 * 2**30),
+        planning.Component("vectors", "device", 512),
+    )
+    assert str(planning.Plan("a plan", parts)).splitlines() == [
+        "a plan",
+        "gradients  host    3.00 GiB",
+        "vectors    device     512 B",
+        "together   device     512 B",
+        "together   host    3.00 GiB",
+    ]
+    assert planning.Plan("a plan", parts).disk_bytes == 0
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="platform must be one of"):
+        plan(zeros(), platform="abacus")
+    with pytest.raises(ValueError, match="budget must be at least 1"):
+        planning.fitting(0, zeros())
+
+
+@pytest.mark.wrong_types
+def test_wrong_types():
+    with pytest.raises(TypeError, match="tx must be GradientTransformation"):
+        planning.plan_optimizer("adam", zeros())
+    with pytest.raises(TypeError, match="storage must be a storage"):
+        plan(zeros(), storage="int8")
+
+
+def mean_square(params, batch):
+    return sum(jnp.mean((x - jnp.mean(batch)) ** 2) for x in jax.tree.leaves(params))
+
+
+BATCHES = [jnp.ones(4)]
+ALLOCATIONS = {
+    "window": lambda: window.init(zeros(), 50),
+    "mfac": lambda: mfac(0.1, 50).init(zeros()),
+    "mfacw": lambda: mfacw(1e-3, window_size=50).init(zeros()),
+    "collect": lambda: collect_gradients(mean_square, zeros(), BATCHES, 50, progress=False),
+    "dense rows": lambda: as_rows(jax.tree.map(lambda x: jnp.zeros((50, *x.shape)), zeros())),
+    "coded rows": lambda: as_rows(jnp.zeros((50, 600)), storage=Int8()),
+    "prune": lambda: prune(
+        zeros(), mean_square, BATCHES, 0.5, gradients=Gradients(50), progress=False
+    ),
+    "host": lambda: window.init(zeros(), 50, storage=outside.Host()),
+}
+
+
+@pytest.mark.parametrize("allocate", ALLOCATIONS.values(), ids=ALLOCATIONS)
+def test_what_cannot_fit_is_refused(allocate, monkeypatch):
+    monkeypatch.setattr(_memory, "free_on_host", lambda: 20_000)
+    with pytest.raises(MemoryError) as error:
+        allocate()
+    message = str(error.value)
+    for part in ("19.53 KiB are free on the host", "gradients", "together", "largest", "check_mem"):
+        assert part in message
+
+
+def test_the_advice_is_the_largest_window_that_is_accepted(monkeypatch):
+    monkeypatch.setattr(_memory, "free_on_host", lambda: 20_000)
+    with pytest.raises(MemoryError, match=r"largest window_size that fits: (\d+) with Dense") as e:
+        window.init(zeros(), 50)
+    largest = int(str(e.value).split("that fits: ")[1].split()[0])
+    assert nbytes(window.init(zeros(), largest).rows) <= 20_000
+    with pytest.raises(MemoryError):
+        window.init(zeros(), largest + 1)
+
+
+def test_the_check_can_be_turned_off_and_is_off_under_jit(monkeypatch):
+    monkeypatch.setattr(_memory, "free_on_host", lambda: 20_000)
+    with planning.check_memory(False):
+        assert window.init(zeros(), 50).rows.num_rows == 50
+    assert jax.eval_shape(mfac(0.1, 50).init, zeros()) is not None
+    assert jax.jit(lambda p: window.init(p, 50).gram)(zeros()).shape == (50, 50)
+    with pytest.raises(MemoryError):
+        window.init(zeros(), 50)
+
+
+def test_on_an_accelerator_the_device_and_the_host_are_apart(monkeypatch):
+    class Device:
+        platform = "gpu"
+
+        def memory_stats(self):
+            return {"bytes_limit": 10_000, "bytes_in_use": 4_000}
+
+    monkeypatch.setattr(_memory, "_device", Device)
+    monkeypatch.setattr(_memory, "free_on_host", lambda: 7_000)
+    assert _memory.free_on_device() == 6_000
+
+    def lacking(device, host):
+        parts = [("a", "device", device), ("b", "host", host)]
+        return _memory.lacking(
+            planning.Plan("", tuple(itertools.starmap(planning.Component, parts)))
+        )
+
+    assert lacking(6_000, 7_000) == []
+    assert "on the device" in lacking(6_001, 0)[0]
+    assert "on the host" in lacking(0, 7_001)[0]
+    monkeypatch.setattr(Device, "memory_stats", lambda self: None)
+    assert lacking(10**15, 0) == []
+
+
+def test_free_memory_of_a_container(tmp_path):
+    def write(path, text):
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    assert _memory.free_on_host(tmp_path) is None
+    write("proc/meminfo", "MemTotal: 900 kB\nMemAvailable: 500 kB\n")
+    assert _memory.free_on_host(tmp_path) == 500 * 1024
+    # Version 2: no limit on the inner group, one on the outer.
+    write("proc/self/cgroup", "0::/outer/inner\n")
+    for name, limit in (("outer/inner", "max"), ("outer", str(300 * 1024))):
+        write(f"sys/fs/cgroup/{name}/memory.max", limit + "\n")
+        write(f"sys/fs/cgroup/{name}/memory.current", str(150 * 1024))
+        write(f"sys/fs/cgroup/{name}/memory.stat", f"anon 1\ninactive_file {50 * 1024}\n")
+    assert _memory.free_on_host(tmp_path) == 200 * 1024
+    # Version 1, inside a container: its own group lies at the top.
+    write("proc/self/cgroup", "5:memory:/docker/0a\n4:cpu:/docker/0a\n")
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", str(80 * 1024))
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", str(70 * 1024))
+    write("sys/fs/cgroup/memory/memory.stat", "total_inactive_file 0\n")
+    assert _memory.free_on_host(tmp_path) == 10 * 1024
+
+
+def test_free_memory_of_this_machine():
+    free = _memory.free_on_device()
+    assert free is None or 0 < free < 2**50
