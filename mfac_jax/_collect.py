@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Int
 from tqdm.auto import tqdm
 
@@ -60,6 +61,7 @@ def fill_rows(
     The first ``done`` rows hold their gradients already. Those that ``copy`` holds are read from
     it, and others are written to it as well.
     """
+    _check_agreement(params, rows.num_rows)
     if copy is not None:
         rows = read_rows(rows, copy, done)
         done = max(done, copy.num_finished)
@@ -91,6 +93,23 @@ def fill_rows(
             bar.update(pending.add(step, accepted))
         bar.update(pending.check_all())
     return rows
+
+
+def _check_agreement(params: PyTree, num_rows: int) -> None:
+    """Checks that all processes ask for as many gradients, if they share the parameters.
+
+    Raises:
+        ValueError: they do not. Without the error they would wait for one another for ever.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    if all(leaf.is_fully_addressable for leaf in leaves):
+        return
+    counts = multihost_utils.process_allgather(np.int32(num_rows)).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"all processes must ask for the same number of gradients, got {counts} from process "
+            f"0 to {len(counts) - 1}."
+        )
 
 
 def read_rows(rows: Rows, copy: FileRows, first: int = 0) -> Rows:

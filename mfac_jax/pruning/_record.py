@@ -21,6 +21,7 @@ import numpy as np
 
 from mfac_jax._durable import claim, write_whole
 from mfac_jax._layout import PyTree
+from mfac_jax.pruning._blocks import FisherBlocks
 from mfac_jax.pruning._gradients import Gradients
 from mfac_jax.pruning._report import StepReport
 from mfac_jax.pruning._search import Descent, Setting, Trial
@@ -61,7 +62,7 @@ class Record:
         origin: Mapping[str, str],
         params: PyTree,
         gradients: Gradients,
-        settings: Sequence[Setting],
+        settings: Sequence[tuple[Setting, FisherBlocks]],
         descents: Sequence[Descent],
     ) -> None:
         """Opens the record of a run, or makes it.
@@ -71,7 +72,7 @@ class Record:
             origin: what the run depends on, by name.
             params: the parameters.
             gradients: how many gradients each step takes.
-            settings: the settings that the run tries.
+            settings: the settings that the run tries, with their blocks.
             descents: the descents that it tries.
 
         Raises:
@@ -80,7 +81,7 @@ class Record:
         """
         self.folder = Path(folder)
         self._params, self._count = params, cast(int, gradients.count)
-        self._settings, self._descents = list(settings), list(descents)
+        self._settings, self._descents = [s for s, _ in settings], list(descents)
         manifest = {"version": _VERSION, **origin}
         if not claim(self.folder, _RUN, manifest, ()):
             write_whole(self.folder / _RUN, json.dumps(manifest, indent=1).encode())

@@ -376,7 +376,9 @@ class CompressedOutputRows(BlockRows):
         """
         if self.sharding is None:
             return function(*tiles)
-        mesh, spec = self.sharding.mesh.abstract_mesh, self.sharding.spec
+        # The mesh in use has the same axes, but they can be of another type.
+        mesh, spec = jax.sharding.get_abstract_mesh(), self.sharding.spec
+        mesh = self.sharding.mesh.abstract_mesh if mesh.empty else mesh
         return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(
             *tiles
         )

@@ -30,12 +30,13 @@ def require_room(
     Raises:
         MemoryError: the plan needs more than is free.
     """
+    layout = Layout(params)  # says which parameter is no array
 
     def plan(storage: Storage, count: int) -> Plan | None:
         rows = storage.bytes_by_place(params, count)
         if rows is None:
             return None
-        wide = 8 if "float64" in {dtype.name for dtype in Layout(params).dtypes} else 4
+        wide = 8 if "float64" in {dtype.name for dtype in layout.dtypes} else 4
         held = {place: parts * nbytes for place, nbytes in rows.items()}
         square = {"device": wide * (parts * count) ** 2}
         named = _memory.components("gradients", held) + _memory.components("Gram matrix", square)

@@ -1,0 +1,96 @@
+"""Several processes train and prune as one does, also after one of them was killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parents[1] / "examples" / "distributed.py"
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def start(folder, processes, devices):
+    address = f"localhost:{free_port()}"
+    options = {"checkpoint": folder, "steps": 40, "num-gradients": 12, "patience": 10}
+    options |= {"processes": processes, "devices": devices, "address": address}
+    command = [sys.executable, PROGRAM, *(f"--{name}={value}" for name, value in options.items())]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return [
+        subprocess.Popen(
+            [*command, f"--process={number}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for number in range(processes)
+    ]
+
+
+def ended(processes):
+    """The numbers that process 0 prints, once all have ended well."""
+    found = [process.communicate(timeout=300) for process in processes]
+    for process, (_, errors) in zip(processes, found, strict=True):
+        assert process.returncode == 0, errors[-2000:]
+    return json.loads(found[0][0].splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_run_of_which_a_process_was_killed_goes_on_with_others(tmp_path):
+    want = ended(start(tmp_path / "alone", 1, 1))
+
+    folder = tmp_path / "together"
+    first, second = start(folder, 2, 2)
+    while "checkpoint 20" not in first.stdout.readline():
+        assert first.poll() is None
+    second.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = first.communicate(timeout=60)
+    second.communicate()
+    assert time.monotonic() - killed < 60
+    assert first.returncode != 0
+    assert "Connection" in errors or "heartbeat" in errors or "UNAVAILABLE" in errors, errors[
+        -2000:
+    ]
+
+    got = ended(start(folder, 4, 1))
+    assert got == pytest.approx(want, rel=1e-3)
+
+
+DISAGREE = """
+import sys
+import jax, jax.numpy as jnp
+address, process = sys.argv[1], int(sys.argv[2])
+jax.distributed.initialize(address, 2, process)
+from mfac_jax import collect_gradients
+mesh = jax.make_mesh((2,), ("x",))
+params = jax.jit(lambda: jnp.ones(4), out_shardings=jax.NamedSharding(mesh, jax.P()))()
+batch = jax.jit(lambda: jnp.ones((2, 4)), out_shardings=jax.NamedSharding(mesh, jax.P("x")))()
+try:
+    collect_gradients(lambda p, x: jnp.mean((x @ p) ** 2), params, [batch], 3 + process)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_say_so():
+    command = [sys.executable, "-c", DISAGREE, f"localhost:{free_port()}"]
+    both = [
+        subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]
+    for process in both:
+        printed, _ = process.communicate(timeout=120)
+        assert "the same number of gradients, got [3, 4]" in printed
