@@ -1,11 +1,12 @@
 """Storages beside dense float32: accuracy of the direction, memory and time.
 
-    python benchmarks/storages.py [--only accuracy time] [--render]
+    python benchmarks/storages.py [--only accuracy rounding time static] [--render]
 
 Accuracy: windows of the last gradients of a training run (the digits and the network of the
-quickstart). Time: one push and one direction, in turn with dense float32. Writes
-``results/storages.json`` and the tables of ``docs/storages.md``; ``--render`` only writes the
-tables. Takes some minutes on two CPU cores.
+quickstart). Rounding: ways to round such gradients to 8 bits. Time: one push and one direction, in
+turn with dense float32. Static: the Gram matrix and ``ihvp`` of gradients that are there, and the
+disk's own time. Writes ``results/storages.json`` and the tables of ``docs/storages.md``;
+``--render`` only writes the tables. Takes some ten minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import functools
 import itertools
 import sys
+import tempfile
 from typing import Any
 
 import jax
@@ -26,8 +28,8 @@ from flax import nnx
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mfac_jax import mfac_precondition, window
-from mfac_jax.rows import Dense, Int8, Storage, TopK
+from mfac_jax import fisher_inverse, mfac_precondition, window
+from mfac_jax.rows import Dense, Files, Int8, Paged, Storage, TopK, as_rows
 
 sys.path.append(str(report.ROOT / "examples"))
 from quickstart import CNN, load_digits
@@ -43,10 +45,12 @@ STORAGES: dict[str, Storage] = {
         for more, bits in (("", 16), (", error_bits=4", 4), (", error_bits=0", 0))
     },
 }
+PAGED = {"Paged()": Paged()}
 WINDOWS = (64, 256)
 DAMPING = 0.01  # of the trace
 STEPS = 300
-TIMED = ("Dense()", "Dense(bfloat16)", "Int8()", "TopK(0.01)")
+TIMED = ("Dense()", "Dense(bfloat16)", "Int8()", "TopK(0.01)", "Paged()")
+STATIC = ((272_474, 64), (272_474, 512), (272_474, 1024), (4_000_000, 64), (4_000_000, 256))
 SIZES = {"ResNet-20": 272_474, "4 million": 4_000_000, "25 million": 25_000_000}
 MOST_ENTRIES = 2**31 - 1  # of a dense window that is timed: 8 GiB
 
@@ -147,7 +151,8 @@ def times() -> list[dict[str, Any]]:
             held, _ = window.push(held, gradient)
             return held, window.ihvp_newest(held, DAMPING * window.fisher_trace(held))
 
-        states = {s: window.init(gradient, m, storage=STORAGES[s]) for s in TIMED}
+        held = STORAGES | PAGED
+        states = {s: window.init(gradient, m, storage=held[s]) for s in TIMED}
 
         def run(s: str, states: Any = states, gradient: Any = gradient, step: Any = step) -> Any:
             states[s], direction = step(states[s], gradient)
@@ -156,6 +161,99 @@ def times() -> list[dict[str, Any]]:
         of_each = timing.interleave({s: functools.partial(run, s) for s in TIMED}, seconds=3.0)
         found += [{"size": name, "d": d, "m": m, "storage": s} | of_each[s] for s in TIMED]
     return found
+
+
+def rounded(grads: list[Any], how: str) -> list[NDArray[np.float32]]:
+    """The gradients in 8 bits, as one vector each, with a scale for 256 numbers."""
+    rng, error, found = np.random.default_rng(0), np.float32(0), []
+    for gradient in grads:
+        flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
+        tiles = np.pad(flat, (0, -len(flat) % 256)).reshape(-1, 256) + error
+        scale = np.maximum(np.abs(tiles).max(axis=1, keepdims=True) / 127, np.float32(1e-38))
+        offset = rng.random(tiles.shape, np.float32) - np.float32(0.5)
+        levels = np.rint(tiles / scale + (offset if how == "unbiased" else np.float32(0)))
+        stored = (levels * scale).astype(np.float32)
+        if how == "error feedback":
+            error = tiles - stored
+        found.append(stored.reshape(-1)[: len(flat)])
+    return found
+
+
+def rounding() -> list[dict[str, Any]]:
+    """Ways to round to 8 bits: the direction beside that of the gradients themselves."""
+    _, grads = gradients(2 * max(WINDOWS))
+    like = np.zeros(sum(leaf.size for leaf in jax.tree.leaves(grads[0])), np.float32)
+    found = []
+    for size in WINDOWS:
+        own = grads[-2 * size :]
+        plain = exact(filled(Dense(), grads[0], own, size))
+        for how in ("to the nearest", "unbiased", "error feedback"):
+            got = exact(filled(Dense(), like, rounded(own, how), size))
+            lengths = np.linalg.norm(got), np.linalg.norm(plain)
+            cosine = float(got @ plain / (lengths[0] * lengths[1]))
+            found.append({"how": how, "m": size, "missing": 1 - cosine})
+    return found
+
+
+def static() -> list[dict[str, Any]]:
+    """The Gram matrix with its factor, and one ``ihvp``, of gradients that are there."""
+    found = []
+    for d, m in tqdm(STATIC, desc="static", disable=None):
+        matrix = np.random.default_rng(0).normal(size=(m, d)).astype(np.float32)
+        vector = jnp.asarray(matrix[0])
+        with tempfile.TemporaryDirectory() as folder:
+            held = {
+                name: as_rows(matrix, storage=storage)
+                for name, storage in (
+                    ("Dense()", Dense()),
+                    ("Paged()", Paged()),
+                    ("Files(DIR)", Files(folder)),
+                )
+            }
+
+            def prepare(name: str, held: Any = held) -> Any:
+                return fisher_inverse(held[name], 0.1)
+
+            def product(name: str, inverses: Any, vector: Any = vector) -> Any:
+                return inverses[name].ihvp(vector)
+
+            def read(held: Any = held) -> None:
+                pages = held["Files(DIR)"].pages
+                for page in range(pages.shape[0]):
+                    pages.read(page)
+
+            inverses = {name: prepare(name) for name in held}
+            tasks = {f"inverse {name}": functools.partial(prepare, name) for name in held}
+            tasks |= {f"ihvp {name}": functools.partial(product, name, inverses) for name in held}
+            times = timing.interleave(tasks | {"read": read}, seconds=3.0)
+            found.append({"d": d, "m": m, "seconds": {k: v["median"] for k, v in times.items()}})
+    return found
+
+
+def static_table(results: list[dict[str, Any]]) -> str:
+    """The table of the static algorithm."""
+    lines = [
+        "| parameters | m | what | `Dense()` | `Paged()` | `Files(DIR)` | the disk's own time |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in results:
+        seconds = r["seconds"]
+        for what, scans in (("inverse", 1), ("ihvp", 2)):
+            dense, paged, files = (
+                seconds[f"{what} {name}"] for name in ("Dense()", "Paged()", "Files(DIR)")
+            )
+            lines.append(
+                f"| {r['d']:,} | {r['m']} | {what} | {1e3 * dense:.1f} ms | {paged / dense:.2f} x "
+                f"| {files / dense:.2f} x | {scans * seconds['read'] / dense:.2f} x |"
+            )
+    return "\n".join(lines)
+
+
+def rounding_table(results: list[dict[str, Any]]) -> str:
+    """The table of ways to round."""
+    lines = ["| rounding | m | 1 - cosine |", "| --- | --- | --- |"]
+    lines += [f"| {r['how']} | {r['m']} | {r['missing']:.1e} |" for r in results]
+    return "\n".join(lines)
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
@@ -170,34 +268,44 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         for r in results.get("accuracy", [])
     ]
     found = {"storages-accuracy": "\n".join(lines)}
+    if "rounding" in results:
+        found["storages-rounding"] = rounding_table(results["rounding"])
+    if "static" in results:
+        where = results["static environment"]
+        line = f"\n\n{where['device']}, jax {where['jax']}, {where['date']}."
+        found["storages-static"] = static_table(results["static"]) + line
     if "time" not in results:
         return found
     by_case: dict[tuple[str, int], dict[str, float]] = {}
     for r in results["time"]:
         if "median" in r:
             by_case.setdefault((r["size"], r["m"]), {})[r["storage"]] = r["median"]
+    timed = [s for s in TIMED if all(s in medians for medians in by_case.values())]
     lines = [
-        "| parameters | m | " + " | ".join(f"`{s}`" for s in TIMED) + " |",
-        "| --- " * (2 + len(TIMED)) + "|",
+        "| parameters | m | " + " | ".join(f"`{s}`" for s in timed) + " |",
+        "| --- " * (2 + len(timed)) + "|",
     ]
     for (size, m), medians in by_case.items():
-        dense = medians[TIMED[0]]
-        cells = [f"{1e3 * dense:.1f} ms", *[f"{medians[s] / dense:.2f} x" for s in TIMED[1:]]]
+        dense = medians[timed[0]]
+        cells = [f"{1e3 * dense:.1f} ms", *[f"{medians[s] / dense:.2f} x" for s in timed[1:]]]
         lines.append(f"| {size} | {m} | {' | '.join(cells)} |")
     environment = results["time environment"]
     lines.append(f"\n{environment['device']}, jax {environment['jax']}, {environment['date']}.")
     return found | {"storages-time": "\n".join(lines)}
 
 
+MEASURES = {"accuracy": accuracy, "rounding": rounding, "time": times, "static": static}
+
+
 def main() -> None:
     """Reads the command line, measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=["accuracy", "time"])
+    parser.add_argument("--only", nargs="+", choices=MEASURES)
     parser.add_argument("--render", action="store_true", help="only write the tables")
     options = parser.parse_args()
     path = report.RESULTS / "storages.json"
     results = report.load("storages") if path.exists() else {}
-    for name, measure in (("accuracy", accuracy), ("time", times)):
+    for name, measure in MEASURES.items():
         if not options.render and name in (options.only or [name]):
             results[name] = measure()
             results[f"{name} environment"] = report.environment()
