@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         loss_fn,
         batches,
         0.8,
-        steps=2,
+        steps=1,
         gradients=Gradients(options.num_gradients, storage=Dense(packing="leaf")),
     )
     found = {

@@ -121,7 +121,7 @@ print(float(pruned.params.sum()), [step.loss_after for step in pruned.report.ste
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", [COLLECT, PRUNE], ids=["collect", "prune"])
-def test_a_run_killed_at_20_moments(tmp_path, program):
+def test_a_run_killed_at_10_moments(tmp_path, program):
     def run(folder):
         command = [sys.executable, "-c", program, str(folder)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -139,7 +139,7 @@ def test_a_run_killed_at_20_moments(tmp_path, program):
             return None
 
     kills = 0
-    for wait in random.integers(0, 9, 20):
+    for wait in random.integers(0, 9, 10):
         before, seen = changes(), 0
         process = run(folder)
         while seen < wait and process.poll() is None:
@@ -150,7 +150,7 @@ def test_a_run_killed_at_20_moments(tmp_path, program):
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert kills > 10
+    assert kills > 5
     got, _ = run(folder).communicate()
     assert got == want
     assert want
