@@ -25,13 +25,13 @@ import memory
 import networks
 import optax
 import report
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from mfac_jax import collect_gradients, fisher_inverse, mfac_precondition, mfacw, planning
-from mfac_jax._memory import with_unit
+from mfac_jax._memory import arrays, on_mesh, with_unit
 from mfac_jax.pruning import Gradients, prune
-from mfac_jax.rows import Dense, Int8, TopK
+from mfac_jax.rows import Dense, Int8, Paged, TopK
 
 PAGE = report.ROOT / "docs" / "planning.md"
 OPTIMIZERS = {
@@ -40,6 +40,7 @@ OPTIMIZERS = {
     'Dense(packing="leaf")': mfac_precondition(64, storage=Dense(packing="leaf")),
     "Int8()": mfac_precondition(64, storage=Int8()),
     "TopK(0.01)": mfac_precondition(64, storage=TopK(0.01)),
+    "Paged()": mfac_precondition(64, storage=Paged()),
     "mfacw(1e-3)": mfacw(1e-3),
 }
 # XLA for a CPU takes many minutes for the batched factorizations of larger networks.
@@ -57,15 +58,27 @@ PROCESSES = (
 
 def compiled_bytes(tx: optax.GradientTransformation, params: Any) -> int:
     """The arguments, results and temporary arrays of a step, without the parameters."""
-    state = jax.eval_shape(tx.init, params)
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        is_on_host = getattr(leaf, "memory_space", None) == jax.memory.Space.Host
+        kind = "pinned_host" if is_on_host else "device"
+        sharding = NamedSharding(mesh, PartitionSpec(), memory_kind=kind)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = jax.tree.map(placed, arrays(tx.init, on_mesh(params)))
     step = jax.jit(tx.update, donate_argnums=1)
     found = step.lower(params, state, params).compile().memory_analysis()
-    read = found.argument_size_in_bytes - nbytes(params) - nbytes(state)
+    taken = {
+        what: getattr(found, f"{what}_size_in_bytes") + getattr(found, f"host_{what}_size_in_bytes")
+        for what in ("argument", "output", "alias", "temp")
+    }
+    read = taken["argument"] - nbytes(params) - nbytes(state)
     return (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-        + found.temp_size_in_bytes
+        taken["argument"]
+        + taken["output"]
+        - taken["alias"]
+        + taken["temp"]
         - (nbytes(params) if read >= nbytes(params) else 0)  # parameters that the step reads
     )
 
@@ -92,7 +105,8 @@ def with_plans(results: dict[str, Any]) -> dict[str, Any]:
 
     def of_step(r: dict[str, Any]) -> int:
         params = networks.NETWORKS[r["network"]]()
-        return planning.plan_optimizer(OPTIMIZERS[r["optimizer"]], params).device_bytes
+        made = planning.plan_optimizer(OPTIMIZERS[r["optimizer"]], params)
+        return made.device_bytes + made.host_bytes
 
     def of_process(r: dict[str, Any]) -> int:
         return planned(r["what"], r["storage"], r["count"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -113,9 +114,8 @@ class PagedRows(WritableRows, ColumnRows):
         return accumulation_dtype(self.pages.dtype)
 
     def step_bytes(self, platform: str) -> int:
-        del platform
         page = math.prod(self.pages.shape[1:]) * self.pages.dtype.itemsize
-        return 2 * page + 2 * self.layout.size * self.dtype.itemsize
+        return (1 if platform == "cpu" else 2) * page + 2 * self.layout.size * self.dtype.itemsize
 
     def put(
         self, row: Int[Array, ""], gradient: PyTree
@@ -214,21 +214,37 @@ def _fold(
     function: Callable[..., Total],
     start: Total,
 ) -> Total:
-    """``function(total, i, *pages)`` for one page of each after another.
+    """``function(total, i, *pages)`` for one page of each after another."""
+    # On a CPU there is no bus, and XLA would copy the window for a loop that looks ahead.
+    return lax.platform_dependent(
+        pages,
+        start,
+        cpu=functools.partial(_one_by_one, function),
+        default=functools.partial(_looking_ahead, function),
+    )
 
-    The next page is on its way while the function works.
-    """
 
-    def fetch(i: Int[Array, ""]) -> tuple[Array, ...]:
-        return tuple(_on_device(lax.dynamic_slice_in_dim(p, i, 1)) for p in pages)
+def _fetch(pages: tuple[Array, ...], i: Int[Array, ""]) -> tuple[Array, ...]:
+    return tuple(_on_device(lax.dynamic_slice_in_dim(p, i, 1)) for p in pages)
+
+
+def _one_by_one(function: Callable[..., Total], pages: tuple[Array, ...], start: Total) -> Total:
+    def step(i: Int[Array, ""], total: Total) -> Total:
+        return function(total, i, *_fetch(pages, i))
+
+    return lax.fori_loop(0, len(pages[0]), step, start)
+
+
+def _looking_ahead(function: Callable[..., Total], pages: tuple[Array, ...], start: Total) -> Total:
+    """The next page is on its way while the function works."""
 
     def step(i: Int[Array, ""], carry: tuple[Total, tuple[Array, ...]]) -> Any:
         total, here = carry
-        ahead = fetch(i + 1)
+        ahead = _fetch(pages, i + 1)
         return function(total, i, *here), ahead
 
     last = jnp.int32(len(pages[0]) - 1)
-    total, here = lax.fori_loop(jnp.int32(0), last, step, (start, fetch(jnp.int32(0))))
+    total, here = lax.fori_loop(jnp.int32(0), last, step, (start, _fetch(pages, jnp.int32(0))))
     return function(total, last, *here)
 
 
