@@ -37,6 +37,9 @@ NO_BATCH = "batches is empty: expected at least one batch."
 # therefore never waits for the host, and at most twice as many batches are in use at a time.
 _STEPS_PER_READ = 4
 
+# A gradient that is computed again differs by rounding, and by that of the files.
+_SAME = 0.02
+
 # As many gradients of files are read at a time.
 _ROWS_AT_A_TIME = 16
 
@@ -66,7 +69,7 @@ def fill_rows(
         rows = read_rows(rows, copy, done)
         done = max(done, copy.num_finished)
     count = rows.num_rows
-    chunk = _chunk_size(chunk_size, per_example, Layout(params).size, count)
+    chunk = chunk_size_of(chunk_size, per_example, Layout(params).size, count)
     keep = None if mask is None else tuple(rows.layout.check_mask(mask))
 
     pending = Pending()
@@ -86,6 +89,9 @@ def fill_rows(
                 sample_labels=sample_labels,
                 chunk=chunk,
             )
+            if step.row < done:
+                _check_first(gradients, rows if copy is None else copy)
+                continue
             rows, accepted = rows.write_rows(step.row, gradients, step.num_rows)
             if copy is not None:
                 copy, _ = copy.write_rows(step.row, gradients, step.num_rows)
@@ -109,6 +115,22 @@ def _check_agreement(params: PyTree, num_rows: int) -> None:
         raise ValueError(
             f"all processes must ask for the same number of gradients, got {counts} from process "
             f"0 to {len(counts) - 1}."
+        )
+
+
+def _check_first(gradients: PyTree, kept: Any) -> None:
+    """Checks that the first row that was kept is the gradient that is computed now.
+
+    Raises:
+        ValueError: it is not.
+    """
+    pairs = zip(jax.tree.leaves(kept.gradients(0, 1)), jax.tree.leaves(gradients), strict=True)
+    leaves = [(np.asarray(x, np.float64), np.asarray(g, np.float64)) for x, g in pairs]
+    missing = sum(np.sum((x - g[:1]) ** 2) for x, g in leaves)
+    if missing > _SAME**2 * sum(np.sum(x**2) for x, _ in leaves):
+        raise ValueError(
+            "the gradients that were kept come from another loss or from other data: expected the "
+            "gradient of the first batch in row 0, got one that differs. Use another folder."
         )
 
 
@@ -215,7 +237,10 @@ class Pending:
 def _steps(
     batches: Iterable[PyTree], m: int, chunk: int | None, done: int
 ) -> Iterator[tuple[Step, PyTree]]:
-    """The steps that fill m rows, each with its batch; without those of the first ``done`` rows."""
+    """The steps that fill m rows, each with its batch, without those of the first ``done`` rows.
+
+    If there are such rows, the first one is a step of its own, so that it can be compared.
+    """
     row = 0
     for number, batch in cycle(batches):
         length = length_of_batch(batch, number)
@@ -225,9 +250,17 @@ def _steps(
             pieces = [(i, min(chunk, length - i)) for i in range(0, length, chunk)]
         for example, count in pieces:
             count = min(count, m - row)
-            if row + count > done:
+            if row == 0 < done:
+                yield Step(row, count, number, example).part(0, 1), on_device(batch)
+                if done == m:
+                    return
+            first = max(row, done)
+            if first < row + count:
                 device_batch = on_device(batch) if device_batch is None else device_batch
-                yield Step(row, count, number, example), device_batch
+                yield (
+                    Step(row, count, number, example).part(first, row + count - first),
+                    device_batch,
+                )
             row += count
             if row == m:
                 return
@@ -314,7 +347,7 @@ def check_functions(loss_fn: Any, sample_labels: Any, key: Any) -> None:
         )
 
 
-def _chunk_size(chunk_size: Any, per_example: Any, d: int, m: int) -> int | None:
+def chunk_size_of(chunk_size: Any, per_example: Any, d: int, m: int) -> int | None:
     """The number of examples that are differentiated at a time; None for mini-batches."""
     if not isinstance(per_example, bool):
         raise TypeError(f"per_example must be a bool, got {type(per_example).__name__}.")

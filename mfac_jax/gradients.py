@@ -20,11 +20,12 @@ from mfac_jax._collect import (
     LossFn,
     check_batches,
     check_functions,
+    chunk_size_of,
     fill_rows,
 )
 from mfac_jax._durable import digest
 from mfac_jax._implicit import ImplicitRows, rows_of
-from mfac_jax._layout import PyTree
+from mfac_jax._layout import Layout, PyTree
 from mfac_jax.rows import Dense, Files, Storage, WritableRows
 from mfac_jax.rows._room import require_room
 from mfac_jax.rows._storage import check_storage
@@ -136,6 +137,10 @@ def collect_gradients(
     m = _checks.positive_int(num_gradients, "num_gradients")
     check_functions(loss_fn, sample_labels, key)
     check_batches(batches, "batches")
+    layout = Layout(params)
+    chunk_size_of(chunk_size, per_example, layout.size, m)
+    if mask is not None:
+        layout.check_mask(mask)
     require_room(check_storage(storage), params, m, "num_gradients")
     origin = functools.partial(_origin, params, mask, key, per_example)
     rows, done = storage.resume(params, m, origin)

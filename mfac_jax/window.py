@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mfac_jax import _checks, algebra, incremental
 from mfac_jax._layout import PyTree
 from mfac_jax.rows import Dense, Storage, WritableRows
-from mfac_jax.rows._base import check_writable
+from mfac_jax.rows._base import check_products, check_writable
 from mfac_jax.rows._room import require_room
 from mfac_jax.rows._storage import check_storage
 
@@ -100,9 +100,9 @@ def init(
     """
     m = _checks.positive_int(window_size, "window_size")
     check_storage(storage)
-    require_room(storage, params, m, "window_size")
+    require_room(storage, params, m, "window_size", gram=True)
     rows = storage.empty(params, m)
-    check_writable(rows, "a window")
+    check_products(check_writable(rows, "a window"), "a window")
     return Window(
         rows=rows,
         gram=jnp.zeros((m, m), rows.dtype),

@@ -1,8 +1,10 @@
 """Work that is killed at any moment goes on with the same result."""
 
+import contextlib
 import errno
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from mfac_jax import collect_gradients
-from mfac_jax.pruning import Gradients, Search, prune
+from mfac_jax.pruning import Gradients, NofM, Scope, Search, Setting, prune
 from mfac_jax.rows import Dense, Files, TopK, _files
 
 D, M = 7, 10
@@ -72,8 +74,8 @@ def test_an_interrupted_collection_goes_on(tmp_path, make, per_example):
         loss_fn, PARAMS, DATA, M, storage=make(tmp_path / "other"), per_example=per_example
     )
     np.testing.assert_array_equal(got.columns(0, D), straight.columns(0, D))
-    # Complete by now, so nothing is computed.
-    again = collect_gradients(failing, PARAMS, DATA, M, **options)
+    # Complete by now, so only the first batch is read.
+    again = collect_gradients(loss_fn, PARAMS, interrupted(DATA, 1), M, **options)
     np.testing.assert_array_equal(again.columns(0, D), got.columns(0, D))
 
 
@@ -262,9 +264,13 @@ def weights_loss(params, batch):
     return jnp.mean((jnp.tanh(x @ params["w"]) + params["b"].astype(jnp.float32)[None] - y) ** 2)
 
 
-def pruned(batches=EXAMPLES, **options):
+def pruned(batches=EXAMPLES, loss_fn=weights_loss, **options):
     options = {"gradients": Gradients(6, history=2), "steps": 4, "progress": False, **options}
-    return prune(WEIGHTS, weights_loss, batches, 0.8, **options)
+    sparsity = 0.5 if "scope" in options else 0.8
+    return prune(WEIGHTS, loss_fn, batches, sparsity, **options)
+
+
+GREEDY = Setting("greedy", "joint", 6, 0.01)
 
 
 def shrink(params, mask):
@@ -320,9 +326,109 @@ def test_a_finished_pruning_is_read(tmp_path):
         ),
         ({"search": Search(descents=())}, r"expected descents \[\], got"),
         ({"mask": {"w": np.arange(48).reshape(6, 8) > 3, "b": True}}, "digest of"),
+        ({"fine_tune": shrink}, "expected fine_tune True, got False"),
+        ({"search": Search(num_calibration=2)}, "expected loss on the calibration batches"),
+        ({"search": Search([GREEDY._replace(scales=(0.5,))])}, "expected settings"),
+        ({"scope": Scope(pattern=NofM(2, 4, axis=1))}, "expected pattern"),
+        ({"gradients": Gradients(6, history=2, storage=Dense("bfloat16"))}, "expected storage"),
+        ({"loss_fn": lambda *a: 2 * weights_loss(*a)}, "expected loss on the calibration batches"),
     ],
 )
 def test_the_record_of_another_run_is_an_error(tmp_path, changes, message):
-    pruned(checkpoint=tmp_path)
+    first = {"scope": Scope()} if "scope" in changes else {}
+    if message == "expected settings":
+        first["search"] = Search([GREEDY])
+    pruned(checkpoint=tmp_path, **first)
     with pytest.raises(ValueError, match=message):
         pruned(checkpoint=tmp_path, **changes)
+
+
+def test_missing_gradients_of_an_earlier_step_are_an_error(tmp_path):
+    with pytest.raises(Interrupted):
+        pruned(interrupted(EXAMPLES, 22), checkpoint=tmp_path)
+    shutil.rmtree(tmp_path / "gradients-1")
+    with pytest.raises(ValueError, match="gradients of step 2 are missing: expected 6, got 0"):
+        pruned(checkpoint=tmp_path)
+
+
+def test_a_torn_record_is_an_error(tmp_path):
+    pruned(checkpoint=tmp_path)
+    content = (tmp_path / "step.npz").read_bytes()
+    (tmp_path / "step.npz").write_bytes(content[:100])
+    with pytest.raises(ValueError, match=r"step\.npz cannot be read"):
+        pruned(checkpoint=tmp_path)
+
+
+# -- Gradients again --
+@pytest.mark.parametrize("done", [1, 7, M])
+def test_gradients_of_another_loss_are_an_error(tmp_path, done):
+    with contextlib.suppress(Interrupted):
+        collect_gradients(loss_fn, PARAMS, interrupted(DATA, done), M, storage=Files(tmp_path))
+
+    def other(params, batch):
+        return 1.1 * loss_fn(params, batch)
+
+    with pytest.raises(ValueError, match="come from another loss or from other data"):
+        collect_gradients(other, PARAMS, DATA, M, storage=Files(tmp_path))
+    collect_gradients(loss_fn, PARAMS, DATA, M, storage=Files(tmp_path))
+
+
+def test_an_interrupted_collection_goes_on_in_smaller_chunks(tmp_path):
+    options = {"per_example": True, "storage": TopK(0.5, block=4)}
+    want = collect_gradients(loss_fn, PARAMS, DATA, M, **options)
+    with pytest.raises(Interrupted):
+        collect_gradients(
+            loss_fn, PARAMS, interrupted(DATA, 2), M, checkpoint=tmp_path, chunk_size=2, **options
+        )
+    got = collect_gradients(loss_fn, PARAMS, DATA, M, checkpoint=tmp_path, chunk_size=3, **options)
+    np.testing.assert_array_equal(got.columns(0, D), want.columns(0, D))
+
+
+@pytest.mark.parametrize("damage", ["short", "gone"])
+def test_damaged_files_are_an_error(tmp_path, damage):
+    collect(tmp_path)
+    if damage == "short":
+        os.truncate(tmp_path / "gradients", 20)
+    else:
+        (tmp_path / "gradients").unlink()
+    with pytest.raises(ValueError, match=r"are incomplete: expected 360 bytes, got (20|0)"):
+        collect(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gradients", "finished.txt"])
+def test_files_of_the_user_are_kept(tmp_path, name):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(ValueError, match=f"it holds {name}"):
+        collect(tmp_path)
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_a_rejected_call_claims_no_folder(tmp_path):
+    folder = tmp_path / "folder"
+    with pytest.raises(ValueError, match="mask does not have the structure"):
+        collect(folder, mask={"w": True})
+    assert not folder.exists()
+    collect(folder)
+
+
+LOCK = """
+import sys
+from pathlib import Path
+from mfac_jax._durable import claim
+kept = claim(Path(sys.argv[1]), "manifest.json", {})
+print("mine", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_processes_cannot_use_one_folder(tmp_path):
+    collect(tmp_path)
+    command = [sys.executable, "-c", LOCK, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(OSError, match="another process uses this folder"):
+            collect(tmp_path)
+        other.kill()
+    collect(tmp_path)

@@ -15,7 +15,7 @@ from flax import nnx
 from oracles import flat, relative_error
 
 from mfac_jax import collect_gradients
-from mfac_jax._collect import _chunk_size, _gradients
+from mfac_jax._collect import _gradients, chunk_size_of
 from mfac_jax.rows import Dense, Layout, StackedRows, Storage, WritableRows, _base
 
 CLASSES, FEATURES = 3, 4
@@ -374,7 +374,7 @@ def test_rows_are_written_in_place(storage):
 
 @pytest.mark.parametrize(("d", "expected"), [(10, 128), (2**20, 16), (2**25, 1), (0, 128)])
 def test_the_default_chunk_holds_64_mib_of_gradients(d, expected):
-    assert _chunk_size(None, True, d, 1000) == expected
+    assert chunk_size_of(None, True, d, 1000) == expected
 
 
 def test_bfloat16_parameters_give_float32_rows():

@@ -335,3 +335,29 @@ def test_free_memory_of_a_container(tmp_path):
 def test_free_memory_of_this_machine():
     free = _memory.free_on_device()
     assert free is None or 0 < free < 2**50
+
+
+def test_collecting_needs_no_gram_matrix(monkeypatch):
+    """Only windows and pruning hold one: many gradients of a few parameters fit."""
+    monkeypatch.setattr(_memory, "free_on_host", lambda: 2**20)
+
+    def loss_fn(params, batch):
+        return jnp.mean((batch @ params) ** 2)
+
+    rows = collect_gradients(loss_fn, jnp.ones(4), [jnp.ones((50, 4))], 5000, per_example=True)
+    assert rows.num_rows == 5000
+    with pytest.raises(MemoryError, match="Gram matrix"):
+        window.init(jnp.ones(4), 5000)
+
+
+def test_sums_in_blocks_that_cannot_fit_are_refused(monkeypatch):
+    monkeypatch.setattr(_memory, "free_on_host", lambda: 2**16)
+    weights = {"w": jnp.ones((64, 64))}
+    with pytest.raises(MemoryError, match=r"Gradients\.count"):
+        prune(
+            weights,
+            lambda params, batch: jnp.mean((batch @ params["w"]) ** 2),
+            [jnp.ones((2, 64))],
+            0.5,
+            gradients=Gradients(64, in_blocks=True),
+        )

@@ -235,10 +235,8 @@ class _Preconditioner:
         params: PyTree | None = None,
         *,
         value: ArrayLike | None = None,
-        **extra_args: Any,
     ) -> tuple[PyTree, MfacState]:
         """The direction for a gradient, and the state after it."""
-        del extra_args
         layout = _windows.layout_of(state.window)
         alive = mask_leaves(self.mask, params, layout)
         gradient, moments, scale = masked(updates, alive), state.metric, None
@@ -312,23 +310,29 @@ def on_any_mesh(update: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def updated(
-        updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree | None = None,
+        *,
+        value: ArrayLike | None = None,
+        **extra_args: Any,
     ) -> Any:
+        del extra_args
         meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves((updates, state))]
         explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
         if not explicit:
-            return update(updates, state, params, **extra_args)
+            return update(updates, state, params, value=value)
 
         def sharding(leaf: Any) -> NamedSharding:
             own: NamedSharding = jax.typeof(leaf).sharding
             return NamedSharding(explicit[0], PartitionSpec()) if own.mesh.empty else own
 
-        def inner(updates: PyTree, state: PyTree, params: PyTree | None, extra_args: Any) -> Any:
-            return update(updates, state, params, **extra_args)
+        def inner(updates: PyTree, state: PyTree, params: PyTree | None, value: Any) -> Any:
+            return update(updates, state, params, value=value)
 
         results = jax.tree.map(sharding, (updates, state))
         whole = jax.sharding.auto_axes(inner, out_sharding=results)
-        return whole(updates, state, params, extra_args)
+        return whole(updates, state, params, value)
 
     return updated
 

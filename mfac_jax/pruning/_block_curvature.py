@@ -25,7 +25,8 @@ from mfac_jax.pruning._problem import Grams, Problem
 from mfac_jax.pruning._scope import Selection
 from mfac_jax.pruning._scores import as_score
 from mfac_jax.pruning._search import Setting, default_settings, settings_on
-from mfac_jax.rows import BlockSums, Dense, FileRows, InBlocks
+from mfac_jax.rows import BlockSums, Dense, FileRows, InBlocks, Partition
+from mfac_jax.rows._room import require_room
 
 Settings = Sequence[tuple[Setting, FisherBlocks]]
 
@@ -125,13 +126,16 @@ def settings_in_blocks(
     return tuple((setting, shared) for setting, _ in pairs), shared
 
 
-def check_sums(gradients: Gradients, params: PyTree) -> None:
+def check_sums(gradients: Gradients, params: PyTree, blocks: FisherBlocks) -> None:
     """Checks before any work that gradients can be stored until they are added.
 
     Raises:
         TypeError: they cannot.
+        MemoryError: the sums cannot fit.
     """
     InBlocks(1, gradients.storage).empty(like(params), 1)  # any number shows what rows can do
+    sums = InBlocks(Partition(None, blocks.runs), gradients.storage)
+    require_room(sums, like(params), count_of(gradients), "Gradients.count")
 
 
 def _default_in_blocks(selection: Selection) -> list[Setting]:

@@ -155,7 +155,7 @@ def check_gradients(
         for reader in readers:
             check_columns(rows, f"{reader} with storage={storage!r}")
         parts, count = num_new_parts(gradients, steps)
-        require_room(storage, like(params), count, "Gradients.count", parts=parts)
+        require_room(storage, like(params), count, "Gradients.count", parts=parts, gram=True)
     if given is None:
         return
     own, other = Layout(params), given.layout
@@ -304,7 +304,13 @@ class History(Curvature):
             if step == 0 and given is not None:
                 self._parts[slot] = given
             else:
-                self._parts[slot] = read_rows(self._empty(), gradients_of(step))
+                kept = gradients_of(step)
+                if kept.num_finished < kept.num_rows:
+                    raise ValueError(
+                        f"the gradients of step {step + 1} are missing: expected {kept.num_rows}, "
+                        f"got {kept.num_finished}. Use another folder for the checkpoint."
+                    )
+                self._parts[slot] = read_rows(self._empty(), kept)
 
     @property
     def filled(self) -> float:

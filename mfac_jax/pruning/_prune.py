@@ -33,17 +33,19 @@ from mfac_jax.pruning._block_curvature import (
 )
 from mfac_jax.pruning._blocks import FisherBlocks
 from mfac_jax.pruning._finite import check_finite
+from mfac_jax.pruning._functions import name_of
 from mfac_jax.pruning._gradients import Curvature, Fill, Gradients, History, check_gradients
 from mfac_jax.pruning._masks import initial_mask, pruned_of_leaves
 from mfac_jax.pruning._record import Record, State
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport, peak_memory
 from mfac_jax.pruning._schedules import schedule_of
 from mfac_jax.pruning._scope import Scope, Selection, check_scope, select
-from mfac_jax.pruning._search import Descent, Search, Setting, Trial
+from mfac_jax.pruning._search import Descent, Search, Setting
 from mfac_jax.pruning._step import column_readers
 from mfac_jax.pruning._targets import Start, Target, check_wanted, target_from
 from mfac_jax.pruning._trials import Searcher, Step, mean_loss
 from mfac_jax.rows import WritableRows
+from mfac_jax.rows._room import spelled
 
 FineTune = Callable[[PyTree, PyTree], PyTree]
 
@@ -109,9 +111,10 @@ def prune(
             statistics of normalisation layers, into ``params``, where the loss sees it. Exclude
             it from pruning by ``Scope(path_filter=...)``.
         checkpoint: a folder that keeps finished steps, and the finished gradients of the next
-            one. After an interruption, even by ``kill -9``, the same call goes on where it
-            stopped, with the same result: ``batches`` and ``fine_tune`` must then do the same
-            again. The folder may be removed afterwards.
+            one (``4 d`` bytes each) unless they are summed in blocks. After an interruption, even
+            by ``kill -9``, the same call goes on where it stopped, with the same result:
+            ``batches`` and ``fine_tune`` must then do the same again. The folder may be removed
+            afterwards.
         progress: whether to show a progress bar in a terminal or notebook.
 
     Returns:
@@ -155,7 +158,7 @@ def prune(
     run = _Run(plan, settings, search.descents, loss_of, fine_tune, curvature)
     state, record = State(params, alive, loss, [], stream.taken), None
     if checkpoint is not None:
-        origin = run.origin(params, alive, gradients)
+        origin = run.origin(params, alive, gradients, loss)
         record = Record(checkpoint, origin, params, gradients, settings, search.descents)
         state = record.load(state)
     first, total = len(state.reports), len(plan.targets)
@@ -211,7 +214,7 @@ def _curvature(
     steps, selection = len(plan.targets), plan.selection
     settings, shared = settings_in_blocks(gradients, selection, search.settings, steps)
     if shared is not None:
-        check_sums(gradients, params)
+        check_sums(gradients, params, shared)
         return settings, BlockCurvature(gradients, params, selection, shared)
     check_gradients(gradients, params, steps, functools.partial(_column_readers, settings))
     return settings, History(gradients, params, steps)
@@ -304,6 +307,11 @@ class _Plan:
 _where = jax.jit(where)
 
 
+def _described(setting: Setting) -> str:
+    names = setting._replace(score=name_of(setting.score), update=name_of(setting.update))
+    return str(tuple(names))
+
+
 @dataclass(frozen=True)
 class _Run:
     """What all steps share; the arguments of :func:`prune`, checked."""
@@ -315,18 +323,27 @@ class _Run:
     fine_tune: FineTune | None
     curvature: Curvature
 
-    def origin(self, params: PyTree, alive: PyTree, gradients: Gradients) -> dict[str, str]:
-        """What the run depends on, by name, apart from the loss and the data."""
-        earlier = self.curvature.num_earlier
+    def origin(
+        self, params: PyTree, alive: PyTree, gradients: Gradients, loss: float
+    ) -> dict[str, str]:
+        """What the run depends on, by name. The loss stands for the function and the data."""
+        earlier, given = self.curvature.num_earlier, gradients.given
         kept = "sums in blocks" if earlier is None else f"and those of {earlier} earlier steps"
+        selection = self.plan.selection
         return {
             "digest of the parameters": digest(params),
             "digest of the mask": digest((alive, self.plan.given)),
             "digest of the targets": digest(self.plan.targets),
+            "loss on the calibration batches": f"{loss:.5g}",
             "gradients": f"{gradients.count}, {kept}",
+            "storage": spelled(gradients.storage),
+            "digest of the given gradients": digest(None if given is None else given.gram()),
             "per_example": str(gradients.per_example),
-            "settings": "; ".join(str(Trial(setting, 1.0, 0.0)) for setting, _ in self.settings),
+            "pattern": str(selection.pattern),
+            "digest of the order of the weights": digest(selection.order),
+            "settings": "; ".join(_described(setting) for setting, _ in self.settings),
             "descents": str([tuple(descent) for descent in self.descents]),
+            "fine_tune": str(self.fine_tune is not None),
         }
 
     def step(self, state: State, number: int, fill: Fill) -> State:

@@ -12,6 +12,8 @@ import io
 import json
 import os
 import shutil
+import weakref
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -83,8 +85,8 @@ class Record:
         self._params, self._count = params, cast(int, gradients.count)
         self._settings, self._descents = [s for s, _ in settings], list(descents)
         manifest = {"version": _VERSION, **origin}
-        if not claim(self.folder, _RUN, manifest, ()):
-            write_whole(self.folder / _RUN, json.dumps(manifest, indent=1).encode())
+        lock = claim(self.folder, _RUN, manifest)
+        weakref.finalize(self, lock.close)
 
     def load(self, start: State) -> State:
         """The state after the last step; ``start`` if there is none."""
@@ -93,12 +95,15 @@ class Record:
             return start
         trees = start.params, start.alive
         leaves, treedef = jax.tree.flatten(trees)
-        with np.load(path, allow_pickle=False) as file:
-            about = json.loads(file["about"].tobytes())
-            arrays = [
-                np.frombuffer(file[f"leaf{i}"].tobytes(), leaf.dtype).reshape(leaf.shape)
-                for i, leaf in enumerate(leaves)
-            ]
+        try:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                about = json.loads(file["about"].tobytes())
+                arrays = [
+                    np.frombuffer(file[f"leaf{i}"].tobytes(), leaf.dtype).reshape(leaf.shape)
+                    for i, leaf in enumerate(leaves)
+                ]
+        except (ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
         placed = [
             jax.device_put(array, leaf.sharding) for array, leaf in zip(arrays, leaves, strict=True)
         ]

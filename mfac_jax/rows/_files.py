@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import math
 import os
 import tempfile
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +21,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mfac_jax import _checks, kernels
-from mfac_jax._durable import claim, write_whole
+from mfac_jax._durable import claim
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels._xla import accumulation_dtype
 from mfac_jax.kernels._xla import products as products_of_blocks
 from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows, is_small_enough
 from mfac_jax.rows._paged import page_width
 from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
-
-Total = TypeVar("Total")
 
 # Of the files; a change of what they hold raises it.
 _VERSION = 1
@@ -119,20 +116,24 @@ class Files(Storage):
             "dtype": dtype_for(layout, self.dtype).name,
             **origin(),
         }
-        if not claim(folder, _MANIFEST, manifest, (_PAGES, _FINISHED)):
-            with _opened(folder / _PAGES) as file:
-                self._rows(file, layout, m)
-            (folder / _FINISHED).write_bytes(bytes(m))
-            write_whole(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
-        marks = _opened(folder / _FINISHED)
-        rows = self._rows(_opened(folder / _PAGES), layout, m, marks)
+        lock = claim(folder, _MANIFEST, manifest)
+        finished = folder / _FINISHED
+        marks = _opened(finished)
+        if os.fstat(marks.fileno()).st_size < m:  # new, or killed before anything was written
+            os.truncate(marks.fileno(), m)
+        rows = self._rows(_opened(folder / _PAGES), layout, m, marks, lock)
         return rows, rows.num_finished
 
     def _rows(
-        self, file: IO[bytes], layout: Layout, num_rows: int, marks: IO[bytes] | None = None
+        self,
+        file: IO[bytes],
+        layout: Layout,
+        num_rows: int,
+        marks: IO[bytes] | None = None,
+        lock: IO[bytes] | None = None,
     ) -> FileRows:
         shape = self._shape(layout, num_rows)
-        pages = _Pages(file, shape, dtype_for(layout, self.dtype), marks)
+        pages = _Pages(file, shape, dtype_for(layout, self.dtype), marks, lock)
         pages.reserve()
         return FileRows(pages, layout, num_rows, self, pages.writes)
 
@@ -338,7 +339,7 @@ class FileRows(WritableRows, ColumnRows):
     ) -> FileRows:
         """Rows in a file without a name: a function of all pages, by default of their shape."""
         shape, dtype = shape or self.pages.shape, dtype or self.pages.dtype
-        out = _Pages(self.storage.temporary(), shape, dtype, None)
+        out = _Pages(self.storage.temporary(), shape, dtype)
         out.reserve()
         for i, page in self._each():
             out.write_page(i, function(i, page))
@@ -383,11 +384,12 @@ class _Pages:
         file: IO[bytes],
         shape: tuple[int, int, int],
         dtype: np.dtype,
-        marks: IO[bytes] | None,
+        marks: IO[bytes] | None = None,
+        lock: IO[bytes] | None = None,
     ) -> None:
         self.shape, self.dtype, self.writes = shape, np.dtype(dtype), 0
         self.file, self._marks = file, marks
-        for opened in (file, marks):
+        for opened in (file, marks, lock):
             if opened is not None:
                 weakref.finalize(self, opened.close)
 
@@ -395,6 +397,7 @@ class _Pages:
         """Makes the file as long as the array, so that a full disk shows before any work.
 
         Raises:
+            ValueError: rows are marked as finished, but the file is shorter.
             OSError: the disk is full.
         """
         size = math.prod(self.shape) * self.dtype.itemsize
@@ -402,6 +405,11 @@ class _Pages:
         missing = size - os.fstat(descriptor).st_size
         if missing <= 0:
             return
+        if self._marks is not None and self._has_marks():
+            raise ValueError(
+                f"the gradients in {self.file.name} are incomplete: expected {size:,} bytes, got "
+                f"{size - missing:,}. Empty the folder."
+            )
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(descriptor, 0, size)
@@ -452,6 +460,10 @@ class _Pages:
             return self.shape[1]
         marks = os.pread(self._marks.fileno(), self.shape[1], 0)
         return len(marks) - len(marks.lstrip(b"\x01"))
+
+    def _has_marks(self) -> bool:
+        assert self._marks is not None
+        return b"\x01" in os.pread(self._marks.fileno(), self.shape[1], 0)
 
     def _mark(self, first: int, marks: bytes) -> None:
         if self._marks is not None:

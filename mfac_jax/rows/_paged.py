@@ -23,8 +23,9 @@ from mfac_jax.kernels._xla import products as products_of_blocks
 from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows, is_small_enough
 from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
 
-# A page takes at most 64 MiB, which a bus moves in a millisecond or more: long beside what it
-# takes to start a copy, and small beside the memory of a device, which holds two pages.
+# A page takes at most 64 MiB, unless that is less than 128 columns. A bus moves it in a millisecond
+# or more: long beside what it takes to start a copy, and small beside the memory of a device, which
+# holds two pages.
 PAGE_BYTES = 2**26
 
 # The width of a page is a multiple of this, as the vector units of GPUs and TPUs require.

@@ -16,9 +16,15 @@ if TYPE_CHECKING:
 
 
 def require_room(
-    storage: Storage, params: PyTree, num_rows: int, name: str, *, parts: int = 1
+    storage: Storage,
+    params: PyTree,
+    num_rows: int,
+    name: str,
+    *,
+    parts: int = 1,
+    gram: bool = False,
 ) -> None:
-    """Refuses rows that cannot fit, and their Gram matrix. Checks nothing under ``jit``.
+    """Refuses rows that cannot fit. Checks nothing under ``jit``.
 
     Args:
         storage: how the gradients are stored.
@@ -26,6 +32,7 @@ def require_room(
         num_rows: the number of rows of each part.
         name: the argument that sets the number, for the error.
         parts: how many such rows there are together.
+        gram: whether they come with a Gram matrix.
 
     Raises:
         MemoryError: the plan needs more than is free.
@@ -38,7 +45,7 @@ def require_room(
             return None
         wide = 8 if "float64" in {dtype.name for dtype in layout.dtypes} else 4
         held = {place: parts * nbytes for place, nbytes in rows.items()}
-        square = {"device": wide * (parts * count) ** 2}
+        square = {"device": wide * (parts * count) ** 2 if gram else 0}
         named = _memory.components("gradients", held) + _memory.components("Gram matrix", square)
         return Plan(f"{name}={count}, {spelled(storage)}", tuple(named))
 
