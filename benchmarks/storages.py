@@ -1,12 +1,11 @@
 """Storages beside dense float32: accuracy of the direction, memory and time.
 
-    python benchmarks/storages.py [--only accuracy rounding time static] [--render]
+    python benchmarks/storages.py [--only accuracy rounding time] [--render]
 
 Accuracy: windows of the last gradients of a training run (the digits and the network of the
 quickstart). Rounding: ways to round such gradients to 8 bits. Time: one push and one direction, in
-turn with dense float32. Static: the Gram matrix and ``ihvp`` of gradients that are there, and the
-disk's own time. Writes ``results/storages.json`` and the tables of ``docs/storages.md``;
-``--render`` only writes the tables. Takes some ten minutes on two CPU cores.
+turn with dense float32. Writes ``results/storages.json`` and the tables of ``docs/storages.md``;
+``--render`` only writes the tables. Takes some minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import argparse
 import functools
 import itertools
 import sys
-import tempfile
 from typing import Any
 
 import jax
@@ -28,8 +26,8 @@ from flax import nnx
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mfac_jax import fisher_inverse, mfac_precondition, window
-from mfac_jax.rows import Dense, Files, Int8, Paged, Storage, TopK, as_rows
+from mfac_jax import mfac_precondition, window
+from mfac_jax.rows import Dense, Int8, Paged, Storage, TopK
 
 sys.path.append(str(report.ROOT / "examples"))
 from quickstart import CNN, load_digits
@@ -50,7 +48,6 @@ WINDOWS = (64, 256)
 DAMPING = 0.01  # of the trace
 STEPS = 300
 TIMED = ("Dense()", "Dense(bfloat16)", "Int8()", "TopK(0.01)", "Paged()")
-STATIC = ((272_474, 64), (272_474, 512), (272_474, 1024), (4_000_000, 64), (4_000_000, 256))
 SIZES = {"ResNet-20": 272_474, "4 million": 4_000_000, "25 million": 25_000_000}
 MOST_ENTRIES = 2**31 - 1  # of a dense window that is timed: 8 GiB
 
@@ -195,60 +192,6 @@ def rounding() -> list[dict[str, Any]]:
     return found
 
 
-def static() -> list[dict[str, Any]]:
-    """The Gram matrix with its factor, and one ``ihvp``, of gradients that are there."""
-    found = []
-    for d, m in tqdm(STATIC, desc="static", disable=None):
-        matrix = np.random.default_rng(0).normal(size=(m, d)).astype(np.float32)
-        vector = jnp.asarray(matrix[0])
-        with tempfile.TemporaryDirectory() as folder:
-            held = {
-                name: as_rows(matrix, storage=storage)
-                for name, storage in (
-                    ("Dense()", Dense()),
-                    ("Paged()", Paged()),
-                    ("Files(DIR)", Files(folder)),
-                )
-            }
-
-            def prepare(name: str, held: Any = held) -> Any:
-                return fisher_inverse(held[name], 0.1)
-
-            def product(name: str, inverses: Any, vector: Any = vector) -> Any:
-                return inverses[name].ihvp(vector)
-
-            def read(held: Any = held) -> None:
-                pages = held["Files(DIR)"].pages
-                for page in range(pages.shape[0]):
-                    pages.read(page)
-
-            inverses = {name: prepare(name) for name in held}
-            tasks = {f"inverse {name}": functools.partial(prepare, name) for name in held}
-            tasks |= {f"ihvp {name}": functools.partial(product, name, inverses) for name in held}
-            times = timing.interleave(tasks | {"read": read}, seconds=3.0)
-            found.append({"d": d, "m": m, "seconds": {k: v["median"] for k, v in times.items()}})
-    return found
-
-
-def static_table(results: list[dict[str, Any]]) -> str:
-    """The table of the static algorithm."""
-    lines = [
-        "| parameters | m | what | `Dense()` | `Paged()` | `Files(DIR)` | the disk's own time |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in results:
-        seconds = r["seconds"]
-        for what, scans in (("inverse", 1), ("ihvp", 2)):
-            dense, paged, files = (
-                seconds[f"{what} {name}"] for name in ("Dense()", "Paged()", "Files(DIR)")
-            )
-            lines.append(
-                f"| {r['d']:,} | {r['m']} | {what} | {1e3 * dense:.1f} ms | {paged / dense:.2f} x "
-                f"| {files / dense:.2f} x | {scans * seconds['read'] / dense:.2f} x |"
-            )
-    return "\n".join(lines)
-
-
 def rounding_table(results: list[dict[str, Any]]) -> str:
     """The table of ways to round."""
     lines = ["| rounding | m | 1 - cosine |", "| --- | --- | --- |"]
@@ -270,10 +213,6 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     found = {"storages-accuracy": "\n".join(lines)}
     if "rounding" in results:
         found["storages-rounding"] = rounding_table(results["rounding"])
-    if "static" in results:
-        where = results["static environment"]
-        line = f"\n\n{where['device']}, jax {where['jax']}, {where['date']}."
-        found["storages-static"] = static_table(results["static"]) + line
     if "time" not in results:
         return found
     by_case: dict[tuple[str, int], dict[str, float]] = {}
@@ -294,7 +233,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     return found | {"storages-time": "\n".join(lines)}
 
 
-MEASURES = {"accuracy": accuracy, "rounding": rounding, "time": times, "static": static}
+MEASURES = {"accuracy": accuracy, "rounding": rounding, "time": times}
 
 
 def main() -> None:
