@@ -239,7 +239,8 @@ def _steps(
 ) -> Iterator[tuple[Step, PyTree]]:
     """The steps that fill m rows, each with its batch, without those of the first ``done`` rows.
 
-    If there are such rows, the first one is a step of its own, so that it can be compared.
+    If there are such rows, the first one is a step of its own, so that it can be compared. All
+    batches are read even so: the data of the next step of pruning begin after them.
     """
     row = 0
     for number, batch in cycle(batches):
@@ -252,8 +253,6 @@ def _steps(
             count = min(count, m - row)
             if row == 0 < done:
                 yield Step(row, count, number, example).part(0, 1), on_device(batch)
-                if done == m:
-                    return
             first = max(row, done)
             if first < row + count:
                 device_batch = on_device(batch) if device_batch is None else device_batch
