@@ -35,7 +35,7 @@ from mfac_jax.pruning import Gradients
 from mfac_jax.pruning._gradients import num_kept, num_new_parts
 from mfac_jax.rows import Blocks, Dense, InBlocks, Storage, partition
 from mfac_jax.rows._map import piece_entries
-from mfac_jax.rows._paged import PAGE_BYTES
+from mfac_jax.rows._pages import PAGE_BYTES
 from mfac_jax.rows._room import spelled, storages
 from mfac_jax.rows._storage import check_storage
 from mfac_jax.window import Window

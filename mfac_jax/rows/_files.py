@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,8 @@ from mfac_jax import _checks, kernels
 from mfac_jax._durable import claim
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels._xla import accumulation_dtype
-from mfac_jax.kernels._xla import products as products_of_blocks
-from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows, is_small_enough
-from mfac_jax.rows._paged import page_width
+from mfac_jax.rows._base import GradientRows, is_small_enough
+from mfac_jax.rows._pages import OfPage, PageRows, page_width
 from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
 
 # Of the files; a change of what they hold raises it.
@@ -152,7 +151,7 @@ class Files(Storage):
 
 # Compared by identity: the files change.
 @dataclass(frozen=True, eq=False)
-class FileRows(WritableRows, ColumnRows):
+class FileRows(PageRows):
     """Gradients in files, as pages of columns. ``jit`` cannot trace them.
 
     Attributes:
@@ -171,11 +170,6 @@ class FileRows(WritableRows, ColumnRows):
     writes: int
 
     @property
-    def dtype(self) -> jnp.dtype:
-        """The accumulation dtype."""
-        return accumulation_dtype(self.pages.dtype)
-
-    @property
     def is_traceable(self) -> bool:
         return False
 
@@ -189,7 +183,7 @@ class FileRows(WritableRows, ColumnRows):
     ) -> tuple[FileRows, Float[Array, " m"], Bool[Array, ""]]:
         rows, accepted = self.write(row, gradient)
         stored = self.layout.flatten(gradient, self.pages.dtype, "gradient").astype(self.dtype)
-        return rows, rows._dots(self._cut(stored)), accepted
+        return rows, rows._dots(stored), accepted
 
     def write(self, row: Int[Array, ""], gradient: PyTree) -> tuple[FileRows, Bool[Array, ""]]:
         self.layout.check(gradient, "gradient")
@@ -217,7 +211,7 @@ class FileRows(WritableRows, ColumnRows):
         return replace(self, pages=out, writes=out.writes)
 
     def restrict(self, mask: PyTree) -> FileRows:
-        keep = self._cut(self.layout.flat_mask(mask))
+        keep = np.asarray(self._cut(self.layout.flat_mask(mask)))
         return self._map(lambda i, page: np.where(keep[i], page, np.zeros_like(page)))
 
     def gradients(self, first: int, count: int) -> PyTree:
@@ -234,45 +228,6 @@ class FileRows(WritableRows, ColumnRows):
         values = self.pages.read_rows(first, count).reshape(count, -1)[:, : self.layout.size]
         return jax.vmap(self.layout.unflatten)(jnp.asarray(values))
 
-    def dots(self, vector: PyTree) -> Float[Array, " m"]:
-        return self._dots(self._cut(self.layout.flatten(vector, self.dtype, "vector")))
-
-    def combine(
-        self,
-        coefficients: Float[Array, " m"],
-        *,
-        vector: PyTree | None = None,
-        scale: Float[Array, ""] | None = None,
-    ) -> PyTree:
-        pieces = None
-        if vector is not None:
-            pieces = self._cut(self.layout.flatten(vector, self.dtype, "vector"))
-
-        def of_page(i: int, page: Array) -> Array:
-            piece = None if pieces is None else jnp.asarray(pieces[i : i + 1])
-            return _combine(page, coefficients, piece, scale, dtype=self.dtype)
-
-        return self._tree(of_page)
-
-    def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
-        keep = None if mask is None else self._cut(self.layout.flat_mask(mask))
-        total = jnp.zeros((self.num_rows,) * 2, self.dtype)
-        for i, page in self._each():
-            piece = None if keep is None else jnp.asarray(keep[i : i + 1])
-            total = jax.block_until_ready(_add_gram(total, jnp.asarray(page)[None], piece))
-        return total
-
-    def products(self, other: GradientRows, mask: PyTree | None = None) -> Float[Array, "m k"]:
-        if not isinstance(other, FileRows) or other.pages.shape[::2] != self.pages.shape[::2]:
-            return super().products(other, mask)
-        keep = None if mask is None else self._cut(self.layout.flat_mask(mask))
-        total = jnp.zeros((self.num_rows, other.num_rows), self.dtype)
-        for (i, page), (_, beside) in zip(self._each(), other._each(), strict=True):
-            piece = None if keep is None else jnp.asarray(keep[i : i + 1])
-            pair = jnp.asarray(page)[None], jnp.asarray(beside)[None]
-            total = jax.block_until_ready(_add_products(total, *pair, piece))
-        return total
-
     def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> FileRows:
         del lower
         count, _, width = self.pages.shape
@@ -281,12 +236,6 @@ class FileRows(WritableRows, ColumnRows):
             return np.asarray(_transform(jnp.asarray(page)[None], matrix)[0])
 
         return self._map(of_page, (count, len(matrix), width), self.dtype)
-
-    def column_square_sums(
-        self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
-    ) -> PyTree:
-        del lower
-        return self._tree(lambda _, page: _square_sums(page, matrix, dtype=self.dtype))
 
     def take(self, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
         self._check_unchanged()
@@ -305,19 +254,34 @@ class FileRows(WritableRows, ColumnRows):
         begin = int(start) - first * width
         return jnp.asarray(np.concatenate(parts, axis=1)[:, begin : begin + size])
 
-    def _dots(self, pieces: Float[np.ndarray, "p w"]) -> Float[Array, " m"]:
-        total = jnp.zeros(self.num_rows, self.dtype)
-        for i, page in self._each():
-            pair = jnp.asarray(page)[None], jnp.asarray(pieces[i : i + 1])
-            total = jax.block_until_ready(_add_dots(total, *pair))
+    def _total(
+        self,
+        function: OfPage,
+        shape: tuple[int, ...],
+        pieces: tuple[Any, ...],
+        beside: GradientRows | None = None,
+    ) -> Array:
+        total = jnp.zeros(shape, self.dtype)
+        every = [self._each(), *([] if beside is None else [beside._each()])]  # type: ignore[attr-defined]
+        for here in zip(*every, strict=True):
+            pages = [jnp.asarray(page)[None] for _, page in here]
+            own = _at(pieces, here[0][0])
+            total = jax.block_until_ready(_added(total, pages, own, function=function))
         return total
 
-    def _tree(self, of_page: Callable[[int, Array], Float[Array, "1 w"]]) -> PyTree:
-        """A tree like the parameters from the results of all pages."""
+    def _columns(
+        self, function: OfPage, pieces: tuple[Any, ...], constants: tuple[Any, ...]
+    ) -> Float[Array, "p w"]:
         parts = [
-            jax.block_until_ready(of_page(i, jnp.asarray(page)[None])) for i, page in self._each()
+            jax.block_until_ready(
+                _of_page(jnp.asarray(page)[None], _at(pieces, i), constants, function=function)
+            )
+            for i, page in self._each()
         ]
-        return self.layout.unflatten(jnp.concatenate(parts).reshape(-1)[: self.layout.size])
+        return jnp.concatenate(parts).astype(self.dtype)
+
+    def _is_alike(self, other: GradientRows) -> bool:
+        return isinstance(other, FileRows) and other.pages.shape[::2] == self.pages.shape[::2]
 
     def _each(self) -> Iterator[tuple[int, Shaped[np.ndarray, "m w"]]]:
         """All pages; the next one is read while the caller works."""
@@ -348,9 +312,6 @@ class FileRows(WritableRows, ColumnRows):
 
     def _copy(self) -> FileRows:
         return self._map(lambda _, page: page)
-
-    def _cut(self, flat: Shaped[Array, " d"]) -> Shaped[np.ndarray, "p w"]:
-        return self._cut_all(np.asarray(flat)[None])[0]
 
     def _cut_all(self, values: Shaped[np.ndarray, "k d"]) -> Shaped[np.ndarray, "k p w"]:
         """Vectors of all coordinates, cut like the pages."""
@@ -499,52 +460,31 @@ def _opened(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "r+b", buffering=0)
 
 
-@jax.jit
-def _add_dots(
-    total: Float[Array, " m"], page: Float[Array, "1 m w"], piece: Float[Array, "1 w"]
-) -> Float[Array, " m"]:
-    return total + kernels.dots(page, piece).astype(total.dtype)
+def _at(pieces: tuple[Any, ...], i: int) -> tuple[Any, ...]:
+    """The parts of vectors on one page."""
+    return jax.tree.map(lambda piece: piece[i : i + 1], pieces)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _combine(
+@functools.partial(jax.jit, static_argnames="function")
+def _of_page(
     page: Float[Array, "1 m w"],
-    coefficients: Float[Array, " m"],
-    piece: Float[Array, "1 w"] | None,
-    scale: Float[Array, ""] | None,
+    pieces: tuple[Any, ...],
+    constants: tuple[Any, ...],
     *,
-    dtype: jnp.dtype,
-) -> Float[Array, "1 w"]:
-    return kernels.combine(page, coefficients, vector=piece, scale=scale, dtype=dtype)
+    function: OfPage,
+) -> Array:
+    return function(page, pieces, constants)
 
 
-@jax.jit
-def _add_gram(
-    total: Float[Array, "m m"], page: Float[Array, "1 m w"], keep: Bool[Array, "1 w"] | None
-) -> Float[Array, "m m"]:
-    return total + kernels.gram(page, keep).astype(total.dtype)
-
-
-@jax.jit
-def _add_products(
-    total: Float[Array, "m k"],
-    page: Float[Array, "1 m w"],
-    beside: Float[Array, "1 k w"],
-    keep: Bool[Array, "1 w"] | None,
-) -> Float[Array, "m k"]:
-    return total + products_of_blocks(page, beside, keep).astype(total.dtype)
+@functools.partial(jax.jit, static_argnames="function")
+def _added(total: Array, pages: list[Array], pieces: tuple[Any, ...], *, function: OfPage) -> Array:
+    page, *beside = pages
+    return total + function(page, pieces, tuple(beside)).astype(total.dtype)
 
 
 @jax.jit
 def _transform(page: Float[Array, "1 m w"], matrix: Float[Array, "k m"]) -> Float[Array, "1 k w"]:
     return kernels.transform(page, matrix)
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _square_sums(
-    page: Float[Array, "1 m w"], matrix: Float[Array, "k m"] | None, *, dtype: jnp.dtype
-) -> Float[Array, "1 w"]:
-    return kernels.column_square_sums(page, matrix).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("num_rows", "dtype"))

@@ -14,22 +14,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from mfac_jax import _checks, kernels
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels._xla import accumulation_dtype
-from mfac_jax.kernels._xla import products as products_of_blocks
-from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows, is_small_enough
+from mfac_jax.rows._base import GradientRows, is_small_enough
+from mfac_jax.rows._pages import OfPage, PageRows, page_width
 from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
-
-# A page takes at most 64 MiB, unless that is less than 128 columns. A bus moves it in a millisecond
-# or more: long beside what it takes to start a copy, and small beside the memory of a device, which
-# holds two pages.
-PAGE_BYTES = 2**26
-
-# The width of a page is a multiple of this, as the vector units of GPUs and TPUs require.
-_ALIGNMENT = 128
 
 Total = TypeVar("Total")
 
@@ -95,7 +87,7 @@ class Paged(Storage):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PagedRows(WritableRows, ColumnRows):
+class PagedRows(PageRows):
     """Gradients in the memory of the host, as pages of columns.
 
     Attributes:
@@ -109,11 +101,6 @@ class PagedRows(WritableRows, ColumnRows):
     layout: Any  # a Layout, or what optax.tree.map_params puts in its place
     num_rows: int = field(metadata={"static": True})
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The accumulation dtype."""
-        return accumulation_dtype(self.pages.dtype)
-
     def step_bytes(self, platform: str) -> int:
         page = math.prod(self.pages.shape[1:]) * self.pages.dtype.itemsize
         return (1 if platform == "cpu" else 2) * page + 2 * self.layout.size * self.dtype.itemsize
@@ -122,8 +109,8 @@ class PagedRows(WritableRows, ColumnRows):
         self, row: Int[Array, ""], gradient: PyTree
     ) -> tuple[PagedRows, Float[Array, " m"], Bool[Array, ""]]:
         rows, accepted = self.write(row, gradient)
-        stored = rows._cut(self.layout.flatten(gradient, self.pages.dtype, "gradient"))
-        return rows, _dots(rows, stored.astype(self.dtype)), accepted
+        stored = self.layout.flatten(gradient, self.pages.dtype, "gradient")
+        return rows, rows._dots(stored.astype(self.dtype)), accepted
 
     def write(self, row: Int[Array, ""], gradient: PyTree) -> tuple[PagedRows, Bool[Array, ""]]:
         new = self._cut(self.layout.flatten(gradient, self.pages.dtype, "gradient"))
@@ -137,40 +124,9 @@ class PagedRows(WritableRows, ColumnRows):
     def restrict(self, mask: PyTree) -> PagedRows:
         return _restrict(self, self._cut(self.layout.flat_mask(mask)))
 
-    def dots(self, vector: PyTree) -> Float[Array, " m"]:
-        return _dots(self, self._cut(self.layout.flatten(vector, self.dtype, "vector")))
-
-    def combine(
-        self,
-        coefficients: Float[Array, " m"],
-        *,
-        vector: PyTree | None = None,
-        scale: Float[Array, ""] | None = None,
-    ) -> PyTree:
-        pieces = None
-        if vector is not None:
-            pieces = self._cut(self.layout.flatten(vector, self.dtype, "vector"))
-        return self._tree(_combine(self, coefficients, pieces, scale))
-
-    def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
-        return _gram(self, None if mask is None else self._cut(self.layout.flat_mask(mask)))
-
-    def products(self, other: GradientRows, mask: PyTree | None = None) -> Float[Array, "m k"]:
-        is_alike = isinstance(other, PagedRows) and other.pages.shape[::2] == self.pages.shape[::2]
-        if not is_alike:
-            return super().products(other, mask)
-        keep = None if mask is None else self._cut(self.layout.flat_mask(mask))
-        return _products(self, other, keep)
-
     def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> PagedRows:
         del lower
         return _transform(self, matrix)
-
-    def column_square_sums(
-        self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
-    ) -> PyTree:
-        del lower
-        return self._tree(_column_square_sums(self, matrix))
 
     def take(self, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
         return _take(self, coordinates)
@@ -184,13 +140,23 @@ class PagedRows(WritableRows, ColumnRows):
         matrix = jnp.moveaxis(pages, 0, 1).reshape(self.num_rows, -1)
         return lax.dynamic_slice_in_dim(matrix, start - first * width, size, 1).astype(self.dtype)
 
-    def _cut(self, flat: Shaped[Array, " d"]) -> Shaped[Array, "p w"]:
-        """A vector of all coordinates, cut like the pages."""
-        count, _, width = self.pages.shape
-        return jnp.pad(flat, (0, count * width - flat.size)).reshape(count, width)
+    def _total(
+        self,
+        function: OfPage,
+        shape: tuple[int, ...],
+        pieces: tuple[Any, ...],
+        beside: GradientRows | None = None,
+    ) -> Array:
+        others = () if beside is None else (beside.pages,)  # type: ignore[attr-defined]
+        return _total((self.pages, *others), pieces, function=function, shape=shape)
 
-    def _tree(self, pieces: Float[Array, "p w"]) -> PyTree:
-        return self.layout.unflatten(pieces.reshape(-1)[: self.layout.size])
+    def _columns(
+        self, function: OfPage, pieces: tuple[Any, ...], constants: tuple[Any, ...]
+    ) -> Float[Array, "p w"]:
+        return _columns(self.pages, pieces, constants, function=function)
+
+    def _is_alike(self, other: GradientRows) -> bool:
+        return isinstance(other, PagedRows) and other.pages.shape[::2] == self.pages.shape[::2]
 
     def _with_row(
         self, row: Int[Array, ""], new: Float[Array, "p w"], accepted: Bool[Array, ""]
@@ -249,53 +215,38 @@ def _looking_ahead(function: Callable[..., Total], pages: tuple[Array, ...], sta
     return function(total, last, *here)
 
 
-def _at(pieces: Shaped[Array, "p w"], i: Int[Array, ""]) -> Shaped[Array, "1 w"]:
-    return lax.dynamic_slice_in_dim(pieces, i, 1)
+def _at(pieces: tuple[Any, ...], i: Int[Array, ""]) -> tuple[Any, ...]:
+    """The parts of vectors on one page."""
+    return jax.tree.map(lambda piece: lax.dynamic_slice_in_dim(piece, i, 1), pieces)
 
 
-@jax.jit
-def _dots(rows: PagedRows, vector: Float[Array, "p w"]) -> Float[Array, " m"]:
-    def add(total: Array, i: Array, page: Array) -> Array:
-        return total + kernels.dots(page, _at(vector, i)).astype(rows.dtype)
+@functools.partial(jax.jit, static_argnames=("function", "shape"))
+def _total(
+    pages: tuple[Array, ...],
+    pieces: tuple[Any, ...],
+    *,
+    function: OfPage,
+    shape: tuple[int, ...],
+) -> Array:
+    dtype = accumulation_dtype(pages[0].dtype)
 
-    return _fold((rows.pages,), add, jnp.zeros(rows.num_rows, rows.dtype))
+    def add(total: Array, i: Array, page: Array, *beside: Array) -> Array:
+        return total + function(page, _at(pieces, i), beside).astype(dtype)
+
+    return _fold(pages, add, jnp.zeros(shape, dtype))
 
 
-@jax.jit
-def _combine(
-    rows: PagedRows,
-    coefficients: Float[Array, " m"],
-    vector: Float[Array, "p w"] | None,
-    scale: Float[Array, ""] | None,
+@functools.partial(jax.jit, static_argnames="function")
+def _columns(
+    pages: Array, pieces: tuple[Any, ...], constants: tuple[Any, ...], *, function: OfPage
 ) -> Float[Array, "p w"]:
+    dtype = accumulation_dtype(pages.dtype)
+
     def write(out: Array, i: Array, page: Array) -> Array:
-        piece = None if vector is None else _at(vector, i)
-        own = kernels.combine(page, coefficients, vector=piece, scale=scale, dtype=rows.dtype)
+        own = function(page, _at(pieces, i), constants).astype(dtype)
         return lax.dynamic_update_slice_in_dim(out, own, i, axis=0)
 
-    count, _, width = rows.pages.shape
-    return _fold((rows.pages,), write, jnp.zeros((count, width), rows.dtype))
-
-
-@jax.jit
-def _gram(rows: PagedRows, mask: Bool[Array, "p w"] | None) -> Float[Array, "m m"]:
-    def add(total: Array, i: Array, page: Array) -> Array:
-        keep = None if mask is None else _at(mask, i)
-        return total + kernels.gram(page, keep).astype(rows.dtype)
-
-    return _fold((rows.pages,), add, jnp.zeros((rows.num_rows,) * 2, rows.dtype))
-
-
-@jax.jit
-def _products(
-    rows: PagedRows, other: PagedRows, mask: Bool[Array, "p w"] | None
-) -> Float[Array, "m k"]:
-    def add(total: Array, i: Array, page: Array, beside: Array) -> Array:
-        keep = None if mask is None else _at(mask, i)
-        return total + products_of_blocks(page, beside, keep).astype(rows.dtype)
-
-    zeros = jnp.zeros((rows.num_rows, other.num_rows), rows.dtype)
-    return _fold((rows.pages, other.pages), add, zeros)
+    return _fold((pages,), write, jnp.zeros(pages.shape[::2], dtype))
 
 
 @jax.jit
@@ -311,20 +262,11 @@ def _transform(rows: PagedRows, matrix: Float[Array, "k m"]) -> PagedRows:
 
 
 @jax.jit
-def _column_square_sums(rows: PagedRows, matrix: Float[Array, "k m"] | None) -> Float[Array, "p w"]:
-    def write(out: Array, i: Array, page: Array) -> Array:
-        own = kernels.column_square_sums(page, matrix).astype(rows.dtype)
-        return lax.dynamic_update_slice_in_dim(out, own, i, axis=0)
-
-    count, _, width = rows.pages.shape
-    return _fold((rows.pages,), write, jnp.zeros((count, width), rows.dtype))
-
-
-@jax.jit
 def _restrict(rows: PagedRows, keep: Bool[Array, "p w"]) -> PagedRows:
     def step(i: Int[Array, ""], pages: Array) -> Array:
         page = _on_device(lax.dynamic_slice_in_dim(pages, i, 1))
-        kept = jnp.where(_at(keep, i)[:, None], page, jnp.zeros_like(page))
+        (here,) = _at((keep,), i)
+        kept = jnp.where(here[:, None], page, jnp.zeros_like(page))
         return lax.dynamic_update_slice_in_dim(pages, _where_it_is(pages, kept), i, axis=0)
 
     return replace(rows, pages=lax.fori_loop(0, len(rows.pages), step, rows.pages))
@@ -339,38 +281,6 @@ def _take(rows: PagedRows, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]
 
     zeros = jnp.zeros((rows.num_rows, len(coordinates)), rows.dtype)
     return _fold((rows.pages,), pick, zeros)
-
-
-def page_width(columns: int | None, size: int, column_bytes: int, num_devices: int = 1) -> int:
-    """The number of columns of a page.
-
-    Args:
-        columns: the number that was asked for; None for a page of 64 MiB.
-        size: the number of columns of all pages.
-        column_bytes: the size of a column.
-        num_devices: the number of devices that share a page.
-
-    Raises:
-        ValueError: a page has more columns than there are, or they cannot be shared.
-    """
-    if columns is not None:
-        if columns > size > 0:
-            raise ValueError(
-                f"columns must be at most the number of columns of the gradients, {size}; "
-                f"got {columns}."
-            )
-        if columns % num_devices:
-            raise ValueError(
-                f"columns must be a multiple of the {num_devices} devices that share a page, "
-                f"got {columns}."
-            )
-        return columns
-    step = _ALIGNMENT * num_devices
-    most = max(PAGE_BYTES // column_bytes // step, 1) * step
-    if size <= most:
-        return max(-(-size // num_devices), 1) * num_devices
-    pages = -(-size // most)
-    return -(-size // (pages * step)) * step
 
 
 def _num_devices(mesh: Mesh | AbstractMesh | None) -> int:

@@ -1,0 +1,176 @@
+"""What rows on pages share: a page has some columns of all gradients.
+
+A scan takes one page after another. Where the pages are, and who moves them, is up to the derived
+class: :class:`PagedRows` in the memory of the host, :class:`FileRows` on disk.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
+
+from mfac_jax import kernels
+from mfac_jax._layout import PyTree
+from mfac_jax.kernels._xla import accumulation_dtype
+from mfac_jax.kernels._xla import products as products_of_blocks
+from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows
+
+# A page takes at most 64 MiB, unless that is less than 128 columns. A bus moves it in a millisecond
+# or more: long beside what it takes to start a copy, and small beside the memory of a device, which
+# holds two pages.
+PAGE_BYTES = 2**26
+
+# The width of a page is a multiple of this, as the vector units of GPUs and TPUs require.
+_ALIGNMENT = 128
+
+# ``function(page, pieces, constants)``: of a page (1, m, w), of the parts (1, w) of vectors, and of
+# arrays that every page takes whole; None stands for a vector that is not there.
+OfPage = Callable[[Array, tuple[Any, ...], tuple[Any, ...]], Array]
+
+
+class PageRows(WritableRows, ColumnRows):
+    """Gradients on pages (p, m, w) of columns; the last page is padded with zeros.
+
+    Attributes:
+        pages: the pages, with a shape and a dtype.
+    """
+
+    pages: Any
+
+    @abc.abstractmethod
+    def _total(
+        self,
+        function: OfPage,
+        shape: tuple[int, ...],
+        pieces: tuple[Any, ...],
+        beside: GradientRows | None = None,
+    ) -> Array:
+        """The sum of ``function`` over all pages.
+
+        Args:
+            function: its results have the shape of the sum. Functions that do the same are equal.
+            shape: of the sum.
+            pieces: vectors, cut like the pages.
+            beside: other rows, of as many and as wide pages, which the function takes as constants.
+        """
+
+    @abc.abstractmethod
+    def _columns(
+        self, function: OfPage, pieces: tuple[Any, ...], constants: tuple[Any, ...]
+    ) -> Float[Array, "p w"]:
+        """The results (1, w) of ``function`` for all pages."""
+
+    @abc.abstractmethod
+    def _is_alike(self, other: GradientRows) -> bool:
+        """Whether other rows have as many and as wide pages, in the same place."""
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The accumulation dtype."""
+        return accumulation_dtype(self.pages.dtype)
+
+    def dots(self, vector: PyTree) -> Float[Array, " m"]:
+        return self._dots(self.layout.flatten(vector, self.dtype, "vector"))
+
+    def combine(
+        self,
+        coefficients: Float[Array, " m"],
+        *,
+        vector: PyTree | None = None,
+        scale: Float[Array, ""] | None = None,
+    ) -> PyTree:
+        flat = None if vector is None else self.layout.flatten(vector, self.dtype, "vector")
+        pieces = None if flat is None else self._cut(flat)
+        return self._tree(self._columns(_combined, (pieces,), (coefficients, scale)))
+
+    def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
+        return self._total(_gram, (self.num_rows,) * 2, (self._cut_mask(mask),))
+
+    def products(self, other: GradientRows, mask: PyTree | None = None) -> Float[Array, "m k"]:
+        if not self._is_alike(other):
+            return super().products(other, mask)
+        shape = self.num_rows, other.num_rows
+        return self._total(_products, shape, (self._cut_mask(mask),), other)
+
+    def column_square_sums(
+        self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
+    ) -> PyTree:
+        del lower
+        return self._tree(self._columns(_square_sums, (), (matrix,)))
+
+    def _dots(self, flat: Float[Array, " d"]) -> Float[Array, " m"]:
+        return self._total(_dots, (self.num_rows,), (self._cut(flat),))
+
+    def _cut(self, flat: Shaped[Array, " d"]) -> Shaped[Array, "p w"]:
+        """A vector of all coordinates, cut like the pages."""
+        count, _, width = self.pages.shape
+        return jnp.pad(flat, (0, count * width - flat.size)).reshape(count, width)
+
+    def _cut_mask(self, mask: PyTree | None) -> Bool[Array, "p w"] | None:
+        return None if mask is None else self._cut(self.layout.flat_mask(mask))
+
+    def _tree(self, pieces: Float[Array, "p w"]) -> PyTree:
+        return self.layout.unflatten(pieces.reshape(-1)[: self.layout.size])
+
+
+def _dots(page: Array, pieces: tuple[Any, ...], _: tuple[Any, ...]) -> Float[Array, " m"]:
+    return kernels.dots(page, *pieces)
+
+
+def _gram(page: Array, pieces: tuple[Any, ...], _: tuple[Any, ...]) -> Float[Array, "m m"]:
+    return kernels.gram(page, *pieces)
+
+
+def _products(page: Array, pieces: tuple[Any, ...], beside: tuple[Any, ...]) -> Float[Array, "m k"]:
+    return products_of_blocks(page, *beside, *pieces)
+
+
+def _combined(
+    page: Array, pieces: tuple[Any, ...], constants: tuple[Any, ...]
+) -> Float[Array, "1 w"]:
+    (vector,), (coefficients, scale) = pieces, constants
+    dtype = accumulation_dtype(page.dtype)
+    return kernels.combine(page, coefficients, vector=vector, scale=scale, dtype=dtype)
+
+
+def _square_sums(
+    page: Array, pieces: tuple[Any, ...], constants: tuple[Any, ...]
+) -> Float[Array, "1 w"]:
+    del pieces
+    return kernels.column_square_sums(page, *constants)
+
+
+def page_width(columns: int | None, size: int, column_bytes: int, num_devices: int = 1) -> int:
+    """The number of columns of a page.
+
+    Args:
+        columns: the number that was asked for; None for a page of 64 MiB.
+        size: the number of columns of all pages.
+        column_bytes: the size of a column.
+        num_devices: the number of devices that share a page.
+
+    Raises:
+        ValueError: a page has more columns than there are, or they cannot be shared.
+    """
+    if columns is not None:
+        if columns > size > 0:
+            raise ValueError(
+                f"columns must be at most the number of columns of the gradients, {size}; "
+                f"got {columns}."
+            )
+        if columns % num_devices:
+            raise ValueError(
+                f"columns must be a multiple of the {num_devices} devices that share a page, "
+                f"got {columns}."
+            )
+        return columns
+    step = _ALIGNMENT * num_devices
+    most = max(PAGE_BYTES // column_bytes // step, 1) * step
+    if size <= most:
+        return max(-(-size // num_devices), 1) * num_devices
+    pages = -(-size // most)
+    return -(-size // (pages * step)) * step
