@@ -46,6 +46,11 @@ OPTIMIZERS = {
 # XLA for a CPU takes many minutes for the batched factorizations of larger networks.
 ONLY_SMALL = {"mfacw(1e-3)": ("ResNet-20",)}
 WINDOW = 64
+# As on the page.
+EXAMPLE = {
+    "kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.float32),
+    "bias": jax.ShapeDtypeStruct((4096,), jnp.float32),
+}
 DEVICES = (1, 8, 64, 1024)
 HELD = {"Dense()": Dense(), "TopK(0.01)": TopK(0.01)}
 PROCESSES = (
@@ -222,6 +227,8 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         for r in results["process"]
     ]
     lines.append(_environment(results, "process"))
+    printed = planning.plan(EXAMPLE, window_size=256, platform="gpu")
+    made["plan-printed"] = "\n".join(["```text", str(printed), "```"])
     return made | {"plan-process": "\n".join(lines), "plan-devices": of_devices()}
 
 

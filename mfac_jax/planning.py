@@ -204,11 +204,13 @@ def plan_inverse(
     if is_whole and not rows.get("device"):
         pieces = min(pieces, 4 * PAGE_BYTES // wide)  # two pages and what becomes of them
     stored = sum(run.width * min(n, run.size) for run in cut.runs)
+    # Whitened gradients lie where the gradients do.
+    place = next((p for p in _memory.PLACES if rows.get(p)), "device") if is_whole else "device"
     sizes = {
         "gradients": rows,
         "Gram matrix and factor": {"device": 3 * wide * n**2 if is_whole else 0},
         "whitened gradients" if is_whole else "inverses of blocks": {
-            "device": wide * stored if whiten else 0
+            place: wide * stored if whiten else 0
         },
         "vectors": {"device": 3 * vector},
         "pieces of gradients": {"device": wide * pieces},
@@ -231,7 +233,8 @@ def plan_pruning(
     Args:
         params: as in :func:`plan`.
         steps: the number of steps.
-        gradients: as in :func:`mfac_jax.pruning.prune`.
+        gradients: as in :func:`mfac_jax.pruning.prune`. Sums in blocks are planned if ``in_blocks``
+            is true; None counts as false.
         blocks: the blocks of the setting with the largest ones.
         mesh: as in :func:`plan`.
         platform: as in :func:`plan`.
@@ -269,7 +272,8 @@ def plan_pruning(
         "vectors": {"device": _VECTORS_OF_PRUNING * wide * layout.size},
         "pieces of gradients": {"device": wide * piece_entries(kept, cut)},
     }
-    title = f"pruning with {count} gradients a step, {spelled(gradients.storage)}"
+    kept_as = "sums in blocks" if gradients.in_blocks else spelled(gradients.storage)
+    title = f"pruning with {count} gradients a step, {kept_as}"
     return _plan(f"{title}, {_size(params)}, on a {platform}", sizes)
 
 
@@ -406,4 +410,4 @@ def _width(layout: Layout) -> int:
 
 
 def _size(params: PyTree) -> str:
-    return f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)):,} parameters"
+    return f"{sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(params)):,} parameters"

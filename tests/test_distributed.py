@@ -60,9 +60,9 @@ def test_a_run_of_which_a_process_was_killed_goes_on_with_others(tmp_path):
     second.communicate()
     assert time.monotonic() - killed < 60
     assert first.returncode != 0
-    assert "Connection" in errors or "heartbeat" in errors or "UNAVAILABLE" in errors, errors[
-        -2000:
-    ]
+    # Gloo loses its peer, or the coordinator misses a heartbeat.
+    wanted = "Connection closed by peer", "Connection reset by peer", "heartbeat"
+    assert any(text in errors for text in wanted), errors[-2000:]
 
     got = ended(start(folder, 4, 1))
     assert got == pytest.approx(want, rel=1e-3)

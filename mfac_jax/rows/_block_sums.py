@@ -114,9 +114,9 @@ class BlockSums(WritableRows, ColumnRows):
     Gradients are written in order, each once, outside of ``jit``. After the last one,
     :meth:`map_blocks` serves the blocks of :attr:`partition` and no others: everything that
     :func:`mfac_jax.fisher_inverse` and pruning compute in blocks. There are no products with
-    single gradients. Sums of full rank are as accurate as those that dense rows compute.
-    :func:`mfac_jax.algebra.square_root` says what rounding adds to sums of lower rank; it matters
-    for dampings below 1e-3 of the mean of the diagonal.
+    single gradients. Sums of full rank are as accurate as those that dense rows compute. Rounding
+    adds to the diagonal of sums of lower rank (:func:`mfac_jax.algebra.square_root`), which matters
+    for dampings far below the mean of the diagonal.
 
     Attributes:
         blocks: the sums of each run of blocks, (b, B, B); square roots after the last gradient.
