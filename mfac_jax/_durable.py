@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -56,8 +55,10 @@ def claim(folder: Path, manifest: str, wanted: Mapping[str, Any]) -> IO[bytes]:
 
     Raises:
         ValueError: the folder holds something else, or what another run has left.
-        OSError: the folder cannot be made or read, or another process uses it.
+        OSError: the folder cannot be made or read, another process uses it, or the system lacks
+            what files need.
     """
+    check_system()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / manifest
     if not path.exists():
@@ -78,7 +79,19 @@ def claim(folder: Path, manifest: str, wanted: Mapping[str, Any]) -> IO[bytes]:
     return file
 
 
+def check_system() -> None:
+    """Checks that this system can read and write at a place of a file.
+
+    Raises:
+        OSError: it cannot, as Windows.
+    """
+    if not hasattr(os, "preadv"):
+        raise OSError("files of gradients and checkpoints need a POSIX system with os.preadv.")
+
+
 def _lock(file: IO[bytes], folder: Path) -> None:
+    import fcntl  # does not exist on Windows
+
     try:
         # The lock is the process's own and ends with it, however that ends; or when the process
         # closes the file, opened here or anywhere else.

@@ -233,6 +233,13 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
         collect(tmp_path / "file" / "folder")
 
 
+def test_a_system_without_such_files_is_named(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "preadv")
+    for use in (lambda: collect(tmp_path), lambda: Files(tmp_path).empty(PARAMS, M)):
+        with pytest.raises(OSError, match="need a POSIX system"):
+            use()
+
+
 def test_a_full_disk_shows_before_any_work(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mfac_jax import _checks, kernels
-from mfac_jax._durable import claim
+from mfac_jax._durable import check_system, claim
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels._xla import accumulation_dtype
 from mfac_jax.rows._base import GradientRows, is_small_enough
@@ -37,7 +37,7 @@ _PAGES, _FINISHED, _MANIFEST = "gradients", "finished", "manifest.json"
 class Files(Storage):
     """Stores gradients in files; the memory of the host holds two pages of them.
 
-    For gradients that no memory holds. The rows work outside of ``jit``: for
+    It is for gradients that no memory holds. The rows work outside of ``jit``: for
     :func:`mfac_jax.collect_gradients`, :func:`mfac_jax.fisher_inverse` and
     :func:`mfac_jax.pruning.prune`. Each scan reads the files once, and the next page is read while
     the device works on the present one. ``W`` of a whitened inverse is another such file.
@@ -144,6 +144,7 @@ class Files(Storage):
     def temporary(self) -> IO[bytes]:
         """A new file in the folder that no other process sees and nothing is left of."""
         # The file outlives this function; it closes with the rows.
+        check_system()
         folder = Path(self.directory)
         folder.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryFile(dir=folder, buffering=0)
