@@ -58,6 +58,7 @@ PROCESSES = (
     ("step", "TopK(0.01)", 512),
     ("inverse", "Dense()", 512),
     ("pruning", "Dense()", 128),
+    ("pruning in blocks", "Dense()", 4096),
 )
 
 
@@ -134,7 +135,7 @@ def planned(what: str, storage: str, count: int) -> int:
         return planning.plan(shapes, count, storage=held).device_bytes
     if what == "inverse":
         return planning.plan_inverse(shapes, count, storage=held).device_bytes
-    gradients = Gradients(count, storage=held)
+    gradients = Gradients(count, storage=held, in_blocks=what == "pruning in blocks")
     return planning.plan_pruning(shapes, steps=2, gradients=gradients).device_bytes
 
 
@@ -153,7 +154,7 @@ def run(what: str, storage: str, count: int) -> None:
             rows = collect_gradients(_loss, params, batches, count, storage=held, progress=False)
             inverse = fisher_inverse(rows, 0.1)
             return inverse.ihvp(params), inverse.diagonal()
-        gradients = Gradients(count, storage=held)
+        gradients = Gradients(count, storage=held, in_blocks=what == "pruning in blocks")
         options = {"steps": 2, "gradients": gradients, "progress": False}
         return prune(params, _loss, batches, 0.5, **options).mask
 

@@ -1,11 +1,13 @@
 """Storages beside dense float32: accuracy of the direction, memory and time.
 
-    python benchmarks/storages.py [--only accuracy rounding time] [--render]
+    python benchmarks/storages.py [--only accuracy rounding time static disk] [--render]
 
 Accuracy: windows of the last gradients of a training run (the digits and the network of the
 quickstart). Rounding: ways to round such gradients to 8 bits. Time: one push and one direction, in
-turn with dense float32. Writes ``results/storages.json`` and the tables of ``docs/storages.md``;
-``--render`` only writes the tables. Takes some minutes on two CPU cores.
+turn with dense float32. Static: an inverse and one product with it, likewise. Disk: the scans of
+files that the system must read from disk, beside a plain read of them. Writes
+``results/storages.json`` and the tables of ``docs/storages.md``; ``--render`` only writes the
+tables. Takes a quarter of an hour on two CPU cores, 13 GB of memory and of disk.
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import os
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,8 +32,8 @@ from flax import nnx
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mfac_jax import mfac_precondition, window
-from mfac_jax.rows import Dense, Int8, Paged, Storage, TopK
+from mfac_jax import fisher_inverse, mfac_precondition, window
+from mfac_jax.rows import Dense, FileRows, Files, Int8, Paged, Storage, TopK
 
 sys.path.append(str(report.ROOT / "examples"))
 from quickstart import CNN, load_digits
@@ -43,13 +49,20 @@ STORAGES: dict[str, Storage] = {
         for more, bits in (("", 16), (", error_bits=4", 4), (", error_bits=0", 0))
     },
 }
-PAGED = {"Paged()": Paged()}
 WINDOWS = (64, 256)
 DAMPING = 0.01  # of the trace
 STEPS = 300
-TIMED = ("Dense()", "Dense(bfloat16)", "Int8()", "TopK(0.01)", "Paged()")
+TIMED = {
+    name: (STORAGES | {"Paged()": Paged()})[name]
+    for name in ("Dense()", "Dense(bfloat16)", "Int8()", "TopK(0.01)", "Paged()")
+}
 SIZES = {"ResNet-20": 272_474, "4 million": 4_000_000, "25 million": 25_000_000}
 MOST_ENTRIES = 2**31 - 1  # of a dense window that is timed: 8 GiB
+CASES = [
+    (size, m)
+    for size, m in itertools.product(SIZES.items(), (64, 256, 1024))
+    if m * size[1] <= MOST_ENTRIES
+]
 
 
 def gradients(count: int) -> tuple[Any, list[Any]]:
@@ -136,11 +149,9 @@ def accuracy() -> list[dict[str, Any]]:
 
 
 def times() -> list[dict[str, Any]]:
-    """One push and one direction, for windows that fit."""
+    """One push and one direction, for windows that fit, of each storage in turn with dense."""
     found = []
-    for (name, d), m in itertools.product(SIZES.items(), (64, 256, 1024)):
-        if m * d > MOST_ENTRIES:
-            continue
+    for (name, d), m in CASES:
         gradient = jax.random.normal(jax.random.key(0), (d,))
 
         @functools.partial(jax.jit, donate_argnums=0)
@@ -148,16 +159,106 @@ def times() -> list[dict[str, Any]]:
             held, _ = window.push(held, gradient)
             return held, window.ihvp_newest(held, DAMPING * window.fisher_trace(held))
 
-        held = STORAGES | PAGED
-        states = {s: window.init(gradient, m, storage=held[s]) for s in TIMED}
+        def runs(
+            storages: dict[str, Storage], m: int = m, gradient: Any = gradient, step: Any = step
+        ) -> dict[str, timing.Run]:
+            states = {s: window.init(gradient, m, storage=storages[s]) for s in storages}
 
-        def run(s: str, states: Any = states, gradient: Any = gradient, step: Any = step) -> Any:
-            states[s], direction = step(states[s], gradient)
-            return direction
+            def run(s: str) -> Any:
+                states[s], direction = step(states[s], gradient)
+                return direction
 
-        of_each = timing.interleave({s: functools.partial(run, s) for s in TIMED}, seconds=3.0)
-        found += [{"size": name, "d": d, "m": m, "storage": s} | of_each[s] for s in TIMED]
+            return {s: functools.partial(run, s) for s in storages}
+
+        found += in_pairs({"size": name, "d": d, "m": m}, TIMED, runs)
     return found
+
+
+def static() -> list[dict[str, Any]]:
+    """An inverse and a product with it, for gradients that fit, in turn with dense."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for (name, d), m in CASES:
+
+            def runs(storages: dict[str, Storage], d: int = d, m: int = m) -> dict[str, timing.Run]:
+                held = {s: random_rows(d, m, storages[s]) for s in storages}
+                vector = jax.random.normal(jax.random.key(1), (d,))
+
+                def run(s: str) -> Any:
+                    return fisher_inverse(held[s], 1e-3).ihvp(vector)
+
+                return {s: functools.partial(run, s) for s in storages}
+
+            stored = TIMED | {"Files(...)": Files(folder)}
+            found += in_pairs({"size": name, "d": d, "m": m}, stored, runs)
+    return found
+
+
+def in_pairs(
+    case: dict[str, Any],
+    storages: dict[str, Storage],
+    runs: Callable[[dict[str, Storage]], dict[str, timing.Run]],
+) -> list[dict[str, Any]]:
+    """Each storage in turn with the first one, so that two of them are in memory at a time."""
+    (plain, first), *others = storages.items()
+    found = []
+    for name, storage in tqdm(others, desc=f"{case['size']}, m = {case['m']}", disable=None):
+        pair = runs({plain: first, name: storage})
+        for run in pair.values():  # compiles, and touches all memory
+            jax.block_until_ready(run())
+        of_each = timing.interleave(pair, seconds=2.0)
+        found.append(case | {"storage": name, "dense": of_each[plain]} | of_each[name])
+    return found
+
+
+def random_rows(d: int, m: int, storage: Storage) -> Any:
+    """Random gradients, made some at a time."""
+    rows = storage.empty(jnp.zeros(d), m)
+
+    def write(rows: Any, first: int, gradients: jax.Array) -> Any:
+        return rows.write_rows(first, gradients, len(gradients))[0]
+
+    if rows.is_traceable:
+        write = jax.jit(write, donate_argnums=0)
+    for i in range(0, m, 8):
+        rows = write(rows, i, jax.random.normal(jax.random.key(i), (8, d)))
+    return rows
+
+
+def disk() -> list[dict[str, Any]]:
+    """Scans of files that the system must read from disk, and a plain read of them."""
+    d, m = SIZES["25 million"], 64
+    with tempfile.TemporaryDirectory() as folder:
+        held = random_rows(d, m, Files(folder))
+        assert isinstance(held, FileRows)
+        descriptor, size = held.pages.file.fileno(), 4 * d * m
+        buffer = bytearray(2**26)
+
+        def read() -> None:
+            for start in range(0, size, len(buffer)):
+                os.preadv(descriptor, [buffer], start)
+
+        vector, weights = jax.random.normal(jax.random.key(1), (d,)), jnp.ones(m)
+        scans = {
+            "a plain read": read,
+            "dots": lambda: held.dots(vector),
+            "combine": lambda: held.combine(weights),
+            "gram": held.gram,
+        }
+        for scan in scans.values():  # compiles
+            jax.block_until_ready(scan())
+        seconds: dict[str, list[float]] = {name: [] for name in scans}
+        for _ in range(3):
+            for name, scan in scans.items():
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                start = time.perf_counter()
+                jax.block_until_ready(scan())
+                seconds[name].append(time.perf_counter() - start)
+        return [
+            {"scan": name, "bytes": size} | timing.summary(values)
+            for name, values in seconds.items()
+        ]
 
 
 def rounded(grads: list[Any], how: str) -> list[NDArray[np.float32]]:
@@ -213,27 +314,54 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     found = {"storages-accuracy": "\n".join(lines)}
     if "rounding" in results:
         found["storages-rounding"] = rounding_table(results["rounding"])
-    if "time" not in results:
-        return found
-    by_case: dict[tuple[str, int], dict[str, float]] = {}
-    for r in results["time"]:
-        if "median" in r:
-            by_case.setdefault((r["size"], r["m"]), {})[r["storage"]] = r["median"]
-    timed = [s for s in TIMED if all(s in medians for medians in by_case.values())]
+    for name in ("time", "static"):
+        if name in results:
+            found[f"storages-{name}"] = time_table(results[name], results[f"{name} environment"])
+    if "disk" in results:
+        found["storages-disk"] = disk_table(results["disk"], results["disk environment"])
+    return found
+
+
+def time_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> str:
+    """The time of dense rows, and those of the others in its units."""
+    storages = list(dict.fromkeys(r["storage"] for r in results))
+    by_case: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for r in results:
+        by_case.setdefault((r["size"], r["m"]), {})[r["storage"]] = r
     lines = [
-        "| parameters | m | " + " | ".join(f"`{s}`" for s in timed) + " |",
-        "| --- " * (2 + len(timed)) + "|",
+        "| parameters | m | `Dense()` | " + " | ".join(f"`{s}`" for s in storages) + " |",
+        "| --- " * (3 + len(storages)) + "|",
     ]
-    for (size, m), medians in by_case.items():
-        dense = medians[timed[0]]
-        cells = [f"{1e3 * dense:.1f} ms", *[f"{medians[s] / dense:.2f} x" for s in timed[1:]]]
+    for (size, m), of_each in by_case.items():
+        dense = [r["dense"]["median"] for r in of_each.values()]
+        cells = [f"{1e3 * min(dense):.1f} ms"]
+        for s in storages:
+            r = of_each[s]
+            cells.append(r.get("left_out") or f"{r['median'] / r['dense']['median']:.2f} x")
         lines.append(f"| {size} | {m} | {' | '.join(cells)} |")
-    environment = results["time environment"]
     lines.append(f"\n{environment['device']}, jax {environment['jax']}, {environment['date']}.")
-    return found | {"storages-time": "\n".join(lines)}
+    return "\n".join(lines)
 
 
-MEASURES = {"accuracy": accuracy, "rounding": rounding, "time": times}
+def disk_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> str:
+    """Each scan beside a plain read."""
+    size, plain = results[0]["bytes"] / 1e9, results[0]["median"]
+    lines = ["| scan | seconds | beside a plain read |", "| --- | --- | --- |"]
+    lines += [f"| {r['scan']} | {r['median']:.1f} | {r['median'] / plain:.2f} x |" for r in results]
+    lines.append(
+        f"\n{size:.1f} GB, {size / plain:.2f} GB a second. "
+        f"{environment['device']}, jax {environment['jax']}, {environment['date']}."
+    )
+    return "\n".join(lines)
+
+
+MEASURES = {
+    "accuracy": accuracy,
+    "rounding": rounding,
+    "time": times,
+    "static": static,
+    "disk": disk,
+}
 
 
 def main() -> None:

@@ -10,6 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
+
+
+def automatic_axes(params: Any, name: str) -> None:
+    """Checks that no array lies on a mesh with explicit axes."""
+    for leaf in jax.tree.leaves(params):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            raise ValueError(
+                f"the mesh of {name} must have automatic axes, got {mesh.axis_types}; give "
+                "jax.make_mesh axis_types=(jax.sharding.AxisType.Auto,) * number_of_axes. (The "
+                "optimizers take either.)"
+            )
 
 
 def positive_int(value: Any, name: str) -> int:

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Int
 from tqdm.auto import tqdm
 
 from mfac_jax import _checks
 from mfac_jax._layout import Layout, PyTree, where
+from mfac_jax._processes import Agreement
 from mfac_jax.rows import FileRows, WritableRows
 
 LossFn = Callable[[PyTree, PyTree], Any]
@@ -64,7 +64,7 @@ def fill_rows(
     The first ``done`` rows hold their gradients already. Those that ``copy`` holds are read from
     it, and others are written to it as well.
     """
-    _check_agreement(params, rows.num_rows)
+    agreement = Agreement(params, rows.num_rows)
     if copy is not None:
         rows = read_rows(rows, copy, done)
         done = max(done, copy.num_finished)
@@ -76,7 +76,7 @@ def fill_rows(
     # With disable=None tqdm stays silent unless its output goes to a terminal.
     hidden = None if progress else True
     with tqdm(total=count, initial=done, unit="row", desc="gradients", disable=hidden) as bar:
-        for step, batch in _steps(batches, count, chunk, done):
+        for step, batch in _steps(agreement.watch(cycle(batches)), count, chunk, done):
             gradients = _gradients(
                 params,
                 batch,
@@ -97,25 +97,9 @@ def fill_rows(
                 copy, _ = copy.write_rows(step.row, gradients, step.num_rows)
             del gradients  # frees them before the next ones are computed
             bar.update(pending.add(step, accepted))
+        agreement.check()
         bar.update(pending.check_all())
     return rows
-
-
-def _check_agreement(params: PyTree, num_rows: int) -> None:
-    """Checks that all processes ask for as many gradients, if they share the parameters.
-
-    Raises:
-        ValueError: they do not. Without the error they would wait for one another for ever.
-    """
-    leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
-    if all(leaf.is_fully_addressable for leaf in leaves):
-        return
-    counts = multihost_utils.process_allgather(np.int32(num_rows)).tolist()
-    if len(set(counts)) > 1:
-        raise ValueError(
-            f"all processes must ask for the same number of gradients, got {counts} from process "
-            f"0 to {len(counts) - 1}."
-        )
 
 
 def _check_first(gradients: PyTree, kept: Any) -> None:
@@ -235,7 +219,7 @@ class Pending:
 
 
 def _steps(
-    batches: Iterable[PyTree], m: int, chunk: int | None, done: int
+    batches: Iterator[tuple[int, PyTree]], m: int, chunk: int | None, done: int
 ) -> Iterator[tuple[Step, PyTree]]:
     """The steps that fill m rows, each with its batch, without those of the first ``done`` rows.
 
@@ -243,7 +227,7 @@ def _steps(
     batches are read even so: the data of the next step of pruning begin after them.
     """
     row = 0
-    for number, batch in cycle(batches):
+    for number, batch in batches:
         length = length_of_batch(batch, number)
         device_batch: PyTree = None
         pieces: list[tuple[int | None, int]] = [(None, 1)]

@@ -109,8 +109,9 @@ def collect_gradients(
             return a real number.
         ValueError: ``batches`` is empty or a batch is malformed, ``num_gradients`` or
             ``chunk_size`` is below 1, ``loss_fn`` does not return a scalar, an option is
-            given without the option that it needs, or ``checkpoint`` holds something else than
-            gradients of these parameters.
+            given without the option that it needs, ``checkpoint`` holds something else than
+            gradients of these parameters, the mesh of ``params`` has explicit axes, or processes
+            that share ``params`` do not ask for the same number of gradients of the same batches.
         OSError: the folder of ``checkpoint`` cannot be written, or the disk is full.
         FloatingPointError: a gradient has NaN or Inf in it or is too large to square. The
             message names the row, the batch and the example.
@@ -138,6 +139,7 @@ def collect_gradients(
     check_functions(loss_fn, sample_labels, key)
     check_batches(batches, "batches")
     layout = Layout(params)
+    _checks.automatic_axes(params, "params")
     chunk_size_of(chunk_size, per_example, layout.size, m)
     if mask is not None:
         layout.check_mask(mask)

@@ -266,11 +266,17 @@ def plan_pruning(
         # The square roots of the sums stand for as many gradients as a block has coordinates.
         storage, parts, kept = InBlocks(blocks, storage), 1, max(cut.sizes.tolist())
     rows = _rows_bytes(storage, params, count)
+    pieces = wide * piece_entries(kept, cut)
+    if gradients.in_blocks:
+        # The buffer, in which gradients wait for the sums, is free by then. The allocator reuses
+        # about half of it (measured).
+        buffer = rows["device"] - wide * sum(size**2 for size in cut.sizes.tolist())
+        pieces = max(pieces - buffer // 2, 0)
     sizes = {
         "gradients": {place: parts * nbytes for place, nbytes in rows.items()},
         "Gram matrices": {"device": 0 if gradients.in_blocks else 4 * wide * kept**2},
         "vectors": {"device": _VECTORS_OF_PRUNING * wide * layout.size},
-        "pieces of gradients": {"device": wide * piece_entries(kept, cut)},
+        "pieces of gradients": {"device": pieces},
     }
     kept_as = "sums in blocks" if gradients.in_blocks else spelled(gradients.storage)
     title = f"pruning with {count} gradients a step, {kept_as}"

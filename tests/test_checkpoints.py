@@ -203,8 +203,9 @@ def test_gradients_of_another_run_are_an_error(tmp_path, changes, message):
 
 def test_files_of_another_version_are_an_error(tmp_path, monkeypatch):
     collect(tmp_path)
-    monkeypatch.setattr(_files, "_VERSION", 2)
-    with pytest.raises(ValueError, match="expected version 2, got 1"):
+    version = _files._VERSION
+    monkeypatch.setattr(_files, "_VERSION", version + 1)
+    with pytest.raises(ValueError, match=f"expected version {version + 1}, got {version}"):
         collect(tmp_path)
 
 

@@ -70,17 +70,23 @@ def test_a_run_of_which_a_process_was_killed_goes_on_with_others(tmp_path):
 
 DISAGREE = """
 import sys
-import jax, jax.numpy as jnp
+import jax, jax.numpy as jnp, numpy as np
 address, process = sys.argv[1], int(sys.argv[2])
 jax.distributed.initialize(address, 2, process)
 from mfac_jax import collect_gradients
-mesh = jax.make_mesh((2,), ("x",))
+mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 params = jax.jit(lambda: jnp.ones(4), out_shardings=jax.NamedSharding(mesh, jax.P()))()
 batch = jax.jit(lambda: jnp.ones((2, 4)), out_shardings=jax.NamedSharding(mesh, jax.P("x")))()
-try:
-    collect_gradients(lambda p, x: jnp.mean((x @ p) ** 2), params, [batch], 3 + process)
-except ValueError as error:
-    print(error)
+for data, count in (
+    ([batch], 3 + process),
+    ([np.full((2, 4), process, np.float32)], 3),
+    ([batch] * (2 + process), 4),
+    ([batch, np.ones((2, 4), np.float32)], 4),
+):
+    try:
+        print(collect_gradients(lambda p, x: jnp.mean((x @ p) ** 2), params, data, count).num_rows)
+    except ValueError as error:
+        print(error)
 """
 
 
@@ -93,4 +99,8 @@ def test_processes_that_disagree_say_so():
     ]
     for process in both:
         printed, _ = process.communicate(timeout=120)
-        assert "the same number of gradients, got [3, 4]" in printed
+        count, first, order, fine = printed.splitlines()[-4:]
+        assert "the same number of gradients, got [3, 4]" in count
+        assert "the same batches in the same order; up to batches [0, 0]" in first
+        assert "the same batches in the same order; up to batches [1, 0]" in order
+        assert fine == "4"

@@ -12,16 +12,13 @@ import pytest
 pytestmark = [pytest.mark.jax_defaults, pytest.mark.once, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    out = tmp_path_factory.mktemp("optimizers")
-    arguments = ["--smoke", "--out", str(out), "--only", "characters", "sst2"]
-    return out, optimizers.main([*arguments, "--methods", "AdamW", "mfacw"]), arguments
-
-
-def test_every_optimizer_is_tuned_trained_and_shown(trained):
-    out, results, _ = trained
-    assert json.loads((out / "smoke.json").read_text())["runs"].keys() == results["runs"].keys()
+def test_every_optimizer_is_tuned_trained_and_shown_once(tmp_path, monkeypatch):
+    arguments = ["--smoke", "--out", str(tmp_path), "--only", "characters", "sst2"]
+    arguments += ["--methods", "AdamW", "mfacw"]
+    results = optimizers.main(arguments)
+    assert (
+        json.loads((tmp_path / "smoke.json").read_text())["runs"].keys() == results["runs"].keys()
+    )
     for task in ("characters", "sst2"):
         for method in ("AdamW", "mfacw"):
             runs = [r for k, r in results["runs"].items() if k.startswith(f"{task}, {method}, ")]
@@ -31,14 +28,10 @@ def test_every_optimizer_is_tuned_trained_and_shown(trained):
     assert {"characters", "sst2", "ranges", "variants"} == made.keys()
     assert "| bfloat16 window |" in made["variants"]
     assert "| AdamW |" in made["characters"]
-    assert (out / "learning_rates.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "learning_rates.png").read_bytes().startswith(b"\x89PNG")
 
-
-def test_finished_runs_are_not_repeated(trained, monkeypatch):
-    _, results, arguments = trained
-    monkeypatch.setattr(optimizers, "measure", None)
-    again = optimizers.main([*arguments, "--methods", "AdamW", "mfacw"])
-    assert again["runs"] == results["runs"]
+    monkeypatch.setattr(optimizers, "measure", None)  # no run is repeated
+    assert optimizers.main(arguments)["runs"] == results["runs"]
 
 
 def test_missing_data_are_named(tmp_path):

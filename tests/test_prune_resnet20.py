@@ -16,38 +16,29 @@ from flax import nnx
 pytestmark = [pytest.mark.jax_defaults, pytest.mark.once]
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("experiment")
-    prune_resnet20.main(["--smoke", "--out", str(folder)])
-    return folder
-
-
 @pytest.mark.slow
-def test_every_run_is_measured_and_shown(out):
-    results = json.loads((out / "smoke.json").read_text())
+def test_every_run_is_measured_and_shown_once(tmp_path, monkeypatch, capsys):
+    arguments = ["--smoke", "--out", str(tmp_path)]
+    prune_resnet20.main(arguments)
+    path = tmp_path / "smoke.json"
+    results = json.loads(path.read_text())
     todo = prune_resnet20.runs(prune_resnet20.SMOKE)
     assert {run.part for run in todo} == set(prune_tables.tables(results)) - {"gains"}
     for run in todo:
         assert results[run.part][run.key]["seconds"] > 0
-    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    text = (out / "tables.md").read_text()
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "tables.md").read_text()
     assert all(method in text for method in [*prune_resnet20.METHODS, prune_tables.DEFAULT])
     assert "2:4" in text
     assert "per example" in text
 
-
-@pytest.mark.slow
-def test_it_goes_on_where_it_was(out, monkeypatch, capsys):
-    path = out / "smoke.json"
-    results = json.loads(path.read_text())
     lost = results["influence"].popitem()
     path.write_text(json.dumps(results))
     measured = []
     monkeypatch.setattr(
         prune_resnet20, "measure", lambda _, run: measured.append(run.key) or lost[1]
     )
-    prune_resnet20.main(["--smoke", "--out", str(out)])
+    prune_resnet20.main(arguments)
     assert measured == [lost[0]]
     assert "1 runs to do" in capsys.readouterr().out
     again = json.loads(path.read_text())["influence"]

@@ -3,6 +3,7 @@
 import compiled
 import defaults
 import demo
+import devices
 import first_call
 import launches
 import optimizer_results
@@ -48,6 +49,11 @@ def test_tables_of_the_optimizers_are_those_of_the_result_files():
         assert report.read_table(optimizer_results.PAGE, name) == table.strip()
     figure = optimizer_results.ASSETS / optimizer_results.FIGURES["optimizers"]
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_of_the_devices_is_that_of_the_result_file():
+    table = devices.table(report.load("devices"))
+    assert report.read_table(devices.PAGE, "devices-time") == table.strip()
 
 
 def test_tables_of_the_storages_are_those_of_the_result_file():

@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from mfac_jax.rows import (
     _base,
     _compressed,
     _int8,
+    _pages,
     _storage,
 )
 
@@ -119,6 +121,16 @@ def from_outside(storage, dtype):
     return make
 
 
+def in_tiles(make):
+    """Pages of more than 4 columns have several tiles."""
+
+    def tiled():
+        with unittest.mock.patch.object(_pages, "MAX_TILE", 4):
+            return make()
+
+    return tiled
+
+
 def loss_of_row(params, batch):
     """The mean of ``tanh(x . w)``, whose gradient is that of ``(1 - tanh^2) x``."""
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(batch), strict=True)
@@ -163,10 +175,12 @@ MAKERS: dict[str, Callable[[], Made]] = {
     "largest, float32, no error": compressed(TopK(0.3, values=jnp.float32, error_bits=0)),
     "paged": from_outside(Paged(columns=8), "float32"),
     "paged, bfloat16": from_outside(Paged(columns=7, dtype="bfloat16"), "bfloat16"),
+    "paged, tiles": in_tiles(from_outside(Paged(columns=7), "float32")),
     "files": from_outside(Files(tempfile.gettempdir(), columns=8), "float32"),
     "files, bfloat16": from_outside(
         Files(tempfile.gettempdir(), columns=7, dtype="bfloat16"), "bfloat16"
     ),
+    "files, tiles": in_tiles(from_outside(Files(tempfile.gettempdir(), columns=7), "float32")),
     "outside": from_outside(outside.Half(), "float16"),
     "implicit, examples": implicit(True, 3),
     "implicit, batches": implicit(False, 2),
@@ -967,8 +981,16 @@ def test_pages_that_do_not_fit(options, error, message):
 def test_pages_take_64_mib_by_default():
     like = jax.ShapeDtypeStruct((25_557_032,), jnp.float32)
     pages = jax.eval_shape(lambda: Paged().empty(like, 1024)).pages
-    assert pages.shape == (1560, 1024, 16384)
-    assert jax.eval_shape(lambda: Paged(dtype="bfloat16").empty(like, 1024)).pages.shape[2] == 32768
+    assert pages.shape == (1560, 2, 1024, 8192)
+    pages = jax.eval_shape(lambda: Paged(dtype="bfloat16").empty(like, 1024)).pages
+    assert pages.shape == (780, 4, 1024, 8192)
+
+
+def test_columns_of_a_page_are_whole_tiles():
+    like = jax.ShapeDtypeStruct((100_000,), jnp.float32)
+    for columns, shape in ((8192, (13, 1, 2, 8192)), (10_000, (10, 2, 2, 5000))):
+        pages = jax.eval_shape(lambda: Paged(columns).empty(like, 2)).pages  # noqa: B023
+        assert pages.shape == shape
 
 
 def test_the_inverse_of_pages():

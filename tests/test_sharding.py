@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mfac_jax import fisher_inverse, mfac_precondition, mfacw
+from mfac_jax import collect_gradients, fisher_inverse, mfac_precondition, mfacw
 from mfac_jax.optimizer import SecondMoments
+from mfac_jax.pruning import prune
 from mfac_jax.rows import Dense, Int8, Paged, TopK, _int8, as_rows
 
 NAMES = "all-reduce|all-gather|all-to-all|collective-permute"
@@ -75,9 +76,9 @@ def test_devices_share_pages(shardings):
         got, spread = step(jax.device_put(gradient(seed), shardings), spread)
         chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
         pages = spread.window.rows.pages
-        assert pages.shape == (8, 4, 8)
+        assert pages.shape == (8, 1, 4, 8)
         assert pages.sharding.memory_kind == "pinned_host"
-        assert {shard.data.shape for shard in pages.addressable_shards} == {(8, 4, 2)}
+        assert {shard.data.shape for shard in pages.addressable_shards} == {(8, 1, 4, 2)}
 
 
 @pytest.mark.parametrize(
@@ -207,6 +208,22 @@ def test_a_mesh_with_explicit_axes(tx):
             chex.assert_trees_all_close(jax.device_get(got), want, rtol=1e-4, atol=1e-5)
     # JAX writes P() as P(None), which it takes for another sharding once.
     assert step._cache_size() <= 2
+
+
+def test_gradients_and_pruning_need_automatic_axes():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    params = {"w": jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec()))}
+    batches = [jnp.ones((4, 8))]
+
+    def loss_fn(params, batch):
+        return jnp.mean((batch @ params["w"]) ** 2)
+
+    for call in (
+        lambda: collect_gradients(loss_fn, params, batches, 4),
+        lambda: prune(params, loss_fn, batches, 0.5),
+    ):
+        with pytest.raises(ValueError, match="mesh of params must have automatic axes, got"):
+            call()
 
 
 def test_a_mesh_with_explicit_axes_that_is_not_set():

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from tqdm.auto import tqdm
 
+from mfac_jax import _checks
 from mfac_jax._collect import (
     LossFn,
     check_batches,
@@ -146,6 +147,7 @@ def prune(
         [True, True, False, False, False, False, False, False]
     """
     _check_kinds(loss_fn, fine_tune, scope, gradients, search)
+    _checks.automatic_axes(params, "params")
     plan = _Plan.of(params, sparsity, steps, scope, mask)
     settings, curvature = _curvature(gradients, params, plan, search)
     params, alive = plan.start(params)

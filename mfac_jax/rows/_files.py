@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import math
+import mmap
 import os
 import tempfile
 import weakref
@@ -25,11 +26,11 @@ from mfac_jax._durable import check_system, claim
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels._xla import accumulation_dtype
 from mfac_jax.rows._base import GradientRows, is_small_enough
-from mfac_jax.rows._pages import OfPage, PageRows, page_width
+from mfac_jax.rows._pages import OfPage, PageRows, are_alike, page_shape
 from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
 
 # Of the files; a change of what they hold raises it.
-_VERSION = 1
+_VERSION = 2
 _PAGES, _FINISHED, _MANIFEST = "gradients", "finished", "manifest.json"
 
 
@@ -51,7 +52,8 @@ class Files(Storage):
 
     Attributes:
         directory: the folder of the files, which is made if it does not exist.
-        columns: the number of columns of a page; by default a page takes 64 MiB.
+        columns: the number of columns of a page, rounded up to whole tiles of at most 8,192; by
+            default a page takes 64 MiB.
         dtype: the dtype of stored gradients: float32, bfloat16 or float64. By default it is
             float64 if a parameter is float64, and otherwise float32.
 
@@ -106,12 +108,13 @@ class Files(Storage):
             OSError: the folder cannot be written, or the disk is full.
         """
         m, layout = _checks.positive_int(num_rows, "num_rows"), Layout(params)
-        folder = Path(self.directory)
+        folder, shape = Path(self.directory), self._shape(layout, m)
         manifest = {
             "version": _VERSION,
             "parameters": layout.describe(),
             "rows": m,
-            "columns": self._shape(layout, m)[2],
+            "tiles": shape[1],
+            "columns": shape[3],
             "dtype": dtype_for(layout, self.dtype).name,
             **origin(),
         }
@@ -136,10 +139,10 @@ class Files(Storage):
         pages.reserve()
         return FileRows(pages, layout, num_rows, self, pages.writes)
 
-    def _shape(self, layout: Layout, num_rows: int) -> tuple[int, int, int]:
-        dtype = dtype_for(layout, self.dtype)
-        width = page_width(self.columns, layout.size, num_rows * dtype.itemsize)
-        return max(-(-layout.size // width), 1), num_rows, width
+    def _shape(self, layout: Layout, num_rows: int) -> tuple[int, int, int, int]:
+        column_bytes = num_rows * dtype_for(layout, self.dtype).itemsize
+        count, tiles, width = page_shape(self.columns, layout.size, column_bytes)
+        return count, tiles, num_rows, width
 
     def temporary(self) -> IO[bytes]:
         """A new file in the folder that no other process sees and nothing is left of."""
@@ -207,13 +210,13 @@ class FileRows(PageRows):
     def clear(self, row: Int[Array, ""]) -> FileRows:
         out = self._copy().pages
         if int(row) < self.num_rows:
-            count, _, width = out.shape
-            out.write_rows(int(row), np.zeros((1, count, width), out.dtype))
+            count, tiles, _, width = out.shape
+            out.write_rows(int(row), np.zeros((1, count * tiles, width), out.dtype))
         return replace(self, pages=out, writes=out.writes)
 
     def restrict(self, mask: PyTree) -> FileRows:
         keep = np.asarray(self._cut(self.layout.flat_mask(mask)))
-        return self._map(lambda i, page: np.where(keep[i], page, np.zeros_like(page)))
+        return self._map(lambda i, page: np.where(keep[i][:, None], page, np.zeros_like(page)))
 
     def gradients(self, first: int, count: int) -> PyTree:
         """Some neighbouring gradients as they are stored.
@@ -231,29 +234,34 @@ class FileRows(PageRows):
 
     def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> FileRows:
         del lower
-        count, _, width = self.pages.shape
+        count, tiles, _, width = self.pages.shape
 
-        def of_page(_: int, page: Shaped[np.ndarray, "m w"]) -> Float[np.ndarray, "k w"]:
-            return np.asarray(_transform(jnp.asarray(page)[None], matrix)[0])
+        def of_page(_: int, page: Shaped[np.ndarray, "t m w"]) -> Float[np.ndarray, "t k w"]:
+            return np.asarray(_transform(_on_device(page), matrix))
 
-        return self._map(of_page, (count, len(matrix), width), self.dtype)
+        return self._map(of_page, (count, tiles, len(matrix), width), self.dtype)
 
     def take(self, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
         self._check_unchanged()
-        page_of, column = np.divmod(np.asarray(coordinates), self.pages.shape[2])
+        _, tiles, _, width = self.pages.shape
+        page_of, place = np.divmod(np.asarray(coordinates), tiles * width)
+        tile, column = np.divmod(place, width)
         out = np.zeros((self.num_rows, len(page_of)), self.dtype)
         for i in np.unique(page_of):
             here = page_of == i
-            out[:, here] = self.pages.read(int(i))[:, column[here]].astype(self.dtype)
+            page = self.pages.read(int(i))
+            out[:, here] = page[tile[here], :, column[here]].T.astype(self.dtype)
         return jnp.asarray(out)
 
     def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
         self._check_unchanged()
-        width = self.pages.shape[2]
+        _, tiles, m, width = self.pages.shape
+        width *= tiles
         first, last = int(start) // width, -(-(int(start) + size) // width)
         parts = [self.pages.read(i).astype(self.dtype) for i in range(first, last)]
+        matrix = np.moveaxis(np.stack(parts), 2, 0).reshape(m, -1)
         begin = int(start) - first * width
-        return jnp.asarray(np.concatenate(parts, axis=1)[:, begin : begin + size])
+        return jnp.asarray(matrix[:, begin : begin + size])
 
     def _total(
         self,
@@ -265,41 +273,42 @@ class FileRows(PageRows):
         total = jnp.zeros(shape, self.dtype)
         every = [self._each(), *([] if beside is None else [beside._each()])]  # type: ignore[attr-defined]
         for here in zip(*every, strict=True):
-            pages = [jnp.asarray(page)[None] for _, page in here]
+            pages = [_on_device(page) for _, page in here]
             own = _at(pieces, here[0][0])
             total = jax.block_until_ready(_added(total, pages, own, function=function))
         return total
 
     def _columns(
         self, function: OfPage, pieces: tuple[Any, ...], constants: tuple[Any, ...]
-    ) -> Float[Array, "p w"]:
+    ) -> Float[Array, "p t w"]:
         parts = [
             jax.block_until_ready(
-                _of_page(jnp.asarray(page)[None], _at(pieces, i), constants, function=function)
+                _of_page(_on_device(page), _at(pieces, i), constants, function=function)
             )
             for i, page in self._each()
         ]
-        return jnp.concatenate(parts).astype(self.dtype)
+        return jnp.stack(parts).astype(self.dtype)
 
     def _is_alike(self, other: GradientRows) -> bool:
-        return isinstance(other, FileRows) and other.pages.shape[::2] == self.pages.shape[::2]
+        return isinstance(other, FileRows) and are_alike(other.pages.shape, self.pages.shape)
 
-    def _each(self) -> Iterator[tuple[int, Shaped[np.ndarray, "m w"]]]:
-        """All pages; the next one is read while the caller works."""
+    def _each(self) -> Iterator[tuple[int, Shaped[np.ndarray, "t m w"]]]:
+        """All pages; the next one is read while the caller works. Then a page changes."""
         self._check_unchanged()
         count = self.pages.shape[0]
+        buffers = [self.pages.buffer() for _ in range(min(count, 2))]
         with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(self.pages.read, 0)
+            ahead = reader.submit(self.pages.read, 0, buffers[0])
             for i in range(count):
                 page = ahead.result()
                 if i + 1 < count:
-                    ahead = reader.submit(self.pages.read, i + 1)
+                    ahead = reader.submit(self.pages.read, i + 1, buffers[(i + 1) % 2])
                 yield i, page
 
     def _map(
         self,
         function: Callable[[int, np.ndarray], np.ndarray],
-        shape: tuple[int, int, int] | None = None,
+        shape: tuple[int, int, int, int] | None = None,
         dtype: np.dtype | None = None,
     ) -> FileRows:
         """Rows in a file without a name: a function of all pages, by default of their shape."""
@@ -309,16 +318,16 @@ class FileRows(PageRows):
         for i, page in self._each():
             out.write_page(i, function(i, page))
         storage = replace(self.storage, dtype=dtype)
-        return FileRows(out, self.layout, shape[1], storage, out.writes)
+        return FileRows(out, self.layout, shape[2], storage, out.writes)
 
     def _copy(self) -> FileRows:
         return self._map(lambda _, page: page)
 
-    def _cut_all(self, values: Shaped[np.ndarray, "k d"]) -> Shaped[np.ndarray, "k p w"]:
-        """Vectors of all coordinates, cut like the pages."""
-        count, _, width = self.pages.shape
-        padded = np.pad(values, ((0, 0), (0, count * width - values.shape[1])))
-        return padded.reshape(len(values), count, width)
+    def _cut_all(self, values: Shaped[np.ndarray, "k d"]) -> Shaped[np.ndarray, "k pt w"]:
+        """Vectors of all coordinates, cut like the tiles of all pages."""
+        count, tiles, _, width = self.pages.shape
+        padded = np.pad(values, ((0, 0), (0, count * tiles * width - values.shape[1])))
+        return padded.reshape(len(values), count * tiles, width)
 
     def _now(self) -> FileRows:
         return replace(self, writes=self.pages.writes)
@@ -332,10 +341,10 @@ class FileRows(PageRows):
 
 
 class _Pages:
-    """An array (p, m, w) in an open file, and marks of its finished rows in another.
+    """An array (p, t, m, w) in an open file, and marks of its finished rows in another.
 
     Attributes:
-        shape: (p, m, w).
+        shape: (p, t, m, w).
         dtype: of the array.
         file: the file.
         writes: the number of writes so far.
@@ -344,7 +353,7 @@ class _Pages:
     def __init__(
         self,
         file: IO[bytes],
-        shape: tuple[int, int, int],
+        shape: tuple[int, int, int, int],
         dtype: np.dtype,
         marks: IO[bytes] | None = None,
         lock: IO[bytes] | None = None,
@@ -388,30 +397,38 @@ class _Pages:
                 f"{free.f_bavail * free.f_frsize:,} are free",
             ) from error
 
-    def read(self, page: int) -> Shaped[np.ndarray, "m w"]:
-        """One page."""
-        _, rows, width = self.shape
-        return self._read((rows, width), page * rows * width)
+    def buffer(self) -> Shaped[np.ndarray, "t m w"]:
+        """Memory for a page. It starts where JAX on a CPU uses it without a copy."""
+        shape = self.shape[1:]
+        whole = mmap.mmap(-1, math.prod(shape) * self.dtype.itemsize)
+        return np.frombuffer(whole, self.dtype).reshape(shape)
 
-    def read_rows(self, first: int, count: int) -> Shaped[np.ndarray, "k p w"]:
+    def read(
+        self, page: int, out: Shaped[np.ndarray, "t m w"] | None = None
+    ) -> Shaped[np.ndarray, "t m w"]:
+        """One page."""
+        out = np.empty(self.shape[1:], self.dtype) if out is None else out
+        return self._read(out, page * out.size)
+
+    def read_rows(self, first: int, count: int) -> Shaped[np.ndarray, "k pt w"]:
         """Some neighbouring rows."""
-        pages, rows, width = self.shape
-        parts = [self._read((count, width), (i * rows + first) * width) for i in range(pages)]
+        _, _, rows, width = self.shape
+        starts = [(tile * rows + first) * width for tile in range(self._num_tiles())]
+        parts = [self._read(np.empty((count, width), self.dtype), start) for start in starts]
         return np.stack(parts, axis=1)
 
-    def write_page(self, page: int, values: Shaped[np.ndarray, "m w"]) -> None:
+    def write_page(self, page: int, values: Shaped[np.ndarray, "t m w"]) -> None:
         """Replaces one page."""
-        _, rows, width = self.shape
         self.writes += 1
-        self._write(values, page * rows * width)
+        self._write(values, page * math.prod(self.shape[1:]))
 
-    def write_rows(self, first: int, values: Shaped[np.ndarray, "k p w"]) -> None:
+    def write_rows(self, first: int, values: Shaped[np.ndarray, "k pt w"]) -> None:
         """Replaces some neighbouring rows. They are marked as finished once the disk has them."""
-        pages, rows, width = self.shape
+        _, _, rows, width = self.shape
         self.writes += 1
         self._mark(first, bytes(len(values)))
-        for i in range(pages):
-            self._write(values[:, i], (i * rows + first) * width)
+        for tile in range(self._num_tiles()):
+            self._write(values[:, tile], (tile * rows + first) * width)
         if self._marks is not None:
             os.fsync(self.file.fileno())
             self._mark(first, b"\x01" * len(values))
@@ -419,20 +436,23 @@ class _Pages:
     def num_finished(self) -> int:
         """The number of the first rows that are marked as finished; all without marks."""
         if self._marks is None:
-            return self.shape[1]
-        marks = os.pread(self._marks.fileno(), self.shape[1], 0)
+            return self.shape[2]
+        marks = os.pread(self._marks.fileno(), self.shape[2], 0)
         return len(marks) - len(marks.lstrip(b"\x01"))
+
+    def _num_tiles(self) -> int:
+        """Of all pages."""
+        return self.shape[0] * self.shape[1]
 
     def _has_marks(self) -> bool:
         assert self._marks is not None
-        return b"\x01" in os.pread(self._marks.fileno(), self.shape[1], 0)
+        return b"\x01" in os.pread(self._marks.fileno(), self.shape[2], 0)
 
     def _mark(self, first: int, marks: bytes) -> None:
         if self._marks is not None:
             os.pwrite(self._marks.fileno(), marks, first)
 
-    def _read(self, shape: tuple[int, ...], start: int) -> np.ndarray:
-        out = np.empty(shape, self.dtype)
+    def _read(self, out: np.ndarray, start: int) -> np.ndarray:
         left = out.reshape(-1).view(np.uint8).data
         place = start * self.dtype.itemsize
         while left:
@@ -461,14 +481,19 @@ def _opened(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "r+b", buffering=0)
 
 
+def _on_device(page: Shaped[np.ndarray, "t m w"]) -> Shaped[Array, "t m w"]:
+    """A page that must not change before the device has used it."""
+    return jax.device_put(page, may_alias=True)
+
+
 def _at(pieces: tuple[Any, ...], i: int) -> tuple[Any, ...]:
     """The parts of vectors on one page."""
-    return jax.tree.map(lambda piece: piece[i : i + 1], pieces)
+    return jax.tree.map(lambda piece: piece[i], pieces)
 
 
 @functools.partial(jax.jit, static_argnames="function")
 def _of_page(
-    page: Float[Array, "1 m w"],
+    page: Float[Array, "t m w"],
     pieces: tuple[Any, ...],
     constants: tuple[Any, ...],
     *,
@@ -484,7 +509,7 @@ def _added(total: Array, pages: list[Array], pieces: tuple[Any, ...], *, functio
 
 
 @jax.jit
-def _transform(page: Float[Array, "1 m w"], matrix: Float[Array, "k m"]) -> Float[Array, "1 k w"]:
+def _transform(page: Float[Array, "t m w"], matrix: Float[Array, "k m"]) -> Float[Array, "t k w"]:
     return kernels.transform(page, matrix)
 
 

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,8 @@ from mfac_jax import _checks, kernels
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels._xla import accumulation_dtype
 from mfac_jax.rows._base import GradientRows, is_small_enough
-from mfac_jax.rows._pages import OfPage, PageRows, page_width
+from mfac_jax.rows._pages import OfPage, PageRows, are_alike, page_shape
 from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
-
-Total = TypeVar("Total")
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ class Paged(Storage):
     of its mesh holds a part of the columns of every page.
 
     Attributes:
-        columns: the number of columns of a page; by default a page takes 64 MiB.
+        columns: the number of columns of a page, rounded up to whole tiles of at most 8,192; by
+            default a page takes 64 MiB.
         dtype: the dtype of stored gradients: float32, bfloat16 or float64. By default it is
             float64 if a parameter is float64, and otherwise float32.
 
@@ -50,7 +49,7 @@ class Paged(Storage):
         >>> from mfac_jax import rows
         >>> held = rows.as_rows(jnp.eye(3), storage=rows.Paged(columns=2))
         >>> held.pages.shape, held.pages.sharding.memory_kind
-        ((2, 3, 2), 'pinned_host')
+        ((2, 1, 3, 2), 'pinned_host')
     """
 
     columns: int | None = None
@@ -78,11 +77,12 @@ class Paged(Storage):
 
     def _pages(
         self, layout: Layout, num_rows: int, mesh: Mesh | AbstractMesh | None
-    ) -> tuple[tuple[int, int, int], np.dtype]:
+    ) -> tuple[tuple[int, int, int, int], np.dtype]:
         """The shape and the dtype of the pages."""
         m, dtype = _checks.positive_int(num_rows, "num_rows"), dtype_for(layout, self.dtype)
-        width = page_width(self.columns, layout.size, m * dtype.itemsize, _num_devices(mesh))
-        return (max(-(-layout.size // width), 1), m, width), dtype
+        column_bytes, num_devices = m * dtype.itemsize, _num_devices(mesh)
+        count, tiles, width = page_shape(self.columns, layout.size, column_bytes, num_devices)
+        return (count, tiles, m, width), dtype
 
 
 @jax.tree_util.register_dataclass
@@ -91,8 +91,8 @@ class PagedRows(PageRows):
     """Gradients in the memory of the host, as pages of columns.
 
     Attributes:
-        pages: ``G``; (p, m, w) in the memory kind ``"pinned_host"``. The last page is padded with
-            zeros.
+        pages: ``G``; p pages (t, m, w) of t tiles, in the memory kind ``"pinned_host"``. The last
+            page is padded with zeros.
         layout: the parameters that the gradients belong to.
         num_rows: ``m`` (static).
     """
@@ -102,8 +102,9 @@ class PagedRows(PageRows):
     num_rows: int = field(metadata={"static": True})
 
     def step_bytes(self, platform: str) -> int:
-        page = math.prod(self.pages.shape[1:]) * self.pages.dtype.itemsize
-        return (1 if platform == "cpu" else 2) * page + 2 * self.layout.size * self.dtype.itemsize
+        tile = math.prod(self.pages.shape[2:]) * self.pages.dtype.itemsize
+        parts = tile if platform == "cpu" else 2 * self.pages.shape[1] * tile
+        return parts + 2 * self.layout.size * self.dtype.itemsize
 
     def put(
         self, row: Int[Array, ""], gradient: PyTree
@@ -118,7 +119,8 @@ class PagedRows(PageRows):
         return self._with_row(row, new, accepted), accepted
 
     def clear(self, row: Int[Array, ""]) -> PagedRows:
-        zeros = jnp.zeros((len(self.pages), self.pages.shape[2]), self.pages.dtype)
+        count, tiles, _, width = self.pages.shape
+        zeros = jnp.zeros((count, tiles, width), self.pages.dtype)
         return self._with_row(row, zeros, row < self.num_rows)
 
     def restrict(self, mask: PyTree) -> PagedRows:
@@ -133,11 +135,12 @@ class PagedRows(PageRows):
 
     def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
         # Columns can start anywhere in a page, so they can touch one page more.
-        count, width = len(self.pages), self.pages.shape[2]
+        count, tiles, _, width = self.pages.shape
+        width *= tiles
         touched = min(-(-size // width) + 1, count)
         first = jnp.minimum(start // width, count - touched)
         pages = _on_device(lax.dynamic_slice_in_dim(self.pages, first, touched))
-        matrix = jnp.moveaxis(pages, 0, 1).reshape(self.num_rows, -1)
+        matrix = jnp.moveaxis(pages, 2, 0).reshape(self.num_rows, -1)
         return lax.dynamic_slice_in_dim(matrix, start - first * width, size, 1).astype(self.dtype)
 
     def _total(
@@ -152,19 +155,19 @@ class PagedRows(PageRows):
 
     def _columns(
         self, function: OfPage, pieces: tuple[Any, ...], constants: tuple[Any, ...]
-    ) -> Float[Array, "p w"]:
+    ) -> Float[Array, "p t w"]:
         return _columns(self.pages, pieces, constants, function=function)
 
     def _is_alike(self, other: GradientRows) -> bool:
-        return isinstance(other, PagedRows) and other.pages.shape[::2] == self.pages.shape[::2]
+        return isinstance(other, PagedRows) and are_alike(other.pages.shape, self.pages.shape)
 
     def _with_row(
-        self, row: Int[Array, ""], new: Float[Array, "p w"], accepted: Bool[Array, ""]
+        self, row: Int[Array, ""], new: Float[Array, "p t w"], accepted: Bool[Array, ""]
     ) -> PagedRows:
         """The rows with one replaced if the new one is accepted, in place under ``jit``."""
-        there = _on_device(lax.dynamic_slice_in_dim(self.pages, row, 1, axis=1))
-        back = _where_it_is(self.pages, jnp.where(accepted, new[:, None], there))
-        return replace(self, pages=lax.dynamic_update_slice_in_dim(self.pages, back, row, axis=1))
+        there = _on_device(lax.dynamic_slice_in_dim(self.pages, row, 1, axis=2))
+        back = _where_it_is(self.pages, jnp.where(accepted, new[:, :, None], there))
+        return replace(self, pages=lax.dynamic_update_slice_in_dim(self.pages, back, row, axis=2))
 
 
 def _on_device(page: Array) -> Array:
@@ -176,48 +179,77 @@ def _where_it_is(pages: Array, page: Array) -> Array:
     return jax.device_put(page, jax.typeof(pages).memory_space)
 
 
-def _fold(
-    pages: tuple[Array, ...],
-    function: Callable[..., Total],
-    start: Total,
-) -> Total:
-    """``function(total, i, *pages)`` for one page of each after another."""
-    # On a CPU there is no bus, and XLA would copy the window for a loop that looks ahead.
+# As large an integer as the counter of a loop, whatever JAX's default.
+_ZERO = np.int32(0)
+
+
+class _Place(NamedTuple):
+    """Some tiles of one page, or all of them.
+
+    Attributes:
+        page: the number of the page.
+        tile: the number of the first tile.
+        tiles: how many there are (static).
+    """
+
+    page: Int[Array, ""]
+    tile: Int[Array, ""] | np.int32
+    tiles: int
+
+    def read(self, array: Array) -> Array:
+        """The part (tiles, ...) of an array (p, t, ...)."""
+        sizes = (1, self.tiles, *array.shape[2:])
+        return lax.dynamic_slice(array, self._start(array), sizes)[0]
+
+    def write(self, array: Array, part: Array) -> Array:
+        """The array with this part."""
+        return lax.dynamic_update_slice(array, part[None], self._start(array))
+
+    def _start(self, array: Array) -> tuple[Any, ...]:
+        return (self.page, self.tile, *[_ZERO] * (array.ndim - 2))
+
+
+def _fold(function: Callable[..., Array], pages: tuple[Array, ...], start: Array) -> Array:
+    """``function(total, place, *parts)`` for all places, one after another."""
     return lax.platform_dependent(
         pages,
         start,
-        cpu=functools.partial(_one_by_one, function),
+        cpu=functools.partial(_tile_by_tile, function),
         default=functools.partial(_looking_ahead, function),
     )
 
 
-def _fetch(pages: tuple[Array, ...], i: Int[Array, ""]) -> tuple[Array, ...]:
-    return tuple(_on_device(lax.dynamic_slice_in_dim(p, i, 1)) for p in pages)
+def _fetch(pages: tuple[Array, ...], place: _Place) -> tuple[Array, ...]:
+    return tuple(_on_device(place.read(array)) for array in pages)
 
 
-def _one_by_one(function: Callable[..., Total], pages: tuple[Array, ...], start: Total) -> Total:
-    def step(i: Int[Array, ""], total: Total) -> Total:
-        return function(total, i, *_fetch(pages, i))
+def _tile_by_tile(function: Callable[..., Array], pages: tuple[Array, ...], start: Array) -> Array:
+    """For a CPU, where there is no bus.
 
-    return lax.fori_loop(0, len(pages[0]), step, start)
+    XLA copies what it takes out of the window, and a tile's copy stays in the cache. It would copy
+    the whole window for a loop that looks ahead.
+    """
+    count, tiles = pages[0].shape[:2]
+
+    def step(i: Int[Array, ""], total: Array) -> Array:
+        place = _Place(i // tiles, i % tiles, 1)
+        return function(total, place, *_fetch(pages, place))
+
+    return lax.fori_loop(jnp.int32(0), jnp.int32(count * tiles), step, start)
 
 
-def _looking_ahead(function: Callable[..., Total], pages: tuple[Array, ...], start: Total) -> Total:
-    """The next page is on its way while the function works."""
+def _looking_ahead(function: Callable[..., Array], pages: tuple[Array, ...], start: Array) -> Array:
+    """Page by page; the next one is on its way while the function works."""
+    count, tiles = pages[0].shape[:2]
 
-    def step(i: Int[Array, ""], carry: tuple[Total, tuple[Array, ...]]) -> Any:
+    def step(i: Int[Array, ""], carry: tuple[Array, tuple[Array, ...]]) -> Any:
         total, here = carry
-        ahead = _fetch(pages, i + 1)
-        return function(total, i, *here), ahead
+        ahead = _fetch(pages, _Place(i + 1, _ZERO, tiles))
+        return function(total, _Place(i, _ZERO, tiles), *here), ahead
 
-    last = jnp.int32(len(pages[0]) - 1)
-    total, here = lax.fori_loop(jnp.int32(0), last, step, (start, _fetch(pages, jnp.int32(0))))
+    first, last = (_Place(jnp.int32(i), _ZERO, tiles) for i in (0, count - 1))
+    total, here = lax.fori_loop(first.page, last.page, step, (start, _fetch(pages, first)))
     return function(total, last, *here)
-
-
-def _at(pieces: tuple[Any, ...], i: Int[Array, ""]) -> tuple[Any, ...]:
-    """The parts of vectors on one page."""
-    return jax.tree.map(lambda piece: lax.dynamic_slice_in_dim(piece, i, 1), pieces)
 
 
 @functools.partial(jax.jit, static_argnames=("function", "shape"))
@@ -230,57 +262,78 @@ def _total(
 ) -> Array:
     dtype = accumulation_dtype(pages[0].dtype)
 
-    def add(total: Array, i: Array, page: Array, *beside: Array) -> Array:
-        return total + function(page, _at(pieces, i), beside).astype(dtype)
+    def add(total: Array, place: _Place, part: Array, *beside: Array) -> Array:
+        own = jax.tree.map(place.read, pieces)
+        return total + function(part, own, beside).astype(dtype)
 
-    return _fold(pages, add, jnp.zeros(shape, dtype))
+    return _fold(add, pages, jnp.zeros(shape, dtype))
 
 
 @functools.partial(jax.jit, static_argnames="function")
 def _columns(
     pages: Array, pieces: tuple[Any, ...], constants: tuple[Any, ...], *, function: OfPage
-) -> Float[Array, "p w"]:
+) -> Float[Array, "p t w"]:
     dtype = accumulation_dtype(pages.dtype)
 
-    def write(out: Array, i: Array, page: Array) -> Array:
-        own = function(page, _at(pieces, i), constants).astype(dtype)
-        return lax.dynamic_update_slice_in_dim(out, own, i, axis=0)
+    def write(out: Array, place: _Place, part: Array) -> Array:
+        own = jax.tree.map(place.read, pieces)
+        return place.write(out, function(part, own, constants).astype(dtype))
 
-    return _fold((pages,), write, jnp.zeros(pages.shape[::2], dtype))
+    return _fold(write, (pages,), jnp.zeros((*pages.shape[:2], pages.shape[3]), dtype))
 
 
 @jax.jit
 def _transform(rows: PagedRows, matrix: Float[Array, "k m"]) -> PagedRows:
-    count, _, width = rows.pages.shape
+    count, tiles, _, width = rows.pages.shape
 
-    def write(out: Array, i: Array, page: Array) -> Array:
-        own = kernels.transform(page, matrix).astype(rows.dtype)
-        return lax.dynamic_update_slice_in_dim(out, _where_it_is(out, own), i, axis=0)
+    def write(out: Array, place: _Place, part: Array) -> Array:
+        image = _image(part, matrix).astype(rows.dtype)
+        return place.write(out, _where_it_is(out, image))
 
-    blank = _blank((count, len(matrix), width), rows.dtype, None)
-    return PagedRows(_fold((rows.pages,), write, blank), rows.layout, len(matrix))
+    blank = _blank((count, tiles, len(matrix), width), rows.dtype, None)
+    return PagedRows(_fold(write, (rows.pages,), blank), rows.layout, len(matrix))
+
+
+def _image(page: Float[Array, "t m w"], matrix: Float[Array, "k m"]) -> Float[Array, "t k w"]:
+    """``M G`` of a page."""
+    # XLA for a TPU would keep five pages for a loop over the tiles.
+    return lax.platform_dependent(page, matrix, tpu=_image_at_once, default=kernels.transform)
+
+
+def _image_at_once(
+    page: Float[Array, "t m w"], matrix: Float[Array, "k m"]
+) -> Float[Array, "t k w"]:
+    acc = accumulation_dtype(page.dtype)
+    product = functools.partial(jnp.dot, matrix.astype(acc), precision="highest")
+    return jax.vmap(product)(page.astype(acc))
 
 
 @jax.jit
-def _restrict(rows: PagedRows, keep: Bool[Array, "p w"]) -> PagedRows:
-    def step(i: Int[Array, ""], pages: Array) -> Array:
-        page = _on_device(lax.dynamic_slice_in_dim(pages, i, 1))
-        (here,) = _at((keep,), i)
-        kept = jnp.where(here[:, None], page, jnp.zeros_like(page))
-        return lax.dynamic_update_slice_in_dim(pages, _where_it_is(pages, kept), i, axis=0)
+def _restrict(rows: PagedRows, keep: Bool[Array, "p t w"]) -> PagedRows:
+    tiles = rows.pages.shape[1]
 
-    return replace(rows, pages=lax.fori_loop(0, len(rows.pages), step, rows.pages))
+    def step(i: Int[Array, ""], pages: Array) -> Array:
+        place = _Place(i, _ZERO, tiles)
+        page = _on_device(place.read(pages))
+        kept = jnp.where(place.read(keep)[:, None], page, jnp.zeros_like(page))
+        return place.write(pages, _where_it_is(pages, kept))
+
+    pages = lax.fori_loop(jnp.int32(0), jnp.int32(len(rows.pages)), step, rows.pages)
+    return replace(rows, pages=pages)
 
 
 @jax.jit
 def _take(rows: PagedRows, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
-    page_of, column = jnp.divmod(coordinates, rows.pages.shape[2])
+    _, tiles, _, width = rows.pages.shape
+    page_of, inside = jnp.divmod(coordinates, tiles * width)
+    tile_of, column = jnp.divmod(inside, width)
 
-    def pick(out: Array, i: Array, page: Array) -> Array:
-        return jnp.where(page_of == i, page[0][:, column].astype(rows.dtype), out)
+    def pick(out: Array, place: _Place, part: Array) -> Array:
+        tile = tile_of - place.tile
+        is_here = (page_of == place.page) & (tile >= 0) & (tile < place.tiles)
+        return jnp.where(is_here, part[tile, :, column].T.astype(rows.dtype), out)
 
-    zeros = jnp.zeros((rows.num_rows, len(coordinates)), rows.dtype)
-    return _fold((rows.pages,), pick, zeros)
+    return _fold(pick, (rows.pages,), jnp.zeros((rows.num_rows, len(coordinates)), rows.dtype))
 
 
 def _num_devices(mesh: Mesh | AbstractMesh | None) -> int:
@@ -297,7 +350,7 @@ def _mesh_of(params: PyTree) -> Mesh | AbstractMesh | None:
 
 
 def _blank(
-    shape: tuple[int, int, int], dtype: jnp.dtype, mesh: Mesh | AbstractMesh | None
+    shape: tuple[int, int, int, int], dtype: jnp.dtype, mesh: Mesh | AbstractMesh | None
 ) -> Array:
     """Zero pages in the memory of the host, made page by page."""
 
@@ -309,5 +362,5 @@ def _blank(
 
     if mesh is None:
         return jax.jit(make)()
-    spec = PartitionSpec(None, None, mesh.axis_names)
+    spec = PartitionSpec(None, None, None, mesh.axis_names)
     return jax.jit(make, out_shardings=NamedSharding(mesh, spec, memory_kind="pinned_host"))()

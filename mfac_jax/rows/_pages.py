@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from mfac_jax import kernels
 from mfac_jax._layout import PyTree
-from mfac_jax.kernels._xla import accumulation_dtype
+from mfac_jax.kernels._xla import MAX_TILE, accumulation_dtype
 from mfac_jax.kernels._xla import products as products_of_blocks
 from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows
 
@@ -24,16 +24,16 @@ from mfac_jax.rows._base import ColumnRows, GradientRows, WritableRows
 # holds two pages.
 PAGE_BYTES = 2**26
 
-# The width of a page is a multiple of this, as the vector units of GPUs and TPUs require.
+# The width of a tile is a multiple of this, as the vector units of GPUs and TPUs require.
 _ALIGNMENT = 128
 
-# ``function(page, pieces, constants)``: of a page (1, m, w), of the parts (1, w) of vectors, and of
+# ``function(page, pieces, constants)``: of a page (t, m, w), of the parts (t, w) of vectors, and of
 # arrays that every page takes whole; None stands for a vector that is not there.
 OfPage = Callable[[Array, tuple[Any, ...], tuple[Any, ...]], Array]
 
 
 class PageRows(WritableRows, ColumnRows):
-    """Gradients on pages (p, m, w) of columns; the last page is padded with zeros.
+    """Gradients on pages (p, t, m, w) of t tiles of columns; the last page is padded with zeros.
 
     Attributes:
         pages: the pages, with a shape and a dtype.
@@ -61,8 +61,8 @@ class PageRows(WritableRows, ColumnRows):
     @abc.abstractmethod
     def _columns(
         self, function: OfPage, pieces: tuple[Any, ...], constants: tuple[Any, ...]
-    ) -> Float[Array, "p w"]:
-        """The results (1, w) of ``function`` for all pages."""
+    ) -> Float[Array, "p t w"]:
+        """The results (t, w) of ``function`` for all pages."""
 
     @abc.abstractmethod
     def _is_alike(self, other: GradientRows) -> bool:
@@ -105,15 +105,16 @@ class PageRows(WritableRows, ColumnRows):
     def _dots(self, flat: Float[Array, " d"]) -> Float[Array, " m"]:
         return self._total(_dots, (self.num_rows,), (self._cut(flat),))
 
-    def _cut(self, flat: Shaped[Array, " d"]) -> Shaped[Array, "p w"]:
+    def _cut(self, flat: Shaped[Array, " d"]) -> Shaped[Array, "p t w"]:
         """A vector of all coordinates, cut like the pages."""
-        count, _, width = self.pages.shape
-        return jnp.pad(flat, (0, count * width - flat.size)).reshape(count, width)
+        count, tiles, _, width = self.pages.shape
+        padded = jnp.pad(flat, (0, count * tiles * width - flat.size))
+        return padded.reshape(count, tiles, width)
 
-    def _cut_mask(self, mask: PyTree | None) -> Bool[Array, "p w"] | None:
+    def _cut_mask(self, mask: PyTree | None) -> Bool[Array, "p t w"] | None:
         return None if mask is None else self._cut(self.layout.flat_mask(mask))
 
-    def _tree(self, pieces: Float[Array, "p w"]) -> PyTree:
+    def _tree(self, pieces: Float[Array, "p t w"]) -> PyTree:
         return self.layout.unflatten(pieces.reshape(-1)[: self.layout.size])
 
 
@@ -131,7 +132,7 @@ def _products(page: Array, pieces: tuple[Any, ...], beside: tuple[Any, ...]) -> 
 
 def _combined(
     page: Array, pieces: tuple[Any, ...], constants: tuple[Any, ...]
-) -> Float[Array, "1 w"]:
+) -> Float[Array, "t w"]:
     (vector,), (coefficients, scale) = pieces, constants
     dtype = accumulation_dtype(page.dtype)
     return kernels.combine(page, coefficients, vector=vector, scale=scale, dtype=dtype)
@@ -139,23 +140,31 @@ def _combined(
 
 def _square_sums(
     page: Array, pieces: tuple[Any, ...], constants: tuple[Any, ...]
-) -> Float[Array, "1 w"]:
+) -> Float[Array, "t w"]:
     del pieces
     return kernels.column_square_sums(page, *constants)
 
 
-def page_width(columns: int | None, size: int, column_bytes: int, num_devices: int = 1) -> int:
-    """The number of columns of a page.
+def are_alike(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether pages of these shapes have the same columns."""
+    return (*shape[:2], shape[3]) == (*other[:2], other[3])
+
+
+def page_shape(
+    columns: int | None, size: int, column_bytes: int, num_devices: int = 1
+) -> tuple[int, int, int]:
+    """The number of pages, of tiles of a page and of columns of a tile.
 
     Args:
-        columns: the number that was asked for; None for a page of 64 MiB.
+        columns: the least number of columns of a page; None for a page of 64 MiB.
         size: the number of columns of all pages.
         column_bytes: the size of a column.
-        num_devices: the number of devices that share a page.
+        num_devices: the number of devices that share a tile.
 
     Raises:
         ValueError: a page has more columns than there are, or they cannot be shared.
     """
+    widest, step = MAX_TILE * num_devices, _ALIGNMENT * num_devices
     if columns is not None:
         if columns > size > 0:
             raise ValueError(
@@ -167,10 +176,15 @@ def page_width(columns: int | None, size: int, column_bytes: int, num_devices: i
                 f"columns must be a multiple of the {num_devices} devices that share a page, "
                 f"got {columns}."
             )
-        return columns
-    step = _ALIGNMENT * num_devices
-    most = max(PAGE_BYTES // column_bytes // step, 1) * step
-    if size <= most:
-        return max(-(-size // num_devices), 1) * num_devices
-    pages = -(-size // most)
-    return -(-size // (pages * step)) * step
+        tiles, step = -(-columns // widest), num_devices
+        width = -(-columns // tiles)
+    else:
+        unit = widest if widest * column_bytes <= PAGE_BYTES else step
+        most = max(PAGE_BYTES // column_bytes // unit, 1) * unit
+        pages = max(-(-size // most), 1)
+        tiles = max(-(-size // (pages * widest)), 1)
+        width = -(-size // (pages * tiles))
+        if pages == tiles == 1:
+            step = num_devices
+    width = max(-(-width // step), 1) * step
+    return max(-(-size // (tiles * width)), 1), tiles, width

@@ -1,0 +1,86 @@
+"""Whether all processes that share the parameters do the same."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mfac_jax._layout import PyTree
+
+
+class Agreement:
+    """Compares what the processes ask for; without effect if each has parameters of its own.
+
+    Without it they would wait for one another for ever, or compute with different data.
+
+    Args:
+        params: the parameters.
+        num_rows: the number of gradients that this process asks for.
+
+    Raises:
+        ValueError: another process asks for another number.
+    """
+
+    def __init__(self, params: PyTree, num_rows: int) -> None:
+        leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+        self._is_shared = not all(leaf.is_fully_addressable for leaf in leaves)
+        self._digest, self._last = 0, 0
+        counts = self._of_all(num_rows)
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"all processes must ask for the same number of gradients, got {counts} from "
+                f"process 0 to {len(counts) - 1}."
+            )
+
+    def watch(self, batches: Iterator[tuple[int, PyTree]]) -> Iterator[tuple[int, PyTree]]:
+        """The numbered batches, of which the first one is compared.
+
+        Raises:
+            ValueError: it differs between processes.
+        """
+        if not self._is_shared:
+            yield from batches
+            return
+        is_first = True
+        for number, batch in batches:
+            self._digest, self._last = _digest(batch, self._digest, is_first), number
+            if is_first:
+                self.check()
+                is_first = False
+            yield number, batch
+
+    def check(self) -> None:
+        """Compares the batches so far.
+
+        Raises:
+            ValueError: they differ between processes.
+        """
+        digests, numbers = self._of_all(self._digest), self._of_all(self._last)
+        if len(set(digests)) > 1 or len(set(numbers)) > 1:
+            raise ValueError(
+                "processes that share the parameters must read the same batches in the same "
+                f"order; up to batches {numbers} of process 0 to {len(numbers) - 1} they differ. "
+                "An array over all devices is the same batch whatever its parts: see "
+                "jax.make_array_from_process_local_data."
+            )
+
+    def _of_all(self, number: int) -> list[int]:
+        if not self._is_shared:
+            return [number]
+        return multihost_utils.process_allgather(np.uint32(number)).tolist()
+
+
+def _digest(batch: PyTree, start: int, is_first: bool) -> int:
+    """A sum over the shapes of a batch, and over the numbers that each process has for itself.
+
+    Those on a device are read for the first batch only, since the host would wait for them.
+    """
+    for leaf in jax.tree.leaves(batch):
+        start = zlib.crc32(f"{np.shape(leaf)} {jax.typeof(leaf).dtype}".encode(), start)
+        if not isinstance(leaf, jax.Array) or (is_first and leaf.is_fully_addressable):
+            start = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), start)
+    return start
