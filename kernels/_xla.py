@@ -3,7 +3,7 @@
 Accuracy decides their form. A matrix-vector product on the CPU adds up a row in one long
 chain; its relative error is 2e-6 at d = 270,000 and 3e-4 at 5 million. A block in tiles is one
 batched product of short chains, which is as fast and accurate to 5e-8. A block of one wide tile
-(a single large parameter) is read in such tiles, too.
+(a single large parameter) is multiplied elementwise and added up in lanes.
 """
 
 from __future__ import annotations
@@ -81,48 +81,11 @@ def dots(block: Float[Array, "t m *shape"], vector: Float[Array, "t *shape"]) ->
         # A reshape would gather a sharded leaf.
         contract = (axes, tuple(axis - 1 for axis in axes))
         parts = lax.dot_general(block, vector, (contract, ((0,), (0,))), precision="highest")
-    elif block.dtype == acc and len(block) == 1 and not _has_explicit_axes(block):
-        by_default = _parts_in_one_loop
-        parts = lax.platform_dependent(block, vector, cpu=_parts_by_tiles, default=by_default)
     else:
-        parts = _parts_in_one_loop(block, vector)
+        # One fused loop widens on the fly; a dot_general would first make a wide copy. The loop
+        # may also run over columns that an explicit mesh axis spreads.
+        parts = jnp.sum(block.astype(acc) * vector[:, None], axis=axes)
     return jnp.sum(parts, axis=0)
-
-
-def _parts_in_one_loop(
-    block: Float[Array, "t m *shape"], vector: Float[Array, "t *shape"]
-) -> Float[Array, "t m"]:
-    """The dot products of each tile, in one fused loop.
-
-    The loop widens on the fly; a dot_general would first make a wide copy. It may also run over
-    columns that an explicit mesh axis spreads.
-    """
-    axes = tuple(range(2, block.ndim))
-    return jnp.sum(block.astype(vector.dtype) * vector[:, None], axis=axes)
-
-
-def _parts_by_tiles(
-    block: Float[Array, "1 m k"], vector: Float[Array, "1 k"]
-) -> Float[Array, "1 m"]:
-    """The dot products of one long tile on a CPU, 8,192 columns at a time.
-
-    XLA compiles the one loop for a single float32 tile to one chain for each row, which is 50
-    times slower.
-    """
-    size = block.shape[2]
-
-    def part(start: Int[Array, ""] | int, width: int) -> Array:
-        columns = lax.dynamic_slice_in_dim(block[0], start, width, axis=1)
-        weights = lax.dynamic_slice_in_dim(vector[0], start, width)
-        return jnp.dot(columns, weights, precision="highest")[None]
-
-    def add(i: Int[Array, ""], total: Array) -> Array:
-        return total + part(i * MAX_TILE, MAX_TILE)
-
-    whole = size // MAX_TILE
-    total = lax.fori_loop(0, whole, add, jnp.zeros((1, block.shape[1]), vector.dtype))
-    rest = size - whole * MAX_TILE
-    return total + part(whole * MAX_TILE, rest) if rest else total
 
 
 def combine(

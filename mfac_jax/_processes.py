@@ -47,7 +47,8 @@ class Agreement:
             return
         is_first = True
         for number, batch in batches:
-            self._digest, self._last = _digest(batch, self._digest, is_first), number
+            start = zlib.crc32(str(number).encode(), self._digest)
+            self._digest, self._last = _digest(batch, start, is_first), number
             if is_first:
                 self.check()
                 is_first = False
@@ -77,10 +78,13 @@ class Agreement:
 def _digest(batch: PyTree, start: int, is_first: bool) -> int:
     """A sum over the shapes of a batch, and over the numbers that each process has for itself.
 
-    Those on a device are read for the first batch only, since the host would wait for them.
+    Those on a device are read for the first batch only, since the host would wait for them. Arrays
+    over all devices count with their shapes.
     """
     for leaf in jax.tree.leaves(batch):
         start = zlib.crc32(f"{np.shape(leaf)} {jax.typeof(leaf).dtype}".encode(), start)
+        if jax.numpy.issubdtype(jax.typeof(leaf).dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
         if not isinstance(leaf, jax.Array) or (is_first and leaf.is_fully_addressable):
             start = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), start)
     return start

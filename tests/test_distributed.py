@@ -9,7 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+
+from mfac_jax._processes import _digest
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "distributed.py"
 
@@ -66,6 +70,20 @@ def test_a_run_of_which_a_process_was_killed_goes_on_with_others(tmp_path):
 
     got = ended(start(folder, 4, 1))
     assert got == pytest.approx(want, rel=1e-3)
+
+
+def test_a_batch_has_a_digest():
+    """It depends on the order, shapes, and numbers of a process; keys and None have one, too."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    batches = [
+        {"x": np.ones((3, 2)), "k": keys, "n": None},
+        {"x": np.zeros((3, 2)), "k": keys, "n": None},
+        {"x": np.ones((3, 1)), "k": keys, "n": None},
+        {"x": np.ones((3, 2)), "k": jax.random.split(jax.random.key(1), 3), "n": None},
+    ]
+    found = [_digest(batch, 0, True) for batch in batches]
+    assert len(set(found)) == len(batches)
+    assert found[0] == _digest(dict(batches[0]), 0, True) != _digest(batches[0], 1, True)
 
 
 DISAGREE = """

@@ -210,9 +210,18 @@ def test_a_mesh_with_explicit_axes(tx):
     assert step._cache_size() <= 2
 
 
+def test_a_long_vector_is_not_gathered():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    vector = jax.device_put(jnp.ones(40_000), NamedSharding(mesh, PartitionSpec("x")))
+    held = Dense(packing="leaf").empty(vector, 4)
+    compiled = jax.jit(lambda rows, v: rows.dots(v)).lower(held, vector).compile()
+    assert "all-reduce" in compiled.as_text()
+    assert "all-gather" not in compiled.as_text()
+
+
 def test_gradients_and_pruning_need_automatic_axes():
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
-    params = {"w": jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec()))}
+    params = {"w": jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, PartitionSpec()))}
     batches = [jnp.ones((4, 8))]
 
     def loss_fn(params, batch):

@@ -147,8 +147,8 @@ def prune(
         [True, True, False, False, False, False, False, False]
     """
     _check_kinds(loss_fn, fine_tune, scope, gradients, search)
-    _checks.automatic_axes(params, "params")
     plan = _Plan.of(params, sparsity, steps, scope, mask)
+    _checks.automatic_axes(params, "params")
     settings, curvature = _curvature(gradients, params, plan, search)
     params, alive = plan.start(params)
     loss_fn = _PrunableLoss(loss_fn, plan.selection.keep)

@@ -36,7 +36,7 @@ _PAGES, _FINISHED, _MANIFEST = "gradients", "finished", "manifest.json"
 
 @dataclass(frozen=True)
 class Files(Storage):
-    """Stores gradients in files; the memory of the host holds two pages of them.
+    """Stores gradients in files; for a scan, the memory of the host holds two pages of them.
 
     It is for gradients that no memory holds. The rows work outside of ``jit``: for
     :func:`mfac_jax.collect_gradients`, :func:`mfac_jax.fisher_inverse` and
