@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import math
-import mmap
 import os
 import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,6 +23,7 @@ from mfac_jax._durable import check_system, claim
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels._xla import accumulation_dtype
 from mfac_jax.rows._base import GradientRows, is_small_enough
+from mfac_jax.rows._page_file import PageFile, opened
 from mfac_jax.rows._pages import OfPage, PageRows, are_alike, page_shape
 from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
 
@@ -120,10 +118,10 @@ class Files(Storage):
         }
         lock = claim(folder, _MANIFEST, manifest)
         finished = folder / _FINISHED
-        marks = _opened(finished)
+        marks = opened(finished)
         if os.fstat(marks.fileno()).st_size < m:  # new, or killed before anything was written
             os.truncate(marks.fileno(), m)
-        rows = self._rows(_opened(folder / _PAGES), layout, m, marks, lock)
+        rows = self._rows(opened(folder / _PAGES), layout, m, marks, lock)
         return rows, rows.num_finished
 
     def _rows(
@@ -135,7 +133,7 @@ class Files(Storage):
         lock: IO[bytes] | None = None,
     ) -> FileRows:
         shape = self._shape(layout, num_rows)
-        pages = _Pages(file, shape, dtype_for(layout, self.dtype), marks, lock)
+        pages = PageFile(file, shape, dtype_for(layout, self.dtype), marks, lock)
         pages.reserve()
         return FileRows(pages, layout, num_rows, self, pages.writes)
 
@@ -167,7 +165,7 @@ class FileRows(PageRows):
             read any more.
     """
 
-    pages: _Pages
+    pages: PageFile
     layout: Layout
     num_rows: int
     storage: Files
@@ -313,7 +311,7 @@ class FileRows(PageRows):
     ) -> FileRows:
         """Rows in a file without a name: a function of all pages, by default of their shape."""
         shape, dtype = shape or self.pages.shape, dtype or self.pages.dtype
-        out = _Pages(self.storage.temporary(), shape, dtype)
+        out = PageFile(self.storage.temporary(), shape, dtype)
         out.reserve()
         for i, page in self._each():
             out.write_page(i, function(i, page))
@@ -340,145 +338,10 @@ class FileRows(PageRows):
             )
 
 
-class _Pages:
-    """An array (p, t, m, w) in an open file, and marks of its finished rows in another.
-
-    Attributes:
-        shape: (p, t, m, w).
-        dtype: of the array.
-        file: the file.
-        writes: the number of writes so far.
-    """
-
-    def __init__(
-        self,
-        file: IO[bytes],
-        shape: tuple[int, int, int, int],
-        dtype: np.dtype,
-        marks: IO[bytes] | None = None,
-        lock: IO[bytes] | None = None,
-    ) -> None:
-        self.shape, self.dtype, self.writes = shape, np.dtype(dtype), 0
-        self.file, self._marks = file, marks
-        for opened in (file, marks, lock):
-            if opened is not None:
-                weakref.finalize(self, opened.close)
-
-    def reserve(self) -> None:
-        """Makes the file as long as the array, so that a full disk shows before any work.
-
-        Raises:
-            ValueError: rows are marked as finished, but the file is shorter.
-            OSError: the disk is full.
-        """
-        size = math.prod(self.shape) * self.dtype.itemsize
-        descriptor = self.file.fileno()
-        missing = size - os.fstat(descriptor).st_size
-        if missing <= 0:
-            return
-        if self._marks is not None and self._has_marks():
-            raise ValueError(
-                f"the gradients in {self.file.name} are incomplete: expected {size:,} bytes, got "
-                f"{size - missing:,}. Empty the folder."
-            )
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, size)
-            else:
-                os.truncate(descriptor, size)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            os.truncate(descriptor, 0)
-            free = os.fstatvfs(descriptor)
-            raise OSError(
-                errno.ENOSPC,
-                f"gradients need {size:,} bytes of disk, but "
-                f"{free.f_bavail * free.f_frsize:,} are free",
-            ) from error
-
-    def buffer(self) -> Shaped[np.ndarray, "t m w"]:
-        """Memory for a page. It starts where JAX on a CPU uses it without a copy."""
-        shape = self.shape[1:]
-        whole = mmap.mmap(-1, math.prod(shape) * self.dtype.itemsize)
-        return np.frombuffer(whole, self.dtype).reshape(shape)
-
-    def read(
-        self, page: int, out: Shaped[np.ndarray, "t m w"] | None = None
-    ) -> Shaped[np.ndarray, "t m w"]:
-        """One page."""
-        out = np.empty(self.shape[1:], self.dtype) if out is None else out
-        return self._read(out, page * out.size)
-
-    def read_rows(self, first: int, count: int) -> Shaped[np.ndarray, "k pt w"]:
-        """Some neighbouring rows."""
-        _, _, rows, width = self.shape
-        starts = [(tile * rows + first) * width for tile in range(self._num_tiles())]
-        parts = [self._read(np.empty((count, width), self.dtype), start) for start in starts]
-        return np.stack(parts, axis=1)
-
-    def write_page(self, page: int, values: Shaped[np.ndarray, "t m w"]) -> None:
-        """Replaces one page."""
-        self.writes += 1
-        self._write(values, page * math.prod(self.shape[1:]))
-
-    def write_rows(self, first: int, values: Shaped[np.ndarray, "k pt w"]) -> None:
-        """Replaces some neighbouring rows. They are marked as finished once the disk has them."""
-        _, _, rows, width = self.shape
-        self.writes += 1
-        self._mark(first, bytes(len(values)))
-        for tile in range(self._num_tiles()):
-            self._write(values[:, tile], (tile * rows + first) * width)
-        if self._marks is not None:
-            os.fsync(self.file.fileno())
-            self._mark(first, b"\x01" * len(values))
-
-    def num_finished(self) -> int:
-        """The number of the first rows that are marked as finished; all without marks."""
-        if self._marks is None:
-            return self.shape[2]
-        marks = os.pread(self._marks.fileno(), self.shape[2], 0)
-        return len(marks) - len(marks.lstrip(b"\x01"))
-
-    def _num_tiles(self) -> int:
-        """Of all pages."""
-        return self.shape[0] * self.shape[1]
-
-    def _has_marks(self) -> bool:
-        assert self._marks is not None
-        return b"\x01" in os.pread(self._marks.fileno(), self.shape[2], 0)
-
-    def _mark(self, first: int, marks: bytes) -> None:
-        if self._marks is not None:
-            os.pwrite(self._marks.fileno(), marks, first)
-
-    def _read(self, out: np.ndarray, start: int) -> np.ndarray:
-        left = out.reshape(-1).view(np.uint8).data
-        place = start * self.dtype.itemsize
-        while left:
-            count = os.preadv(self.file.fileno(), [left], place)
-            if count == 0:
-                raise OSError(errno.EIO, "a file of gradients is shorter than it was")
-            left, place = left[count:], place + count
-        return out
-
-    def _write(self, values: np.ndarray, start: int) -> None:
-        flat = np.ascontiguousarray(values, self.dtype).reshape(-1)
-        left, place = flat.view(np.uint8).data, start * self.dtype.itemsize
-        while left:
-            count = os.pwrite(self.file.fileno(), left, place)
-            left, place = left[count:], place + count
-
-
 def _runs(flags: Bool[np.ndarray, " k"]) -> list[tuple[int, int]]:
     """The ends of each run of true flags."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
-
-
-def _opened(path: Path) -> IO[bytes]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    return os.fdopen(descriptor, "r+b", buffering=0)
 
 
 def _on_device(page: Shaped[np.ndarray, "t m w"]) -> Shaped[Array, "t m w"]:
