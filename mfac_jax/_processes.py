@@ -60,8 +60,8 @@ class Agreement:
         Raises:
             ValueError: they differ between processes.
         """
-        digests, numbers = self._of_all(self._digest), self._of_all(self._last)
-        if len(set(digests)) > 1 or len(set(numbers)) > 1:
+        if len(set(self._of_all(self._digest))) > 1:
+            numbers = self._of_all(self._last)
             raise ValueError(
                 "processes that share the parameters must read the same batches in the same "
                 f"order; up to batches {numbers} of process 0 to {len(numbers) - 1} they differ. "
@@ -82,8 +82,9 @@ def _digest(batch: PyTree, start: int, is_first: bool) -> int:
     over all devices count with their shapes.
     """
     for leaf in jax.tree.leaves(batch):
-        start = zlib.crc32(f"{np.shape(leaf)} {jax.typeof(leaf).dtype}".encode(), start)
-        if jax.numpy.issubdtype(jax.typeof(leaf).dtype, jax.dtypes.prng_key):
+        dtype = getattr(leaf, "dtype", type(leaf))
+        start = zlib.crc32(f"{np.shape(leaf)} {dtype}".encode(), start)
+        if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         if not isinstance(leaf, jax.Array) or (is_first and leaf.is_fully_addressable):
             start = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), start)

@@ -269,7 +269,7 @@ def plan_pruning(
     pieces = wide * piece_entries(kept, cut)
     if gradients.in_blocks:
         # The buffer, in which gradients wait for the sums, is free by then. The allocator reuses
-        # about half of it (measured).
+        # about half of it (benchmarks/plan.py measures that).
         buffer = rows["device"] - wide * sum(size**2 for size in cut.sizes.tolist())
         pieces = max(pieces - buffer // 2, 0)
     sizes = {

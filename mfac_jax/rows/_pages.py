@@ -164,7 +164,11 @@ def page_shape(
     Raises:
         ValueError: a page has more columns than there are, or they cannot be shared.
     """
-    widest, step = MAX_TILE * num_devices, _ALIGNMENT * num_devices
+    step = _ALIGNMENT * num_devices
+    if step > MAX_TILE:
+        step = num_devices
+    # Products cut a wider tile, and would then gather one that devices share.
+    widest = max(MAX_TILE // step, 1) * step
     if columns is not None:
         if columns > size > 0:
             raise ValueError(
