@@ -69,12 +69,15 @@ def load(name: str) -> dict[str, Any] | None:
 
 
 def where(results: dict[str, Any]) -> str:
-    """The machine, the date and the time of all runs."""
-    at = results["environment"]
-    hours = sum(run["processor_seconds"] for run in results["runs"].values()) / 3600
+    """The machines, the dates and the time of all runs."""
+    runs = results["runs"].values()
+    hours = sum(run["processor_seconds"] for run in runs) / 3600
+    devices = " or ".join(sorted({run["device"] for run in runs}))
+    days = sorted(run["date"] for run in runs)
+    dates = " to ".join(dict.fromkeys([days[0], days[-1]]))
     return (
-        f"{len(results['runs'])} runs, {hours:.1f} hours of one core of {at['device']}, jax "
-        f"{at['jax']}, {at['date']}. Each run has one core."
+        f"{len(runs)} runs, {hours:.1f} hours of one core of {devices}, jax "
+        f"{results['environment']['jax']}, {dates}. Each run has one core."
     )
 
 

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import parallel
 
 TRIAL_SEED = 100
 TITLES = {
@@ -89,7 +90,7 @@ def _table(found: list[Trained]) -> str:
     """One line for each optimizer: its tuned setting, means over the seeds, costs."""
     methods = [method for method in METHODS if any(t.method == method for t in found)]
     adamw = chosen(found, "AdamW")
-    goal = None
+    device = parallel.main_device(t.run for t in found if t.seed != TRIAL_SEED)
     lines: list[list[str]] = []
     names = [(method, chosen(found, method), method, False) for method in methods]
     if "mfacw" in methods:
@@ -107,8 +108,9 @@ def _table(found: list[Trained]) -> str:
             cells.append(_with_error(runs, "test_error", "{:.1f}"))
         cells.append(f"{_mean(runs, 'train'):.3f}")
         cells.append(f"{runs[0]['steps']}")
-        cells.append(_steps_to(runs, goal))
-        cells.append(f"{_least(runs, 'ms'):.0f}")
+        ms = min((run["ms"] for run in runs if run["device"] == device), default=None)
+        cells.append(_steps_to(runs, goal, ms))
+        cells.append("" if ms is None else f"{ms:.0f}")
         cells.append(f"{runs[0]['state_bytes'] / runs[0]['parameters']:.0f}")
         lines.append(cells)
     has_accuracy = found[0].run["has_accuracy"]
@@ -133,7 +135,7 @@ def finals(
     ]
 
 
-def _steps_to(runs: list[dict[str, Any]], goal: float | None) -> str:
+def _steps_to(runs: list[dict[str, Any]], goal: float | None, ms: float | None) -> str:
     """The steps after which the mean training loss is below the goal, and their time."""
     if not all(np.isfinite(run["train"]) for run in runs):
         return "diverged"
@@ -144,7 +146,7 @@ def _steps_to(runs: list[dict[str, Any]], goal: float | None) -> str:
     if not len(below):
         return "not reached"
     steps = round((below[0] + 1) / length * runs[0]["steps"])
-    return f"{steps} ({1e-3 * _least(runs, 'ms') * steps:.0f} s)"
+    return f"{steps}" if ms is None else f"{steps} ({1e-3 * ms * steps:.0f} s)"
 
 
 def _ranges(results: dict[str, Any], tasks: list[str]) -> str:
@@ -167,6 +169,7 @@ def _variants(results: dict[str, Any], tasks: list[str]) -> str:
     found = {task: trained(results, task) for task in tasks}
     names = dict.fromkeys(t.method for task in tasks for t in found[task])
     head = ["mfacw", *[TITLES[task] for task in tasks]]
+    devices = {task: parallel.main_device(t.run for t in found[task]) for task in tasks}
     lines = [head]
     for name in ["mfacw", *[name for name in names if name not in METHODS]]:
         cells = ["default" if name == "mfacw" else name]
@@ -177,15 +180,15 @@ def _variants(results: dict[str, Any], tasks: list[str]) -> str:
                 for t in found[task]
                 if (t.method, t.setting, t.seed) == (name, setting, TRIAL_SEED)
             ]
-            cells.append(_cost(runs[0]) if runs else "")
+            cells.append(_cost(runs[0], devices[task]) if runs else "")
         lines.append(cells)
     return _markdown(lines)
 
 
-def _cost(run: dict[str, Any]) -> str:
-    """Validation loss, time of a step and bytes of state."""
-    share = run["state_bytes"] / run["parameters"]
-    return f"{run['validation']:.3f} ({run['ms']:.0f} ms, {share:.0f} B)"
+def _cost(run: dict[str, Any], device: str) -> str:
+    """Validation loss, time of a step on this machine and bytes of state."""
+    time = f"{run['ms']:.0f} ms, " if run["device"] == device else ""
+    return f"{run['validation']:.3f} ({time}{run['state_bytes'] / run['parameters']:.0f} B)"
 
 
 def by_rate(found: list[Trained], method: str) -> dict[float, float]:
@@ -235,10 +238,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def _mean(runs: list[dict[str, Any]], what: str) -> float:
     return float(np.mean([run[what] for run in runs])) if runs else float("nan")
-
-
-def _least(runs: list[dict[str, Any]], what: str) -> float:
-    return float(min(run[what] for run in runs))
 
 
 def _with_error(runs: list[dict[str, Any]], what: str, shape: str = "{:.3f}") -> str:

@@ -10,7 +10,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,13 +52,16 @@ def num_workers() -> int:
 def open_results(path: Path, environment: dict[str, Any]) -> dict[str, Any]:
     """The results so far; new ones begin with the environment and the date.
 
+    Another machine may go on with them: each run has its own.
+
     Raises:
-        SystemExit: the file comes from another environment.
+        SystemExit: the file was made with other versions.
     """
     if not path.exists():
         return {"environment": environment | {"date": time.strftime("%Y-%m-%d")}, "runs": {}}
     results: dict[str, Any] = json.loads(path.read_text())
-    there = {key: results["environment"].get(key) for key in environment}
+    there = results["environment"] | {key: environment[key] for key in ("device", "cores")}
+    there = {key: there.get(key) for key in environment}
     if there != json.loads(json.dumps(environment)):
         sys.exit(f"{path} comes from elsewhere: expected {environment}, got {there}.")
     return results
@@ -134,13 +138,20 @@ def outcomes(
 
 
 def timed(measure: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Performs a run and adds its time on the clock and on the processor."""
+    """Performs a run and adds its time on the clock and on the processor, and the machine."""
     began, busy = time.perf_counter(), time.process_time()
     done = measure(*arguments)
     return done | {
         "seconds": time.perf_counter() - began,
         "processor_seconds": time.process_time() - busy,
+        "device": processor(),
+        "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def main_device(runs: Iterable[dict[str, Any]]) -> str:
+    """The machine of most of the runs; only times of one machine can be compared."""
+    return Counter(run["device"] for run in runs).most_common(1)[0][0]
 
 
 def cores(workers: int) -> list[int | None]:

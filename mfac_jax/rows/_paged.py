@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -167,9 +166,7 @@ class PagedRows(PageRows):
     ) -> PagedRows:
         """The rows with one replaced if the new one is accepted, in place under ``jit``."""
         there = _on_device(lax.dynamic_slice_in_dim(self.pages, row, 1, axis=2))
-        # Otherwise XLA may give the pages the sharding of the new row, and gather them.
-        there, own = shard_alike(there, new[:, :, None])
-        back = _where_it_is(self.pages, jnp.where(accepted, own, there))
+        back = _where_it_is(self.pages, jnp.where(accepted, new[:, :, None], there))
         return replace(self, pages=lax.dynamic_update_slice_in_dim(self.pages, back, row, axis=2))
 
 
