@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+from mfac_jax import _checks
+
 PyTree = Any
 
 PLACES = ("device", "host", "disk")
@@ -102,8 +104,11 @@ def on_mesh(params: PyTree, mesh: Mesh | AbstractMesh | None = None) -> PyTree:
         mesh: stands for the mesh of every leaf that has a ``NamedSharding``.
 
     Raises:
-        ValueError: the mesh does not have an axis of a leaf, or does not divide the leaf.
+        TypeError: ``mesh`` is no mesh.
+        ValueError: the mesh does not have an axis of a leaf, or does not divide the leaf; or there
+            are leaves on different meshes.
     """
+    _checks.instance(mesh, "mesh", Mesh | AbstractMesh | None)
 
     def struct(leaf: Any) -> jax.ShapeDtypeStruct:
         shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
@@ -118,7 +123,18 @@ def on_mesh(params: PyTree, mesh: Mesh | AbstractMesh | None = None) -> PyTree:
         placed.shard_shape(shape)  # raises the error
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
-    return jax.tree.map(struct, params)
+    structs = jax.tree.map(struct, params)
+    if len(meshes := _meshes(structs)) > 1:
+        shapes = sorted(str(dict(own.shape)) for own in meshes)
+        raise ValueError(
+            f"the leaves of params must be on one mesh, got meshes of {', '.join(shapes)}."
+        )
+    return structs
+
+
+def _meshes(structs: PyTree) -> set[AbstractMesh]:
+    leaves = jax.tree.leaves(structs)
+    return {leaf.sharding.mesh for leaf in leaves if leaf.sharding is not None}
 
 
 def arrays(function: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
@@ -128,7 +144,7 @@ def arrays(function: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
         function: a function that JAX can trace. It reads no values if a leaf is sharded.
         params: the result of :func:`on_mesh`.
     """
-    meshes = {leaf.sharding.mesh for leaf in jax.tree.leaves(params) if leaf.sharding is not None}
+    meshes = _meshes(params)
     if not meshes:
         jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(params)
     else:

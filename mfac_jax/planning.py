@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -88,7 +88,8 @@ def plan(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument has an impossible value, or the mesh does not fit a leaf.
+        ValueError: an argument has an impossible value, the mesh does not fit a leaf, or there are
+            leaves on different meshes.
 
     Example:
         >>> import jax
@@ -256,6 +257,7 @@ def plan_pruning(
         51970048
     """
     steps = _checks.positive_int(steps, "steps")
+    _checks.instance(gradients, "gradients", Gradients)
     platform = _platform(platform)
     params = _memory.on_mesh(params, mesh)
     layout = Layout(params)
@@ -336,7 +338,8 @@ def fitting(
     Args:
         budget: the bytes of a device that the gradients and all that goes with them may take.
         params: as in :func:`plan`.
-        make: :func:`plan` or :func:`plan_inverse`.
+        make: :func:`plan`, :func:`plan_inverse` or :func:`plan_pruning`, for the gradients of a
+            step.
         storages: the storages to compare.
         options: further arguments of ``make``.
 
@@ -362,7 +365,11 @@ def fitting(
 
     def best(storage: Storage) -> Choice:
         def of(count: int) -> Plan:
-            return make(params, count, storage=storage, **options)
+            if make is not plan_pruning:
+                return make(params, count, storage=storage, **options)
+            given = options.get("gradients", Gradients())
+            gradients = replace(given, count=count, storage=storage)
+            return plan_pruning(params, **(options | {"gradients": gradients}))
 
         count = _memory.largest(lambda count: of(count).device_bytes <= budget)
         return Choice(storage, count, of(count) if count else None)

@@ -451,6 +451,8 @@ def test_options_that_exclude_sums_are_refused():
 
 @pytest.mark.wrong_types
 def test_wrong_types_are_refused():
+    with pytest.raises(TypeError, match="storage must keep single gradients, got InBlocks"):
+        rows.InBlocks(4, rows.InBlocks(4))
     with pytest.raises(TypeError, match="storage must be a storage"):
         rows.InBlocks(12, "dense")
     with pytest.raises(TypeError, match="in_blocks must be bool or None, got int"):

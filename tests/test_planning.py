@@ -205,6 +205,18 @@ def test_the_largest_number_that_fits(make):
     assert (nothing.num_gradients, nothing.plan) == (0, None)
 
 
+def test_the_largest_number_of_gradients_for_pruning():
+    params, budget = jax.ShapeDtypeStruct((100, 100), DTYPE), 8_000_000
+    options = {"steps": 3, "gradients": Gradients(history=1), "platform": "gpu"}
+    found = planning.fitting(budget, params, make=planning.plan_pruning, **options)
+    for storage, count, made in found.choices:
+        options["gradients"] = Gradients(count, history=1, storage=storage)
+        assert planning.plan_pruning(params, **options) == made
+        assert made.device_bytes <= budget
+        options["gradients"] = Gradients(count + 1, history=1, storage=storage)
+        assert planning.plan_pruning(params, **options).device_bytes > budget
+
+
 def test_a_plan_is_shown_as_a_table():
     parts = (
         planning.Component("gradients", "host", 3 * 2**30),
@@ -227,12 +239,27 @@ def test_bad_arguments():
         planning.fitting(0, zeros())
 
 
+def test_leaves_on_two_meshes():
+    params = {
+        axis: jax.ShapeDtypeStruct(
+            (8,), DTYPE, sharding=NamedSharding(AbstractMesh((2,), (axis,)), PartitionSpec(axis))
+        )
+        for axis in ("x", "y")
+    }
+    with pytest.raises(ValueError, match=r"on one mesh, got meshes of \{'x': 2\}, \{'y': 2\}"):
+        plan(params)
+
+
 @pytest.mark.wrong_types
 def test_wrong_types():
     with pytest.raises(TypeError, match="tx must be GradientTransformation"):
         planning.plan_optimizer("adam", zeros())
     with pytest.raises(TypeError, match="storage must be a storage"):
         plan(zeros(), storage="int8")
+    with pytest.raises(TypeError, match="mesh must be Mesh or AbstractMesh or None, got str"):
+        plan(zeros(), mesh="x")
+    with pytest.raises(TypeError, match="gradients must be Gradients, got int"):
+        planning.plan_pruning(zeros(), gradients=128)
 
 
 def mean_square(params, batch):

@@ -53,7 +53,7 @@ class InBlocks(Storage):
         storage: how gradients are stored until they are added.
 
     Raises:
-        TypeError: ``storage`` is not a storage.
+        TypeError: ``storage`` is not a storage of single gradients.
 
     Example:
         >>> import jax.numpy as jnp
@@ -68,7 +68,8 @@ class InBlocks(Storage):
     storage: Storage = Dense()  # noqa: RUF009  (immutable)
 
     def __post_init__(self) -> None:
-        check_storage(self.storage)
+        if isinstance(check_storage(self.storage), InBlocks):
+            raise TypeError(f"storage must keep single gradients, got {self.storage!r}.")
 
     def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int]:
         """See :meth:`Storage.bytes_by_place`."""
