@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import os
-import platform
 import re
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,10 +21,6 @@ def environment() -> dict[str, Any]:
     free = memory.free_memory()
     return report.environment() | {
         "platform": jax.devices()[0].platform,
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
         "free_memory_gib": None if free is None else round(free / 2**30, 1),
         "jaxlib": metadata.version("jaxlib"),
         "torch": _version("torch"),
@@ -95,12 +88,6 @@ def measure(seconds: float, sides: tuple[int, ...], largest: int) -> dict[str, A
         "copy_bandwidth": 2 * size / copies["median"],
         "matrix_rate": max(product["rate"] for product in products),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor()
 
 
 def _version(package: str) -> str | None:

@@ -40,7 +40,7 @@ OTHERS = ("SGD + momentum", "AdamW", "NAdamW", "Muon")
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
     """The tables of ``optimizers.py`` by the names of their markers."""
-    made = dict.fromkeys((*TITLES, "ranges", "variants"), NOT_YET)
+    made = dict.fromkeys((*TITLES, "characters-long", "ranges", "variants"), NOT_YET)
     made |= optimizer_tables.tables(results)
     made |= {"bars": bars(results), "where": where(results)}
     return {f"optimizers-{name}": table for name, table in made.items()}
@@ -102,7 +102,7 @@ def _bars_of(found: list[Any], task: str) -> list[tuple[str, str, str, bool]]:
         gap = at_theirs.mean() - theirs.mean()
         what = "validation loss at AdamW's setting, minus AdamW's"
         made.append((what, f"<= {error:.3f} (standard error)", f"{gap:+.3f}", gap <= error))
-    short = _losses(found, "mfacw", chosen(found, "mfacw"), is_short=True)
+    short = _losses(found, "mfacw", chosen(found, "mfacw"), "short")
     if len(theirs) and len(short):
         gap = short.mean() - theirs.mean()
         what = "validation loss in two thirds of the steps, minus AdamW's"
@@ -135,9 +135,9 @@ def _bars_of(found: list[Any], task: str) -> list[tuple[str, str, str, bool]]:
 
 
 def _losses(
-    found: list[Any], method: str, setting: tuple[float, float] | None, *, is_short: bool = False
+    found: list[Any], method: str, setting: tuple[float, float] | None, length: str = ""
 ) -> np.ndarray:
-    return np.array([r["validation"] for r in finals(found, method, setting, is_short=is_short)])
+    return np.array([r["validation"] for r in finals(found, method, setting, length)])
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from mfac_jax import collect_gradients, fisher_inverse, mfac_precondition, mfacw, planning
 from mfac_jax._memory import arrays, on_mesh, with_unit
 from mfac_jax.pruning import Gradients, prune
-from mfac_jax.rows import Dense, Int8, Paged, TopK
+from mfac_jax.rows import Dense, Files, Int8, Paged, TopK
 
 PAGE = report.ROOT / "docs" / "planning.md"
 OPTIMIZERS = {
@@ -52,11 +53,21 @@ EXAMPLE = {
     "bias": jax.ShapeDtypeStruct((4096,), jnp.float32),
 }
 DEVICES = (1, 8, 64, 1024)
-HELD = {"Dense()": Dense(), "TopK(0.01)": TopK(0.01)}
+HELD = {
+    "Dense()": Dense(),
+    "Int8()": Int8(),
+    "TopK(0.01)": TopK(0.01),
+    "Paged()": Paged(),
+    "Files(...)": Files(tempfile.gettempdir()),
+}
 PROCESSES = (
     ("step", "Dense()", 512),
+    ("step", "Int8()", 512),
     ("step", "TopK(0.01)", 512),
+    ("step", "Paged()", 512),
     ("inverse", "Dense()", 512),
+    ("inverse", "Paged()", 512),
+    ("inverse", "Files(...)", 512),
     ("pruning", "Dense()", 128),
     ("pruning in blocks", "Dense()", 4096),
 )
@@ -132,11 +143,13 @@ def planned(what: str, storage: str, count: int) -> int:
     """The bytes of the plan of one case of :data:`PROCESSES`."""
     shapes, held = networks.resnet20(), HELD[storage]
     if what == "step":
-        return planning.plan(shapes, count, storage=held).device_bytes
-    if what == "inverse":
-        return planning.plan_inverse(shapes, count, storage=held).device_bytes
-    gradients = Gradients(count, storage=held, in_blocks=what == "pruning in blocks")
-    return planning.plan_pruning(shapes, steps=2, gradients=gradients).device_bytes
+        made = planning.plan(shapes, count, storage=held)
+    elif what == "inverse":
+        made = planning.plan_inverse(shapes, count, storage=held)
+    else:
+        gradients = Gradients(count, storage=held, in_blocks=what == "pruning in blocks")
+        made = planning.plan_pruning(shapes, steps=2, gradients=gradients)
+    return made.device_bytes + made.host_bytes
 
 
 def run(what: str, storage: str, count: int) -> None:
@@ -151,9 +164,13 @@ def run(what: str, storage: str, count: int) -> None:
         if what == "step":
             return update(params, tx.init(params))
         if what == "inverse":
-            rows = collect_gradients(_loss, params, batches, count, storage=held, progress=False)
-            inverse = fisher_inverse(rows, 0.1)
-            return inverse.ihvp(params), inverse.diagonal()
+            with tempfile.TemporaryDirectory() as folder:
+                kept = Files(folder) if isinstance(held, Files) else held
+                rows = collect_gradients(
+                    _loss, params, batches, count, storage=kept, progress=False
+                )
+                inverse = fisher_inverse(rows, 0.1)
+                return inverse.ihvp(params), inverse.diagonal()
         gradients = Gradients(count, storage=held, in_blocks=what == "pruning in blocks")
         options = {"steps": 2, "gradients": gradients, "progress": False}
         return prune(params, _loss, batches, 0.5, **options).mask
@@ -234,8 +251,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
 
 
 def _environment(results: dict[str, Any], name: str) -> str:
-    environment = results[f"{name} environment"]
-    return f"\n{environment['device']}, jax {environment['jax']}, {environment['date']}."
+    return "\n" + report.where(results[f"{name} environment"])
 
 
 def main() -> None:

@@ -7,10 +7,12 @@ file. Benchmarks write it; a test compares it with the result file.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -18,14 +20,32 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def environment() -> dict[str, str]:
+def environment() -> dict[str, Any]:
     """The machine and the date of a measurement."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": jax.devices()[0].device_kind,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "jax": jax.__version__,
         "python": platform.python_version(),
     }
+
+
+def where(environment: dict[str, Any]) -> str:
+    """The machine, the version and the date, as one sentence."""
+    device = environment["device"]
+    if device == "cpu" and "processor" in environment:
+        device = f"{environment['processor']}, {environment['cores']} cores"
+    return f"{device}, jax {environment['jax']}, {environment['date']}."
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor()
 
 
 def save(name: str, results: dict) -> None:

@@ -311,7 +311,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         f"| {r['length']:.3f} |"
         for r in results.get("accuracy", [])
     ]
-    found = {"storages-accuracy": "\n".join(lines)}
+    found = {"storages-accuracy": "\n".join(lines), "storages-bytes": bytes_table()}
     if "rounding" in results:
         found["storages-rounding"] = rounding_table(results["rounding"])
     for name in ("time", "static"):
@@ -320,6 +320,28 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     if "disk" in results:
         found["storages-disk"] = disk_table(results["disk"], results["disk environment"])
     return found
+
+
+def bytes_table() -> str:
+    """What the gradients take a parameter, from the plans of the storages."""
+    size, windows = 2**20, (16, 64, 256, 1024)
+    storages = {
+        "Dense()": Dense(),
+        "Dense(bfloat16)": Dense(jnp.bfloat16),
+        "Int8()": Int8(),
+        **{f"TopK({density})": TopK(density) for density in (0.05, 0.01, 0.005)},
+        "TopK(0.01, error_bits=4)": TopK(0.01, error_bits=4),
+    }
+    lines = [
+        "| storage | " + " | ".join(f"m = {m:,}" for m in windows) + " |",
+        "| --- " * (1 + len(windows)) + "|",
+    ]
+    for name, storage in storages.items():
+        shapes = jax.ShapeDtypeStruct((size,), jnp.float32)
+        rows = [storage.bytes_by_place(shapes, m) or {} for m in windows]
+        each = [f"{sum(places.values()) / size:.1f}" for places in rows]
+        lines.append(f"| `{name}` | {' | '.join(each)} |")
+    return "\n".join(lines)
 
 
 def time_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> str:
@@ -339,7 +361,7 @@ def time_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> st
             r = of_each[s]
             cells.append(r.get("left_out") or f"{r['median'] / r['dense']['median']:.2f} x")
         lines.append(f"| {size} | {m} | {' | '.join(cells)} |")
-    lines.append(f"\n{environment['device']}, jax {environment['jax']}, {environment['date']}.")
+    lines.append("\n" + report.where(environment))
     return "\n".join(lines)
 
 
@@ -348,10 +370,7 @@ def disk_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> st
     size, plain = results[0]["bytes"] / 1e9, results[0]["median"]
     lines = ["| scan | seconds | beside a plain read |", "| --- | --- | --- |"]
     lines += [f"| {r['scan']} | {r['median']:.1f} | {r['median'] / plain:.2f} x |" for r in results]
-    lines.append(
-        f"\n{size:.1f} GB, {size / plain:.2f} GB a second. "
-        f"{environment['device']}, jax {environment['jax']}, {environment['date']}."
-    )
+    lines.append(f"\n{size:.1f} GB, {size / plain:.2f} GB a second. {report.where(environment)}")
     return "\n".join(lines)
 
 

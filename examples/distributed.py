@@ -142,6 +142,7 @@ def train(mesh: Mesh, steps: int, folder: Path, batches: Batches, quiet: bool) -
             params, state, loss = step(params, state, batches.batch(number))
             if (number + 1) % STEPS_BETWEEN_CHECKPOINTS == 0 or number + 1 == steps:
                 kept.save(number + 1, args=ocp.args.StandardSave((params, state)))
+                kept.wait_until_finished()  # what is printed can be gone on with
                 print(f"checkpoint {number + 1}, loss {float(loss):.4f}", flush=True)
     return params
 

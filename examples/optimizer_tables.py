@@ -40,14 +40,14 @@ class Trained(NamedTuple):
         method: the optimizer.
         setting: learning rate and weight decay.
         seed: the seed.
-        is_short: whether it had only a part of the task's steps.
+        length: "short" or "long" if it had fewer or more than the task's steps, otherwise "".
         run: what was measured.
     """
 
     method: str
     setting: tuple[float, float]
     seed: int
-    is_short: bool
+    length: str
     run: dict[str, Any]
 
 
@@ -55,11 +55,11 @@ def trained(results: dict[str, Any], task: str) -> list[Trained]:
     """All runs of a task."""
     found = []
     for key, run in results["runs"].items():
-        name, method, rate, decay, seed, *short = key.split(", ")
+        name, method, rate, decay, seed, *length = key.split(", ")
         if name == task:
             setting = (float(rate), float(decay))
             number = int(seed.removeprefix("seed "))
-            found.append(Trained(method, setting, number, bool(short), run))
+            found.append(Trained(method, setting, number, "".join(length), run))
     return found
 
 
@@ -78,28 +78,32 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         found = trained(results, task)
         if any(t.seed != TRIAL_SEED for t in found):
             made[task] = _table(found)
+        if any(t.length == "long" for t in found):
+            made[f"{task}-long"] = _table(found, "long")
     if made:
-        tasks = list(made)
+        tasks = [task for task in TITLES if task in made]
         made["ranges"] = _ranges(results, tasks)
         if any(t.method not in METHODS for task in tasks for t in trained(results, task)):
             made["variants"] = _variants(results, tasks)
     return made
 
 
-def _table(found: list[Trained]) -> str:
+def _table(found: list[Trained], length: str = "") -> str:
     """One line for each optimizer: its tuned setting, means over the seeds, costs."""
     methods = [method for method in METHODS if any(t.method == method for t in found)]
     adamw = chosen(found, "AdamW")
-    device = parallel.main_device(t.run for t in found if t.seed != TRIAL_SEED)
+    shown = [t for t in found if (t.length == "long") == (length == "long")]
+    device = parallel.main_device(t.run for t in shown if t.seed != TRIAL_SEED)
     lines: list[list[str]] = []
-    names = [(method, chosen(found, method), method, False) for method in methods]
+    names = [(method, chosen(found, method), method, length) for method in methods]
     if "mfacw" in methods:
         if adamw is not None and adamw != chosen(found, "mfacw"):
-            names.append(("mfacw", adamw, "mfacw at AdamW's setting", False))
-        names.append(("mfacw", chosen(found, "mfacw"), "mfacw, fewer steps", True))
-    goal = _mean(finals(found, "AdamW", adamw), "train") if adamw else None
-    for method, setting, label, is_short in names:
-        runs = finals(found, method, setting, is_short=is_short)
+            names.append(("mfacw", adamw, "mfacw at AdamW's setting", length))
+        if not length:
+            names.append(("mfacw", chosen(found, "mfacw"), "mfacw, fewer steps", "short"))
+    goal = _mean(finals(found, "AdamW", adamw, length), "train") if adamw else None
+    for method, setting, label, share in names:
+        runs = finals(found, method, setting, share)
         if not runs:
             continue
         cells = [label, f"{setting[0]:g}, {setting[1]:g}"]
@@ -124,14 +128,13 @@ def finals(
     found: list[Trained],
     method: str,
     setting: tuple[float, float] | None,
-    *,
-    is_short: bool = False,
+    length: str = "",
 ) -> list[dict[str, Any]]:
     """The runs of a setting with the seeds of the tables."""
     return [
         t.run
         for t in found
-        if (t.method, t.setting, t.is_short) == (method, setting, is_short) and t.seed != TRIAL_SEED
+        if (t.method, t.setting, t.length) == (method, setting, length) and t.seed != TRIAL_SEED
     ]
 
 

@@ -1,28 +1,36 @@
-"""Files that survive a process that is killed at any moment."""
+"""Files that survive the end of a process at any moment, and folders that one process has."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from mfac_jax._layout import PyTree
 
+_LOCK = "lock"
+
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file that is there whole or not at all, also after a loss of power."""
     new = path.with_name(path.name + ".new")
     with new.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def digest(tree: PyTree) -> str:
@@ -42,7 +50,26 @@ def digest(tree: PyTree) -> str:
     return found.hexdigest()[:16]
 
 
-def claim(folder: Path, manifest: str, wanted: Mapping[str, Any]) -> IO[bytes]:
+class Claim:
+    """A lock on a folder, which ends with this object or with the process.
+
+    Closing any descriptor of a file drops the process's locks on it, so one object holds the file
+    for all of a process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("ab", buffering=0)
+        weakref.finalize(self, self.file.close)
+
+    def is_of(self, path: Path) -> bool:
+        """Whether this is the file there; it may be another one that was made since."""
+        return path.exists() and os.path.samestat(os.fstat(self.file.fileno()), path.stat())
+
+
+_claims: weakref.WeakValueDictionary[Path, Claim] = weakref.WeakValueDictionary()
+
+
+def claim(folder: Path, manifest: str, wanted: Mapping[str, Any]) -> Claim:
     """Makes a folder if it does not exist, and checks that it is empty or of the same run.
 
     Args:
@@ -51,7 +78,8 @@ def claim(folder: Path, manifest: str, wanted: Mapping[str, Any]) -> IO[bytes]:
         wanted: the content of that file, by name.
 
     Returns:
-        The open manifest. No other process can claim the folder before it is closed.
+        What has to live as long as the folder is used. No other process can claim it meanwhile;
+        this process can.
 
     Raises:
         ValueError: the folder holds something else, or what another run has left.
@@ -61,22 +89,26 @@ def claim(folder: Path, manifest: str, wanted: Mapping[str, Any]) -> IO[bytes]:
     check_system()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / manifest
-    if not path.exists():
-        other = sorted(file.name for file in folder.iterdir() if file.name != manifest + ".new")
-        if other:
-            raise ValueError(
-                f"{folder} must be empty or come from an earlier run, but it holds "
-                f"{', '.join(other[:3])}."
-            )
-        write_whole(path, json.dumps(wanted, indent=1).encode())
-    file = path.open("r+b", buffering=0)
+    _check_own(folder, path)  # leaves the folders of others as they are
+    held = _locked(folder)
     try:
-        _lock(file, folder)
-        _compare(file.read(), path, wanted)
+        if not path.exists():
+            write_whole(path, json.dumps(wanted, indent=1).encode())
+        _compare(path.read_bytes(), path, wanted)
     except BaseException:
-        file.close()
+        del held  # the traceback would keep the lock
         raise
-    return file
+    return held
+
+
+def _check_own(folder: Path, manifest: Path) -> None:
+    own = {manifest.name + ".new", _LOCK}
+    other = sorted(file.name for file in folder.iterdir() if file.name not in own)
+    if other and not manifest.exists():
+        raise ValueError(
+            f"{folder} must be empty or come from an earlier run, but it holds "
+            f"{', '.join(other[:3])}."
+        )
 
 
 def check_system() -> None:
@@ -89,15 +121,21 @@ def check_system() -> None:
         raise OSError("files of gradients and checkpoints need a POSIX system with os.preadv.")
 
 
-def _lock(file: IO[bytes], folder: Path) -> None:
+def _locked(folder: Path) -> Claim:
     import fcntl  # does not exist on Windows
 
+    path = folder.resolve() / _LOCK
+    held = _claims.get(path)
+    if held is not None and held.is_of(path):
+        return held
+    made = Claim(path)
     try:
-        # The lock is the process's own and ends with it, however that ends; or when the process
-        # closes the file, opened here or anywhere else.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(made.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
+        made.file.close()
         raise OSError(error.errno, "another process uses this folder", str(folder)) from error
+    _claims[path] = made
+    return made
 
 
 def _compare(content: bytes, path: Path, wanted: Mapping[str, Any]) -> None:

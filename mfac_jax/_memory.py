@@ -214,7 +214,7 @@ def lacking(plan: Plan) -> list[str]:
     """Each place where less is free than the plan needs."""
     on_host, on_device = free_on_host(), free_on_device()
     needs = [("device", plan.device_bytes, on_device), ("host", plan.host_bytes, on_host)]
-    if _device().platform == "cpu":  # the device is the host; of several devices one is counted
+    if is_host():  # of several devices one is counted
         needs = [("host", plan.device_bytes + plan.host_bytes, on_host)]
     return [
         f"{with_unit(needed)} are needed and {with_unit(free)} are free on the {place}."
@@ -236,13 +236,17 @@ def largest(fits: Callable[[int], bool], most: int = 2**24) -> int:
 
 def free_on_device() -> int | None:
     """The free bytes of the default device; None if they are unknown."""
-    device = _device()
-    if device.platform == "cpu":
+    if is_host():
         return free_on_host()
-    stats = device.memory_stats() or {}
+    stats = _device().memory_stats() or {}
     if "bytes_limit" not in stats:
         return None
     return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+
+
+def is_host() -> bool:
+    """Whether the memory of the default device is that of the host."""
+    return _device().platform == "cpu"
 
 
 def _device() -> jax.Device:

@@ -96,8 +96,9 @@ def collect_gradients(
         storage: how the rows are stored; see :class:`mfac_jax.rows.Dense`.
         checkpoint: a folder that keeps finished gradients. After an interruption, even by
             ``kill -9``, the same call goes on where it stopped, with the same result: the loader
-            must give the same batches again. The folder may be removed afterwards.
-            :class:`mfac_jax.rows.Files` keep finished gradients without it.
+            must give the same batches again. The folder may be removed afterwards. It is for
+            parameters of one process. :class:`mfac_jax.rows.Files` keep finished gradients
+            without it.
         progress: whether to show a progress bar if there is a terminal or notebook.
 
     Returns:
@@ -110,7 +111,8 @@ def collect_gradients(
         ValueError: ``batches`` is empty or a batch is malformed, ``num_gradients`` or
             ``chunk_size`` is below 1, ``loss_fn`` does not return a scalar, an option is
             given without the option that it needs, ``checkpoint`` holds something else than
-            gradients of these parameters, the mesh of ``params`` has explicit axes, or processes
+            gradients of these parameters or comes with parameters that several processes share,
+            the mesh of ``params`` has explicit axes, or processes
             that share ``params`` do not ask for the same number of gradients of the same batches.
         OSError: the folder of ``checkpoint`` cannot be written, or the disk is full.
         FloatingPointError: a gradient has NaN or Inf in it or is too large to square. The

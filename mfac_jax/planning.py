@@ -33,10 +33,11 @@ from mfac_jax.optimizer._precondition import DEFAULT_WINDOW_SIZE
 from mfac_jax.optimizer._windows import BlockWindows, step_bytes
 from mfac_jax.pruning import Gradients
 from mfac_jax.pruning._gradients import num_kept, num_new_parts
-from mfac_jax.rows import Blocks, Dense, InBlocks, Storage, partition
+from mfac_jax.rows import Blocks, Dense, InBlocks, Paged, Storage, partition
 from mfac_jax.rows._map import piece_entries
 from mfac_jax.rows._pages import PAGE_BYTES
-from mfac_jax.rows._room import spelled, storages
+from mfac_jax.rows._room import spelled
+from mfac_jax.rows._room import storages as storages_of_device
 from mfac_jax.rows._storage import check_storage
 from mfac_jax.window import Window
 
@@ -203,7 +204,10 @@ def plan_inverse(
     vector = wide * layout.size
     pieces = _whole_pieces(n, layout.size, platform) if is_whole else piece_entries(n, cut)
     if is_whole and not rows.get("device"):
-        pieces = min(pieces, 4 * PAGE_BYTES // wide)  # two pages and what becomes of them
+        # On a CPU a tile and its image; otherwise two pages and what becomes of them.
+        most = 2 * n * MAX_TILE if platform == "cpu" else 4 * PAGE_BYTES // wide
+        pieces = min(pieces, most)
+    buffers = {"host": 2 * PAGE_BYTES if rows.get("disk") else 0}
     stored = sum(run.width * min(n, run.size) for run in cut.runs)
     # Whitened gradients lie where the gradients do.
     place = next((p for p in _memory.PLACES if rows.get(p)), "device") if is_whole else "device"
@@ -215,6 +219,7 @@ def plan_inverse(
         },
         "vectors": {"device": 3 * vector},
         "pieces of gradients": {"device": wide * pieces},
+        "pages that are read": buffers,
     }
     title = f"inverse of {n} gradients, {spelled(storage)}, {_size(params)}, on a {platform}"
     return _plan(title, sizes)
@@ -330,7 +335,9 @@ def fitting(
     params: PyTree,
     *,
     make: Callable[..., Plan] = plan,
-    storages: Sequence[Storage] = storages(),
+    storages: Sequence[Storage] | None = None,
+    host_budget: int = 0,
+    disk_budget: int = 0,
     **options: Any,
 ) -> Fitting:
     """The largest number of gradients that fits a budget, for each storage.
@@ -340,7 +347,10 @@ def fitting(
         params: as in :func:`plan`.
         make: :func:`plan`, :func:`plan_inverse` or :func:`plan_pruning`, for the gradients of a
             step.
-        storages: the storages to compare.
+        storages: the storages to compare; by default those in the memory of a device, and
+            :class:`mfac_jax.rows.Paged` if there is a ``host_budget``.
+        host_budget: the bytes of the host.
+        disk_budget: the bytes of the disk, for :class:`mfac_jax.rows.Files`.
         options: further arguments of ``make``.
 
     Returns:
@@ -348,7 +358,7 @@ def fitting(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: ``budget`` is below 1; or as ``make``.
+        ValueError: ``budget`` is below 1 or another budget below 0; or as ``make``.
 
     Example:
         >>> import jax
@@ -362,6 +372,11 @@ def fitting(
         TopK()                   5822  1023.73 MiB
     """
     budget = _checks.positive_int(budget, "budget")
+    budgets = {
+        "device": budget,
+        "host": _checks.non_negative_int(host_budget, "host_budget"),
+        "disk": _checks.non_negative_int(disk_budget, "disk_budget"),
+    }
 
     def best(storage: Storage) -> Choice:
         def of(count: int) -> Plan:
@@ -371,9 +386,14 @@ def fitting(
             gradients = replace(given, count=count, storage=storage)
             return plan_pruning(params, **(options | {"gradients": gradients}))
 
-        count = _memory.largest(lambda count: of(count).device_bytes <= budget)
+        count = _memory.largest(lambda count: fits(of(count)))
         return Choice(storage, count, of(count) if count else None)
 
+    def fits(made: Plan) -> bool:
+        return all(made.nbytes(place) <= most for place, most in budgets.items())
+
+    if storages is None:
+        storages = (*storages_of_device(), *([Paged()] if host_budget else []))
     return Fitting(budget, tuple(map(best, storages)))
 
 

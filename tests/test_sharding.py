@@ -87,7 +87,7 @@ def test_devices_share_pages(shardings):
         lambda rows, vector: rows.put(jnp.int32(1), vector),
         lambda rows, vector: rows.combine(rows.dots(vector)),
         lambda rows, vector: rows.gram(),
-        lambda rows, vector: rows.transform(jnp.ones((3, 5))),
+        lambda rows, vector: rows.transform(jnp.ones((3, 16))),
     ],
     ids=["put", "dots and combine", "gram", "transform"],
 )
@@ -95,8 +95,9 @@ def test_no_page_is_gathered(use):
     """Vectors are, if they are cut in another way."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     vector = jax.device_put(jnp.ones(80_000), NamedSharding(mesh, PartitionSpec("x")))
-    held = Paged(columns=40_000).empty(vector, 5)
+    held = Paged(columns=40_000).empty(vector, 16)
     assert held.pages.shape[:2] == (2, 5)
+    assert np.prod(held.pages.shape[2:]) > vector.size  # of a tile
     compiled = jax.jit(use, donate_argnums=0).lower(held, vector).compile().as_text()
     moved = re.findall(r"f32\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)", compiled)
     assert all(np.prod([int(n) for n in shape.split(",")]) <= vector.size for shape in moved)

@@ -115,7 +115,7 @@ def prune(
             one (``4 d`` bytes each) unless they are summed in blocks. After an interruption, even
             by ``kill -9``, the same call goes on where it stopped, with the same result:
             ``batches`` and ``fine_tune`` must then do the same again. The folder may be removed
-            afterwards.
+            afterwards. It is for parameters of one process.
         progress: whether to show a progress bar in a terminal or notebook.
 
     Returns:
@@ -131,6 +131,9 @@ def prune(
             before any work.
         FloatingPointError: a weight, the loss on the calibration batches, a gradient, every loss
             of a step, or the loss after ``fine_tune`` is not finite.
+        OSError: the folder of ``checkpoint`` cannot be written, another process uses it, or the
+            disk is full.
+        MemoryError: the gradients cannot fit.
 
     Example:
         >>> import jax

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import weakref
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,8 +84,7 @@ class Record:
         self._params, self._count = params, cast(int, gradients.count)
         self._settings, self._descents = [s for s, _ in settings], list(descents)
         manifest = {"version": _VERSION, **origin}
-        lock = claim(self.folder, _RUN, manifest)
-        weakref.finalize(self, lock.close)
+        self._claim = claim(self.folder, _RUN, manifest)
 
     def load(self, start: State) -> State:
         """The state after the last step; ``start`` if there is none."""

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mfac_jax import _checks, kernels
-from mfac_jax._durable import check_system, claim
+from mfac_jax._durable import Claim, check_system, claim
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels._xla import accumulation_dtype
 from mfac_jax.rows._base import GradientRows, is_small_enough
@@ -116,12 +116,17 @@ class Files(Storage):
             "dtype": dtype_for(layout, self.dtype).name,
             **origin(),
         }
-        lock = claim(folder, _MANIFEST, manifest)
+        claimed = claim(folder, _MANIFEST, manifest)
         finished = folder / _FINISHED
         marks = opened(finished)
         if os.fstat(marks.fileno()).st_size < m:  # new, or killed before anything was written
             os.truncate(marks.fileno(), m)
-        rows = self._rows(opened(folder / _PAGES), layout, m, marks, lock)
+        try:
+            rows = self._rows(opened(folder / _PAGES), layout, m, marks, claimed)
+        except OSError:  # the disk is full; a smaller number may fit
+            for name in (_PAGES, _FINISHED, _MANIFEST):
+                (folder / name).unlink()
+            raise
         return rows, rows.num_finished
 
     def _rows(
@@ -130,10 +135,10 @@ class Files(Storage):
         layout: Layout,
         num_rows: int,
         marks: IO[bytes] | None = None,
-        lock: IO[bytes] | None = None,
+        claimed: Claim | None = None,
     ) -> FileRows:
         shape = self._shape(layout, num_rows)
-        pages = PageFile(file, shape, dtype_for(layout, self.dtype), marks, lock)
+        pages = PageFile(file, shape, dtype_for(layout, self.dtype), marks, claimed)
         pages.reserve()
         return FileRows(pages, layout, num_rows, self, pages.writes)
 
@@ -253,13 +258,12 @@ class FileRows(PageRows):
 
     def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
         self._check_unchanged()
-        _, tiles, m, width = self.pages.shape
-        width *= tiles
+        *_, m, width = self.pages.shape
         first, last = int(start) // width, -(-(int(start) + size) // width)
-        parts = [self.pages.read(i).astype(self.dtype) for i in range(first, last)]
-        matrix = np.moveaxis(np.stack(parts), 2, 0).reshape(m, -1)
+        tiles = self.pages.read_tiles(first, last - first)
         begin = int(start) - first * width
-        return jnp.asarray(matrix[:, begin : begin + size])
+        columns = np.moveaxis(tiles, 1, 0).reshape(m, -1)[:, begin : begin + size]
+        return jnp.asarray(columns.astype(self.dtype))
 
     def _total(
         self,
@@ -278,7 +282,7 @@ class FileRows(PageRows):
 
     def _columns(
         self, function: OfPage, pieces: tuple[Any, ...], constants: tuple[Any, ...]
-    ) -> Float[Array, "p t w"]:
+    ) -> Float[Array, "p t *k w"]:
         parts = [
             jax.block_until_ready(
                 _of_page(_on_device(page), _at(pieces, i), constants, function=function)

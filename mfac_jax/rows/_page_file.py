@@ -13,6 +13,8 @@ from typing import IO
 import numpy as np
 from jaxtyping import Shaped
 
+from mfac_jax._durable import Claim
+
 
 def opened(path: Path) -> IO[bytes]:
     """A file to read and write, which is made if it does not exist."""
@@ -36,11 +38,11 @@ class PageFile:
         shape: tuple[int, int, int, int],
         dtype: np.dtype,
         marks: IO[bytes] | None = None,
-        lock: IO[bytes] | None = None,
+        claim: Claim | None = None,
     ) -> None:
         self.shape, self.dtype, self.writes = shape, np.dtype(dtype), 0
-        self.file, self._marks = file, marks
-        for held in (file, marks, lock):
+        self.file, self._marks, self._claim = file, marks, claim
+        for held in (file, marks):
             if held is not None:
                 weakref.finalize(self, held.close)
 
@@ -89,6 +91,11 @@ class PageFile:
         """One page."""
         out = np.empty(self.shape[1:], self.dtype) if out is None else out
         return self._read(out, page * out.size)
+
+    def read_tiles(self, first: int, count: int) -> Shaped[np.ndarray, "k m w"]:
+        """Some neighbouring tiles; they are counted over all pages."""
+        out = np.empty((count, *self.shape[2:]), self.dtype)
+        return self._read(out, first * math.prod(self.shape[2:]))
 
     def read_rows(self, first: int, count: int) -> Shaped[np.ndarray, "k pt w"]:
         """Some neighbouring rows."""

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mfac_jax import _checks, kernels
 from mfac_jax._layout import Layout, PyTree
@@ -134,14 +134,14 @@ class PagedRows(PageRows):
         return _take(self, coordinates)
 
     def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
-        # Columns can start anywhere in a page, so they can touch one page more.
-        count, tiles, _, width = self.pages.shape
-        width *= tiles
-        touched = min(-(-size // width) + 1, count)
-        first = jnp.minimum(start // width, count - touched)
-        pages = _on_device(lax.dynamic_slice_in_dim(self.pages, first, touched))
-        matrix = jnp.moveaxis(pages, 2, 0).reshape(self.num_rows, -1)
-        return lax.dynamic_slice_in_dim(matrix, start - first * width, size, 1).astype(self.dtype)
+        begin = jnp.asarray(start, jnp.int32)
+        # A TPU cuts nothing smaller than pages out of the memory of the host.
+        return lax.platform_dependent(
+            self.pages,
+            begin,
+            tpu=functools.partial(_columns_of_pages, size=size),
+            default=functools.partial(_columns_of_tiles, size=size),
+        ).astype(self.dtype)
 
     def _total(
         self,
@@ -155,7 +155,7 @@ class PagedRows(PageRows):
 
     def _columns(
         self, function: OfPage, pieces: tuple[Any, ...], constants: tuple[Any, ...]
-    ) -> Float[Array, "p t w"]:
+    ) -> Float[Array, "p t *k w"]:
         return _columns(self.pages, pieces, constants, function=function)
 
     def _is_alike(self, other: GradientRows) -> bool:
@@ -272,14 +272,56 @@ def _total(
 @functools.partial(jax.jit, static_argnames="function")
 def _columns(
     pages: Array, pieces: tuple[Any, ...], constants: tuple[Any, ...], *, function: OfPage
-) -> Float[Array, "p t w"]:
+) -> Float[Array, "p t *k w"]:
     dtype = accumulation_dtype(pages.dtype)
+    one = jax.tree.map(lambda array: array[0], pieces)
+    like = jax.eval_shape(function, jax.ShapeDtypeStruct(pages.shape[1:], dtype), one, constants)
 
     def write(out: Array, place: _Place, part: Array) -> Array:
         own = jax.tree.map(place.read, pieces)
         return place.write(out, function(part, own, constants).astype(dtype))
 
-    return _fold(write, (pages,), jnp.zeros((*pages.shape[:2], pages.shape[3]), dtype))
+    return _fold(write, (pages,), jnp.zeros((len(pages), *like.shape), dtype))
+
+
+def _columns_of_pages(
+    pages: Shaped[Array, "p t m w"], start: Int[Array, ""], *, size: int
+) -> Shaped[Array, "m size"]:
+    count, tiles, _, width = pages.shape
+    first, touched = _touched(start, size, tiles * width, count)
+    there = _on_device(lax.dynamic_slice_in_dim(pages, first, touched))
+    return _cut_out(there.reshape(-1, *pages.shape[2:]), start - first * tiles * width, size)
+
+
+def _columns_of_tiles(
+    pages: Shaped[Array, "p t m w"], start: Int[Array, ""], *, size: int
+) -> Shaped[Array, "m size"]:
+    count, tiles, _, width = pages.shape
+    first, touched = _touched(start, size, width, count * tiles)
+
+    def fetch(i: Int[Array, ""]) -> Shaped[Array, "m w"]:
+        return _on_device(_Place(i // tiles, i % tiles, 1).read(pages))[0]
+
+    there = lax.map(fetch, first + jnp.arange(touched, dtype=jnp.int32))
+    return _cut_out(there, start - first * width, size)
+
+
+def _touched(
+    start: Int[Array, ""], size: int, width: int, count: int
+) -> tuple[Int[Array, ""], int]:
+    """The first of the parts of this width that hold the columns, and how many to read.
+
+    Columns can start anywhere in a part, so they can touch one part more.
+    """
+    touched = min(-(-size // width) + 1, count)
+    return jnp.minimum(start // width, count - touched), touched
+
+
+def _cut_out(
+    tiles: Shaped[Array, "t m w"], start: Int[Array, ""], size: int
+) -> Shaped[Array, "m size"]:
+    matrix = jnp.moveaxis(tiles, 1, 0).reshape(tiles.shape[1], -1)
+    return lax.dynamic_slice_in_dim(matrix, start, size, 1)
 
 
 @jax.jit

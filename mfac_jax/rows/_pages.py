@@ -61,8 +61,8 @@ class PageRows(WritableRows, ColumnRows):
     @abc.abstractmethod
     def _columns(
         self, function: OfPage, pieces: tuple[Any, ...], constants: tuple[Any, ...]
-    ) -> Float[Array, "p t w"]:
-        """The results (t, w) of ``function`` for all pages."""
+    ) -> Float[Array, "p t *k w"]:
+        """The results (t, ..., w) of ``function`` for all pages."""
 
     @abc.abstractmethod
     def _is_alike(self, other: GradientRows) -> bool:
@@ -101,6 +101,13 @@ class PageRows(WritableRows, ColumnRows):
     ) -> PyTree:
         del lower
         return self._tree(self._columns(_square_sums, (), (matrix,)))
+
+    def both_column_square_sums(
+        self, matrix: Float[Array, "k m"], *, lower: bool = False
+    ) -> tuple[PyTree, PyTree]:
+        del lower
+        both = self._columns(_both_square_sums, (), (matrix,))
+        return self._tree(both[:, :, 0]), self._tree(both[:, :, 1])
 
     def _dots(self, flat: Float[Array, " d"]) -> Float[Array, " m"]:
         return self._total(_dots, (self.num_rows,), (self._cut(flat),))
@@ -143,6 +150,13 @@ def _square_sums(
 ) -> Float[Array, "t w"]:
     del pieces
     return kernels.column_square_sums(page, *constants)
+
+
+def _both_square_sums(
+    page: Array, pieces: tuple[Any, ...], constants: tuple[Any, ...]
+) -> Float[Array, "t 2 w"]:
+    sums = _square_sums(page, pieces, ()), _square_sums(page, pieces, constants)
+    return jnp.stack(sums, axis=1)
 
 
 def are_alike(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:

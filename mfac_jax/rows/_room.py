@@ -37,6 +37,9 @@ def require_room(
     Raises:
         MemoryError: the plan needs more than is free.
     """
+    # Imported here because the storages refuse rows with the functions of this module.
+    from mfac_jax.rows._paged import Paged
+
     layout = Layout(params)  # says which parameter is no array
 
     def plan(storage: Storage, count: int) -> Plan | None:
@@ -53,8 +56,10 @@ def require_room(
         return f"{largest(functools.partial(plan, storage))} with {spelled(storage)}"
 
     def advice() -> str:
-        found = map(most, dict.fromkeys([storage, *storages()]))
-        return f"The largest {name} that fits: {', '.join(found)}."
+        elsewhere = [] if _memory.is_host() else [Paged()]
+        found = map(most, dict.fromkeys([storage, *storages(), *elsewhere]))
+        text = f"The largest {name} that fits: {', '.join(found)}."
+        return text if gram else f"{text} Files(directory) stores gradients on disk."
 
     _memory.require(lambda: plan(storage, num_rows), advice)
 
@@ -86,7 +91,7 @@ def largest(plan: Callable[[int], Plan | None]) -> int:
 
 
 def storages() -> tuple[Storage, ...]:
-    """A storage of each kind, from the largest to the smallest."""
+    """Storages in the memory of a device, from the largest to the smallest."""
     # Imported here because the storages refuse rows with the functions of this module.
     from mfac_jax.rows._int8 import Int8
     from mfac_jax.rows._storage import Dense

@@ -53,7 +53,9 @@ class Storage(abc.ABC):
     ) -> tuple[WritableRows, int]:
         """Rows to collect gradients in, and how many of the first ones hold theirs already.
 
-        A storage that outlives the process returns what an interrupted run has finished.
+        A storage that outlives the process returns what an interrupted run has finished. Its rows
+        then have a method ``gradients(first, count)``, which returns some of them, stacked: the
+        first is compared with the one that the first batch gives now.
 
         Args:
             params: as in :meth:`empty`.

@@ -183,6 +183,10 @@ def test_pages_cross_the_bus_and_two_are_on_the_device(devices, in_host_memory):
         assert memory.host_output_size_in_bytes == whole
         assert memory.host_alias_size_in_bytes == host_alias
         assert memory.host_temp_size_in_bytes == 0
+    columns = jax.jit(lambda rows, start: rows.columns(start, 2048)).lower(rows, row).compile()
+    memory = columns.memory_analysis()
+    assert memory.temp_size_in_bytes < 4.1 * PAGE  # two pages, as they come and as one matrix
+    assert memory.host_temp_size_in_bytes == 0
 
 
 @pytest.mark.parametrize("devices", ["cuda"], indirect=True)
