@@ -366,6 +366,17 @@ def test_an_interrupted_pruning_goes_on(tmp_path, after, fine_tune):
     assert finished == {"run.json", "lock", "step.npz", "gradients-2", "gradients-3"}
 
 
+@pytest.mark.parametrize("bits", [0, 4, 16])
+def test_an_interrupted_pruning_with_compressed_gradients_goes_on(tmp_path, bits):
+    """After the rows of the first step were used again, by those of the third."""
+    options = {"gradients": Gradients(6, storage=TopK(0.2, error_bits=bits)), "steps": 5}
+    want = pruned(**options)
+    with pytest.raises(Interrupted):
+        pruned(interrupted(EXAMPLES, 29), checkpoint=tmp_path, **options)
+    assert (tmp_path / "gradients-3").exists()
+    assert_same(pruned(checkpoint=tmp_path, **options), want)
+
+
 @functools.cache
 def whole_pruning(fine_tune):
     return pruned(fine_tune=fine_tune)

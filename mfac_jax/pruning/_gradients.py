@@ -276,7 +276,9 @@ class History(Curvature):
             oldest = self._parts[slot]
             if oldest is self._gradients.given:  # belongs to the caller
                 oldest = self._empty()
-            self._parts[slot] = fill(check_writable(oldest, "the history of gradients"))
+            # The errors are those of gradients at other weights.
+            oldest = check_writable(oldest, "the history of gradients").without_errors()
+            self._parts[slot] = fill(oldest)
         self._taken += 1
         if self._num_parts == 1:
             self.rows = self._parts[0]

@@ -210,6 +210,13 @@ class WritableRows(GradientRows):
     def restrict(self: Writable, mask: PyTree) -> Writable:
         """Sets the coordinates where ``mask`` is false to zero, in every row."""
 
+    def without_errors(self: Writable) -> Writable:
+        """The rows without what their gradients have lost and the next one would receive.
+
+        For gradients that do not follow on those before. The default keeps no such errors.
+        """
+        return self
+
     def write_rows(
         self: Writable, first: int | Int[Array, ""], gradients: PyTree, count: int | Int[Array, ""]
     ) -> tuple[Writable, Bool[Array, " k"]]:

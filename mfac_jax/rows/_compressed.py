@@ -207,6 +207,10 @@ class CompressedRows(WritableRows, ColumnRows):
     def clear(self, row: Int[Array, ""]) -> CompressedRows:
         return replace(self, code=tuple(part.at[:, row].set(0) for part in self.code))
 
+    def without_errors(self) -> CompressedRows:
+        blank = self.storage.blank_error(self.num_tiles, self.width)
+        return replace(self, error=blank)
+
     def restrict(self, mask: PyTree) -> CompressedRows:
         keep = self._tiles(self.layout.flat_mask(mask))
         code, error = self.storage.restrict(self.code, self.error, keep)
