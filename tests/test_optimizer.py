@@ -456,3 +456,15 @@ def test_rows_that_jit_cannot_trace_are_refused_before_the_first_step(make):
         TypeError, match=r"window under jit needs .* got HostRows \(is_traceable=False\)"
     ):
         tx.init(jnp.ones(3))
+
+
+@pytest.mark.parametrize("options", [{}, {"blocks": "leaf"}, {"blocks": "output"}])
+def test_a_first_gradient_of_zeros_is_a_step_of_zeros(options):
+    tx = mfac_precondition(4, **options)
+    zeros = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}
+    state = tx.init(zeros)
+    for update in (tx.update, jax.jit(tx.update)):
+        updates, after = update(zeros, state)
+        assert not any(bool(x.any()) for x in jax.tree.leaves(updates))
+        updates, _ = update(jax.tree.map(jnp.ones_like, zeros), after)
+        assert all(bool((x > 0).all()) for x in jax.tree.leaves(updates))

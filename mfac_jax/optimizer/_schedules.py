@@ -32,11 +32,15 @@ def damping_at(
     count: Int[Array, ""],
     trace: Float[Array, "*l"],
 ) -> Float[Array, "*l"]:
-    """``lambda = damping + relative * trace``, where ``trace`` is that of the undamped Fisher."""
+    """``lambda = damping + relative * trace``, where ``trace`` is that of the undamped Fisher.
+
+    While all gradients are zero, a relative damping alone is 1 and not 0: the direction is zero.
+    """
 
     def at(value: ScalarOrSchedule | None) -> Float[Array, ""]:
         if value is None:
             return jnp.zeros((), trace.dtype)
         return jnp.asarray(value(count) if callable(value) else value).astype(trace.dtype)
 
-    return at(damping) + at(relative) * trace
+    lam = at(damping) + at(relative) * trace
+    return jnp.where((trace == 0) & (lam == 0), jnp.ones_like(lam), lam)
