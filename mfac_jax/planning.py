@@ -33,11 +33,11 @@ from mfac_jax.optimizer._precondition import DEFAULT_WINDOW_SIZE
 from mfac_jax.optimizer._windows import BlockWindows, step_bytes
 from mfac_jax.pruning import Gradients
 from mfac_jax.pruning._gradients import num_kept, num_new_parts
-from mfac_jax.rows import Blocks, Dense, InBlocks, Paged, Storage, partition
+from mfac_jax.rows import Blocks, Dense, InBlocks, Storage, partition
 from mfac_jax.rows._map import piece_entries
 from mfac_jax.rows._pages import PAGE_BYTES
 from mfac_jax.rows._room import spelled
-from mfac_jax.rows._room import storages as storages_of_device
+from mfac_jax.rows._room import storages as known_storages
 from mfac_jax.rows._storage import check_storage
 from mfac_jax.window import Window
 
@@ -321,7 +321,7 @@ class Fitting:
             (
                 spelled(choice.storage),
                 str(choice.num_gradients),
-                _memory.with_unit(_total(choice.plan)),
+                _taken(choice.plan),
             )
             for choice in self.choices
         ]
@@ -336,8 +336,8 @@ def fitting(
     *,
     make: Callable[..., Plan] = plan,
     storages: Sequence[Storage] | None = None,
-    host_budget: int = 0,
-    disk_budget: int = 0,
+    host_budget: int | None = None,
+    disk_budget: int | None = None,
     **options: Any,
 ) -> Fitting:
     """The largest number of gradients that fits a budget, for each storage.
@@ -349,8 +349,8 @@ def fitting(
             step.
         storages: the storages to compare; by default those in the memory of a device, and
             :class:`mfac_jax.rows.Paged` if there is a ``host_budget``.
-        host_budget: the bytes of the host.
-        disk_budget: the bytes of the disk, for :class:`mfac_jax.rows.Files`.
+        host_budget: the bytes of the host; storages that need them must have it.
+        disk_budget: the same for the disk.
         options: further arguments of ``make``.
 
     Returns:
@@ -358,7 +358,7 @@ def fitting(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: ``budget`` is below 1 or another budget below 0; or as ``make``.
+        ValueError: a budget is below 1, or a storage needs one that is not given; or as ``make``.
 
     Example:
         >>> import jax
@@ -371,29 +371,37 @@ def fitting(
         Int8()                    519  1023.19 MiB
         TopK()                   5822  1023.73 MiB
     """
-    budget = _checks.positive_int(budget, "budget")
-    budgets = {
-        "device": budget,
-        "host": _checks.non_negative_int(host_budget, "host_budget"),
-        "disk": _checks.non_negative_int(disk_budget, "disk_budget"),
-    }
+    given = {"budget": budget, "host_budget": host_budget, "disk_budget": disk_budget}
+    for name, value in given.items():
+        if value is not None:
+            _checks.positive_int(value, name)
+    budgets = dict(zip(_memory.PLACES, given.items(), strict=True))
 
     def best(storage: Storage) -> Choice:
         def of(count: int) -> Plan:
             if make is not plan_pruning:
                 return make(params, count, storage=storage, **options)
-            given = options.get("gradients", Gradients())
-            gradients = replace(given, count=count, storage=storage)
+            gradients = options.get("gradients", Gradients())
+            gradients = replace(gradients, count=count, storage=storage)
             return plan_pruning(params, **(options | {"gradients": gradients}))
 
-        count = _memory.largest(lambda count: fits(of(count)))
+        def fits(count: int) -> bool:
+            made = of(count)
+            return all(has_room(made, place) for place in budgets)
+
+        def has_room(made: Plan, place: str) -> bool:
+            name, most = budgets[place]
+            if most is None and made.nbytes(place):
+                raise ValueError(
+                    f"{spelled(storage)} takes memory of the {place}: give {name}, the bytes there."
+                )
+            return most is None or made.nbytes(place) <= most
+
+        count = _memory.largest(fits)
         return Choice(storage, count, of(count) if count else None)
 
-    def fits(made: Plan) -> bool:
-        return all(made.nbytes(place) <= most for place, most in budgets.items())
-
     if storages is None:
-        storages = (*storages_of_device(), *([Paged()] if host_budget else []))
+        storages = known_storages(host=host_budget is not None)
     return Fitting(budget, tuple(map(best, storages)))
 
 
@@ -402,8 +410,12 @@ def _plan(title: str, sizes: dict[str, dict[str, int]]) -> Plan:
     return Plan(title, tuple(parts))
 
 
-def _total(plan: Plan | None) -> int:
-    return 0 if plan is None else plan.device_bytes
+def _taken(plan: Plan | None) -> str:
+    if plan is None:
+        return _memory.with_unit(0)
+    elsewhere = [(place, plan.nbytes(place)) for place in _memory.PLACES[1:]]
+    parts = [f"{_memory.with_unit(nbytes)} of the {place}" for place, nbytes in elsewhere if nbytes]
+    return ", ".join([_memory.with_unit(plan.device_bytes), *parts])
 
 
 def _platform(platform: str | None) -> str:

@@ -217,6 +217,24 @@ def test_the_largest_number_of_gradients_for_pruning():
         assert planning.plan_pruning(params, **options).device_bytes > budget
 
 
+def test_the_largest_number_that_fits_into_the_host_and_the_disk(tmp_path):
+    params, options = jax.ShapeDtypeStruct((100, 100), DTYPE), {"platform": "gpu"}
+    found = planning.fitting(2_000_000, params, host_budget=50_000_000, **options)
+    *_, (storage, count, made) = found.choices
+    assert storage == Paged()
+    assert made.host_bytes <= 50_000_000
+    more = plan(params, count + 1, storage=storage, **options)
+    assert more.host_bytes > 50_000_000 or more.device_bytes > 2_000_000
+    assert "of the host" in str(found)
+    files = [Files(tmp_path)]
+    options |= {"storages": files, "make": planning.plan_inverse}
+    budgets = {"host_budget": 2**30, "disk_budget": 50_000_000}
+    held = planning.fitting(2**30, params, **budgets, **options).choices[0]
+    assert 0 < held.plan.disk_bytes <= 50_000_000
+    with pytest.raises(ValueError, match=r"takes memory of the host: give host_budget"):
+        planning.fitting(2**30, params, disk_budget=2**30, **options)
+
+
 def test_a_plan_is_shown_as_a_table():
     parts = (
         planning.Component("gradients", "host", 3 * 2**30),
@@ -237,6 +255,8 @@ def test_bad_arguments():
         plan(zeros(), platform="abacus")
     with pytest.raises(ValueError, match="budget must be at least 1"):
         planning.fitting(0, zeros())
+    with pytest.raises(ValueError, match="host_budget must be at least 1"):
+        planning.fitting(1, zeros(), host_budget=0)
 
 
 def test_leaves_on_two_meshes():

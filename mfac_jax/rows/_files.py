@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
 import os
@@ -121,11 +122,13 @@ class Files(Storage):
         marks = opened(finished)
         if os.fstat(marks.fileno()).st_size < m:  # new, or killed before anything was written
             os.truncate(marks.fileno(), m)
+        pages = opened(folder / _PAGES)
         try:
-            rows = self._rows(opened(folder / _PAGES), layout, m, marks, claimed)
-        except OSError:  # the disk is full; a smaller number may fit
-            for name in (_PAGES, _FINISHED, _MANIFEST):
-                (folder / name).unlink()
+            rows = self._rows(pages, layout, m, marks, claimed)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:  # nothing is in the files yet; a smaller number may fit
+                for name in (_PAGES, _FINISHED, _MANIFEST):
+                    (folder / name).unlink()
             raise
         return rows, rows.num_finished
 

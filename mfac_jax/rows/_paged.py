@@ -275,7 +275,9 @@ def _columns(
 ) -> Float[Array, "p t *k w"]:
     dtype = accumulation_dtype(pages.dtype)
     one = jax.tree.map(lambda array: array[0], pieces)
-    like = jax.eval_shape(function, jax.ShapeDtypeStruct(pages.shape[1:], dtype), one, constants)
+    like = jax.eval_shape(
+        function, jax.ShapeDtypeStruct(pages.shape[1:], pages.dtype), one, constants
+    )
 
     def write(out: Array, place: _Place, part: Array) -> Array:
         own = jax.tree.map(place.read, pieces)

@@ -37,9 +37,6 @@ def require_room(
     Raises:
         MemoryError: the plan needs more than is free.
     """
-    # Imported here because the storages refuse rows with the functions of this module.
-    from mfac_jax.rows._paged import Paged
-
     layout = Layout(params)  # says which parameter is no array
 
     def plan(storage: Storage, count: int) -> Plan | None:
@@ -56,10 +53,11 @@ def require_room(
         return f"{largest(functools.partial(plan, storage))} with {spelled(storage)}"
 
     def advice() -> str:
-        elsewhere = [] if _memory.is_host() else [Paged()]
-        found = map(most, dict.fromkeys([storage, *storages(), *elsewhere]))
-        text = f"The largest {name} that fits: {', '.join(found)}."
-        return text if gram else f"{text} Files(directory) stores gradients on disk."
+        found = map(most, dict.fromkeys([storage, *storages(host=not _memory.is_host())]))
+        return (
+            f"The largest {name} that fits: {', '.join(found)}. Files(directory) stores gradients "
+            "on disk, for the static algorithm."
+        )
 
     _memory.require(lambda: plan(storage, num_rows), advice)
 
@@ -90,14 +88,16 @@ def largest(plan: Callable[[int], Plan | None]) -> int:
     return _memory.largest(fits)
 
 
-def storages() -> tuple[Storage, ...]:
-    """Storages in the memory of a device, from the largest to the smallest."""
+def storages(*, host: bool) -> tuple[Storage, ...]:
+    """Storages in the memory of a device, from the largest to the smallest, and of the host."""
     # Imported here because the storages refuse rows with the functions of this module.
     from mfac_jax.rows._int8 import Int8
+    from mfac_jax.rows._paged import Paged
     from mfac_jax.rows._storage import Dense
     from mfac_jax.rows._topk import TopK
 
-    return Dense(), Dense("bfloat16"), Int8(), TopK()
+    on_device = Dense(), Dense("bfloat16"), Int8(), TopK()
+    return (*on_device, Paged()) if host else on_device
 
 
 def spelled(storage: Storage) -> str:
