@@ -15,13 +15,14 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-isa aot compiled gpu-check lint ruff types imports docs bench accuracy clean
+.PHONY: help demo test test-all test-isa test-rest aot compiled gpu-check lint ruff types imports docs bench accuracy clean
 
 help:
 	@echo "make demo      run examples/quickstart.py"
 	@echo "make test      run the tests and the docstring examples, except slow ones"
 	@echo "make test-all  run every test, including builds of the package, the demo and experiments"
 	@echo "make test-isa  run the numerical tests, fully optimized, without AVX-512"
+	@echo "make test-rest run the tests that test-isa leaves out"
 	@echo "make aot       compile the kernels for an H200 and a TPU v5e; neither is needed"
 	@echo "make compiled  write the compiler's report on the kernels for an H200 (jax 0.12)"
 	@echo "make gpu-check check the kernels on this machine's GPU in 8 minutes; installs nothing"
@@ -46,6 +47,9 @@ test-all: $(VENV)/.stamp-test
 test-isa: export XLA_FLAGS += $(ISA:%=--xla_cpu_max_isa=%)
 test-isa: $(VENV)/.stamp-test
 	$(PYTEST) --as-users-compile -m "not slow" $(NUMBERS:%=tests/test_%.py) $(ARGS)
+
+test-rest: $(VENV)/.stamp-test
+	$(PYTEST) -m "not slow" $(NUMBERS:%=--ignore=tests/test_%.py) $(ARGS)
 
 # Uses a separate environment: it has compilers for devices that the tests must not find.
 aot: $(VENV)-aot/.stamp

@@ -55,6 +55,7 @@ EXAMPLE = {
 DEVICES = (1, 8, 64, 1024)
 HELD = {
     "Dense()": Dense(),
+    "Dense(bfloat16)": Dense(jnp.bfloat16),
     "Int8()": Int8(),
     "TopK(0.01)": TopK(0.01),
     "Paged()": Paged(),
@@ -66,6 +67,9 @@ PROCESSES = (
     ("step", "TopK(0.01)", 512),
     ("step", "Paged()", 512),
     ("inverse", "Dense()", 512),
+    ("inverse", "Dense(bfloat16)", 512),
+    ("inverse", "Int8()", 512),
+    ("inverse", "TopK(0.01)", 512),
     ("inverse", "Paged()", 512),
     ("inverse", "Files(...)", 512),
     ("pruning", "Dense()", 128),

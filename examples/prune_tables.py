@@ -43,7 +43,7 @@ def one_shot_cells(found: dict[str, Any]) -> Cells:
     for key, run in found.items():
         seed, method = key.split(" ", 1)
         for sparsity, outcome in run.items():
-            if not sparsity.endswith("seconds"):
+            if isinstance(outcome, dict):  # not the times, the machine or the date of the run
                 row = cells.setdefault(method, {}).setdefault((float(sparsity), 1), {})
                 row[int(seed)] = outcome["accuracy"]
     return cells

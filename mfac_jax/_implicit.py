@@ -74,8 +74,7 @@ class ImplicitRows(GradientRows):
     @property
     def dtype(self) -> jnp.dtype:
         """float64 for float64 parameters, float32 for all others."""
-        is_double = jnp.dtype("float64") in self.layout.dtypes
-        return jnp.dtype(jnp.float64 if is_double else jnp.float32)
+        return self.layout.dtype
 
     def dots(self, vector: PyTree) -> Float[Array, " m"]:
         leaves = map(jnp.asarray, self.layout.check(vector, "vector"))

@@ -75,6 +75,12 @@ class Layout:
         """``d``: the number of coordinates."""
         return sum(self.sizes)
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of sums: float64 if a leaf is float64, float32 otherwise."""
+        is_double = np.dtype("float64") in self.dtypes
+        return np.dtype("float64" if is_double else "float32")
+
     def describe(self) -> str:
         """The path, dtype and shape of every leaf, on one line."""
         parts = [

@@ -26,7 +26,6 @@ from mfac_jax import _checks, _memory
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax._memory import Component, Plan, check_memory
 from mfac_jax.inverse._inverse import products_suffice
-from mfac_jax.kernels._xla import MAX_TILE
 from mfac_jax.optimizer import mfac_precondition
 from mfac_jax.optimizer._metric import Metric
 from mfac_jax.optimizer._precondition import DEFAULT_WINDOW_SIZE
@@ -38,7 +37,7 @@ from mfac_jax.rows._map import piece_entries
 from mfac_jax.rows._pages import PAGE_BYTES
 from mfac_jax.rows._room import spelled
 from mfac_jax.rows._room import storages as known_storages
-from mfac_jax.rows._storage import check_storage
+from mfac_jax.rows._storage import check_storage, vector_bytes
 from mfac_jax.window import Window
 
 __all__ = [
@@ -198,15 +197,11 @@ def plan_inverse(
     platform = _platform(platform)
     params = _memory.on_mesh(params, mesh)
     layout = Layout(params)
-    cut, wide = partition(layout, blocks), _width(layout)
+    cut, wide = partition(layout, blocks), layout.dtype.itemsize
     rows = _rows_bytes(storage, params, n)
     is_whole = products_suffice(n, cut)
-    vector = wide * layout.size
-    pieces = _whole_pieces(n, layout.size, platform) if is_whole else piece_entries(n, cut)
-    if is_whole and not rows.get("device"):
-        # On a CPU a tile and its image; otherwise two pages and what becomes of them.
-        most = 2 * n * MAX_TILE if platform == "cpu" else 4 * PAGE_BYTES // wide
-        pieces = min(pieces, most)
+    in_blocks = 0 if is_whole else wide * piece_entries(n, cut)
+    pieces = storage.scan_bytes(params, n, platform) if is_whole else in_blocks
     buffers = {"host": 2 * PAGE_BYTES if rows.get("disk") else 0}
     stored = sum(run.width * min(n, run.size) for run in cut.runs)
     # Whitened gradients lie where the gradients do.
@@ -217,8 +212,8 @@ def plan_inverse(
         "whitened gradients" if is_whole else "inverses of blocks": {
             place: wide * stored if whiten else 0
         },
-        "vectors": {"device": 3 * vector},
-        "pieces of gradients": {"device": wide * pieces},
+        "vectors": {"device": 3 * vector_bytes(params)},
+        "pieces of gradients": {"device": pieces},
         "pages that are read": buffers,
     }
     title = f"inverse of {n} gradients, {spelled(storage)}, {_size(params)}, on a {platform}"
@@ -268,7 +263,7 @@ def plan_pruning(
     layout = Layout(params)
     parts, count = num_new_parts(gradients, steps)
     storage, kept = gradients.storage, num_kept(gradients, steps)
-    cut, wide = partition(layout, blocks), _width(layout)
+    cut, wide = partition(layout, blocks), layout.dtype.itemsize
     if gradients.in_blocks:
         # The square roots of the sums stand for as many gradients as a block has coordinates.
         storage, parts, kept = InBlocks(blocks, storage), 1, max(cut.sizes.tolist())
@@ -440,18 +435,6 @@ def _rows_bytes(storage: Storage, params: PyTree, num_rows: int) -> dict[str, in
             "bytes, got None."
         )
     return sizes
-
-
-def _whole_pieces(num_rows: int, size: int, platform: str) -> int:
-    """The numbers that the diagonal of a whole inverse takes at a time."""
-    if platform == "cpu":
-        return 4 * num_rows * min(size, MAX_TILE)
-    return num_rows * size // 8
-
-
-def _width(layout: Layout) -> int:
-    """The bytes of a number in the accumulation dtype."""
-    return 8 if jnp.dtype("float64") in layout.dtypes else 4
 
 
 def _size(params: PyTree) -> str:

@@ -100,7 +100,7 @@ def init(
     """
     m = _checks.positive_int(window_size, "window_size")
     check_storage(storage)
-    require_room(storage, params, m, "window_size", gram=True)
+    require_room(storage, params, m, "window_size", gram=True, step=True)
     rows = storage.empty(params, m)
     check_products(check_writable(rows, "a window"), "a window")
     return Window(

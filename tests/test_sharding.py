@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mfac_jax import collect_gradients, fisher_inverse, mfac_precondition, mfacw
 from mfac_jax.optimizer import SecondMoments
-from mfac_jax.pruning import prune
+from mfac_jax.pruning import Gradients, prune
 from mfac_jax.rows import Dense, Int8, Paged, TopK, _int8, as_rows
 
 NAMES = "all-reduce|all-gather|all-to-all|collective-permute"
@@ -47,6 +47,27 @@ def test_steps_on_shards_equal_steps_on_one_device(shardings):
             rows = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
             block = spread.window.rows.blocks[name]
             assert block.sharding.is_equivalent_to(rows, block.ndim)
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [Dense(), Dense(packing="leaf"), Int8(16), TopK(0.2, block=16), Paged()],
+    ids=["flat", "leaf", "int8", "topk", "paged"],
+)
+def test_pruning_on_shards_equals_pruning_on_one_device(shardings, storage):
+    def loss(params, batch):
+        hidden = jnp.tanh(batch @ params["kernel"] + params["bias"][None])
+        return jnp.mean(jnp.sum(hidden, axis=1) ** 2) + jnp.mean(params["scale"] ** 2)
+
+    params = gradient(0)
+    batches = [jax.random.normal(jax.random.key(i), (4, 8)) for i in range(12)]
+    options = {"steps": 2, "gradients": Gradients(12, storage=storage), "progress": False}
+    want = prune(params, loss, batches, 0.5, **options)
+    got = prune(jax.device_put(params, shardings), loss, batches, 0.5, **options)
+    chex.assert_trees_all_equal(got.mask, want.mask)
+    chex.assert_trees_all_close(got.params, want.params, rtol=1e-3, atol=1e-4)
+    for name, sharding in shardings.items():
+        assert got.params[name].sharding.is_equivalent_to(sharding, params[name].ndim)
 
 
 def test_rows_by_output_follow_the_sharding(shardings):

@@ -13,11 +13,12 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Float
 
 from mfac_jax import _checks
@@ -194,8 +195,14 @@ def count_of(gradients: Gradients) -> int:
 
 
 def like(params: PyTree) -> PyTree:
-    """The shapes and dtypes of the parameters."""
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params)
+    """The shapes, dtypes and shardings of the parameters."""
+
+    def struct(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None)
+        own = sharding if isinstance(sharding, NamedSharding) else None
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=own)
+
+    return jax.tree.map(struct, params)
 
 
 class Curvature(abc.ABC):

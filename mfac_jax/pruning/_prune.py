@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from tqdm.auto import tqdm
 
 from mfac_jax import _checks
@@ -361,13 +362,26 @@ class _Run:
         step = Searcher(state.params, state.alive, self.curvature, selection, self.loss_of).step(
             self.settings, self.descents, target, keep_layers=plan.keep_layers
         )
-        params, alive, tuned = step.params, step.mask, None
+        params, alive, tuned = _placed(step.params, state.params), step.mask, None
         if self.fine_tune is not None:
             params = plan.fine_tuned(self.fine_tune, params, alive)
             tuned = _finite(self.loss_of(params), "the loss after fine_tune")
         report = _report(step, selection, state.loss, tuned, gradient_seconds, began)
         loss = report.loss_after if tuned is None else tuned
         return State(params, alive, loss, [*state.reports, report], state.batches)
+
+
+def _placed(new: PyTree, old: PyTree) -> PyTree:
+    """The new parameters, where the old ones are.
+
+    XLA chooses where results of a program are, if parameters are spread over devices.
+    """
+
+    def leaf(new: Any, old: Any) -> Any:
+        is_spread = isinstance(getattr(old, "sharding", None), NamedSharding)
+        return jax.device_put(new, old.sharding) if is_spread else new
+
+    return jax.tree.map(leaf, new, old)
 
 
 @dataclass(frozen=True)

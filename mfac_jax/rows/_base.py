@@ -24,7 +24,7 @@ from mfac_jax.rows._partition import Partition, check_partition, pieces_of
 
 # The number of rows that are multiplied at a time by all other rows. They take little memory beside
 # the gradients and are enough for a matrix product.
-_ROWS_AT_A_TIME = 16
+ROWS_AT_A_TIME = 16
 
 Writable = TypeVar("Writable", bound="WritableRows")
 
@@ -158,7 +158,7 @@ class GradientRows(abc.ABC):
         """
         del lower
         matrix = jnp.eye(self.num_rows, dtype=self.dtype) if matrix is None else matrix
-        return square_sums_by_rows(self, matrix, _ROWS_AT_A_TIME)
+        return square_sums_by_rows(self, matrix, ROWS_AT_A_TIME)
 
     def both_column_square_sums(
         self, matrix: Float[Array, "k m"], *, lower: bool = False
@@ -359,7 +359,7 @@ def _products(
     """``G H^T`` from products only, some rows of the first at a time."""
     of_row = functools.partial(_products_of_row, first, second, mask)
     units = jnp.eye(first.num_rows, dtype=first.dtype)
-    return jax.lax.map(of_row, units, batch_size=min(_ROWS_AT_A_TIME, first.num_rows))
+    return jax.lax.map(of_row, units, batch_size=min(ROWS_AT_A_TIME, first.num_rows))
 
 
 def square_sums_by_rows(rows: GradientRows, matrix: Float[Array, "k m"], count: int) -> PyTree:

@@ -26,8 +26,11 @@ from mfac_jax.rows._blocks import BlockRows, number_of_blocks, output_axis
 from mfac_jax.rows._dense import DenseRows
 from mfac_jax.rows._storage import Storage, rows_sharding, traced_bytes
 
-# As many numbers are decoded or multiplied at a time; 64 MiB in float32.
+# As many numbers are multiplied at a time; 64 MiB in float32.
 _ENTRIES_AT_A_TIME = 2**24
+
+# As many numbers are decoded at a time; 16 MiB in float32.
+_DECODED_AT_A_TIME = 2**22
 
 # The code of some tiles: arrays (t, m, ...) for m rows, or (t, ...) for one gradient.
 Code = tuple[Array, ...]
@@ -128,6 +131,14 @@ class Compressed(Storage):
         """See :meth:`Storage.bytes_by_place`."""
         return traced_bytes(self, params, num_rows)
 
+    def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:  # noqa: ARG002
+        """See :meth:`Storage.scan_bytes`. Tiles, what they are decoded from, and a product."""
+        layout = Layout(params)
+        count, width = self.tiling(layout.size)
+        tile = num_rows * width
+        decoded = min(max(_DECODED_AT_A_TIME // tile, 1), count) * tile
+        return 3 * decoded * layout.dtype.itemsize
+
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> CompressedOutputRows:
         """See :meth:`Storage.by_output`. Every output has tiles of its own."""
         layout = Layout(leaf)
@@ -177,8 +188,8 @@ class CompressedRows(WritableRows, ColumnRows):
     @property
     def dtype(self) -> jnp.dtype:
         """float64 for float64 parameters, float32 for all others."""
-        is_double = jnp.dtype("float64") in self.layout.dtypes
-        return jnp.dtype(jnp.float64 if is_double else jnp.float32)
+        own: jnp.dtype = self.layout.dtype
+        return own
 
     @property
     def num_tiles(self) -> int:
@@ -236,6 +247,20 @@ class CompressedRows(WritableRows, ColumnRows):
         del lower
         return _compiled_transform(self, matrix)
 
+    def column_square_sums(
+        self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
+    ) -> PyTree:
+        del lower
+        (sums,) = _compiled_square_sums(self, (matrix,))
+        return self.layout.unflatten(sums)
+
+    def both_column_square_sums(
+        self, matrix: Float[Array, "k m"], *, lower: bool = False
+    ) -> tuple[PyTree, PyTree]:
+        del lower
+        own, mixed = _compiled_square_sums(self, (None, matrix))
+        return self.layout.unflatten(own), self.layout.unflatten(mixed)
+
     def take(self, coordinates: Int[Array, " k"]) -> Float[Array, "m k"]:
         return _compiled_take(self, coordinates)
 
@@ -279,7 +304,7 @@ class CompressedRows(WritableRows, ColumnRows):
     @property
     def _tiles_at_a_time(self) -> int:
         """The number of tiles that are decoded at a time."""
-        return max(_ENTRIES_AT_A_TIME // (self.num_rows * self.width), 1)
+        return max(_DECODED_AT_A_TIME // (self.num_rows * self.width), 1)
 
     def _decoded(self, code: Code) -> Float[Array, "t m k"]:
         return self.storage.decode(code, self.width, self.dtype)
@@ -462,6 +487,27 @@ def _compiled_transform(rows: CompressedRows, matrix: Float[Array, "k m"]) -> De
 
     blocks = map_tiles(mixed, rows._tiles_at_a_time, rows.code)
     return DenseRows(blocks, rows.layout, len(matrix), "flat")
+
+
+@jax.jit
+def _compiled_square_sums(
+    rows: CompressedRows, matrices: tuple[Float[Array, "k m"] | None, ...]
+) -> list[Float[Array, " d"]]:
+    """``diag((M G)^T (M G))`` for every matrix; None stands for the identity."""
+
+    def sums(code: Code) -> Float[Array, "t j w"]:
+        tiles, found = rows._decoded(code), []
+        for matrix in matrices:
+            mixed = tiles
+            if matrix is not None:
+                wide = matrix.astype(rows.dtype)
+                mixed = jnp.einsum("km,tmw->tkw", wide, tiles, precision="highest")
+            found.append(jnp.sum(mixed**2, axis=1))
+        return jnp.stack(found, axis=1)
+
+    of_tiles = map_tiles(sums, rows._tiles_at_a_time, rows.code)
+    flat = jnp.moveaxis(of_tiles, 1, 0).reshape(len(matrices), -1)
+    return list(flat[:, : rows.layout.size])
 
 
 @jax.jit

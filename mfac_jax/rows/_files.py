@@ -25,8 +25,8 @@ from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels._xla import accumulation_dtype
 from mfac_jax.rows._base import GradientRows, is_small_enough
 from mfac_jax.rows._page_file import PageFile, opened
-from mfac_jax.rows._pages import OfPage, PageRows, are_alike, page_shape
-from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
+from mfac_jax.rows._pages import OfPage, PageRows, are_alike, page_shape, scan_bytes
+from mfac_jax.rows._storage import Storage, check_dtype, dtype_for, vector_bytes
 
 # Of the files; a change of what they hold raises it.
 _VERSION = 2
@@ -95,6 +95,11 @@ class Files(Storage):
         layout = Layout(params)
         shape = self._shape(layout, num_rows)
         return {"disk": math.prod(shape) * dtype_for(layout, self.dtype).itemsize}
+
+    def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:
+        """See :meth:`Storage.scan_bytes`."""
+        itemsize = Layout(params).dtype.itemsize
+        return scan_bytes(num_rows, vector_bytes(params), itemsize, platform)
 
     def resume(
         self, params: PyTree, num_rows: int, origin: Callable[[], Mapping[str, str]]

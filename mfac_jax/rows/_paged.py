@@ -20,8 +20,8 @@ from mfac_jax import _checks, kernels
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels._xla import accumulation_dtype
 from mfac_jax.rows._base import GradientRows, is_small_enough
-from mfac_jax.rows._pages import OfPage, PageRows, are_alike, page_shape
-from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
+from mfac_jax.rows._pages import OfPage, PageRows, are_alike, page_shape, scan_bytes
+from mfac_jax.rows._storage import Storage, check_dtype, dtype_for, vector_bytes
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ class Paged(Storage):
         """See :meth:`Storage.bytes_by_place`. One host has the pages of all devices."""
         shape, dtype = self._pages(Layout(params), num_rows, _mesh_of(params))
         return {"host": math.prod(shape) * dtype.itemsize}
+
+    def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:
+        """See :meth:`Storage.scan_bytes`."""
+        itemsize = Layout(params).dtype.itemsize
+        return scan_bytes(num_rows, vector_bytes(params), itemsize, platform)
 
     def _pages(
         self, layout: Layout, num_rows: int, mesh: Mesh | AbstractMesh | None

@@ -32,6 +32,21 @@ _ALIGNMENT = 128
 OfPage = Callable[[Array, tuple[Any, ...], tuple[Any, ...]], Array]
 
 
+def scan_bytes(num_rows: int, vector: int, itemsize: int, platform: str) -> int:
+    """:meth:`Storage.scan_bytes` of rows on pages.
+
+    Args:
+        num_rows: ``m``.
+        vector: the bytes of a vector.
+        itemsize: the bytes of a number.
+        platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+    """
+    whole, tile = num_rows * vector, num_rows * MAX_TILE * itemsize
+    if platform == "cpu":  # a tile and its image
+        return min(4 * whole, 2 * tile)
+    return min(whole // 8, 4 * PAGE_BYTES)  # two pages and what becomes of them
+
+
 class PageRows(WritableRows, ColumnRows):
     """Gradients on pages (p, t, m, w) of t tiles of columns; the last page is padded with zeros.
 

@@ -23,6 +23,7 @@ def require_room(
     *,
     parts: int = 1,
     gram: bool = False,
+    step: bool = False,
 ) -> None:
     """Refuses rows that cannot fit. Checks nothing under ``jit``.
 
@@ -33,20 +34,25 @@ def require_room(
         name: the argument that sets the number, for the error.
         parts: how many such rows there are together.
         gram: whether they come with a Gram matrix.
+        step: whether an optimizer takes steps with them.
 
     Raises:
         MemoryError: the plan needs more than is free.
     """
     layout = Layout(params)  # says which parameter is no array
+    shapes = _memory.on_mesh(params)
 
     def plan(storage: Storage, count: int) -> Plan | None:
         rows = storage.bytes_by_place(params, count)
         if rows is None:
             return None
-        wide = 8 if "float64" in {dtype.name for dtype in layout.dtypes} else 4
         held = {place: parts * nbytes for place, nbytes in rows.items()}
-        square = {"device": wide * (parts * count) ** 2 if gram else 0}
+        square = {"device": layout.dtype.itemsize * (parts * count) ** 2 if gram else 0}
         named = _memory.components("gradients", held) + _memory.components("Gram matrix", square)
+        if step and rows.get("device"):  # others may be no pytree
+            made = _memory.arrays(lambda params: storage.empty(params, count), shapes)
+            used = {"device": made.step_bytes("cpu" if _memory.is_host() else "gpu")}
+            named += _memory.components("temporary arrays", used)
         return Plan(f"{name}={count}, {spelled(storage)}", tuple(named))
 
     def most(storage: Storage) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,9 @@ from jax.typing import DTypeLike
 
 from mfac_jax import _checks, _memory
 from mfac_jax._layout import Layout, PyTree
+from mfac_jax.kernels._xla import MAX_TILE
 from mfac_jax.kernels.backends import check_implementation
-from mfac_jax.rows._base import GradientRows, WritableRows, check_writable
+from mfac_jax.rows._base import ROWS_AT_A_TIME, GradientRows, WritableRows, check_writable
 from mfac_jax.rows._blocks import BlockRows, OutputRows, number_of_blocks, output_axis
 from mfac_jax.rows._dense import DenseRows, tiles_of, tiling
 from mfac_jax.rows._room import require_room, require_room_of
@@ -81,6 +83,20 @@ class Storage(abc.ABC):
         """
         return None
 
+    def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:  # noqa: ARG002
+        """What a Gram matrix or the diagonal of a whole inverse takes, for plans.
+
+        It counts the temporary arrays on each device, beside the rows and the result. The default
+        is an estimate for the default methods of :class:`GradientRows`, which combine some rows at
+        a time.
+
+        Args:
+            params: shapes, as in :meth:`empty`.
+            num_rows: ``m``.
+            platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+        """
+        return 2 * min(ROWS_AT_A_TIME, num_rows) * vector_bytes(params)
+
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> BlockRows:  # noqa: ARG002
         """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.
 
@@ -142,8 +158,17 @@ def check_dtype(dtype: DTypeLike | None) -> np.dtype | None:
 
 def dtype_for(layout: Layout, dtype: DTypeLike | None) -> np.dtype:
     """The dtype of stored gradients of these parameters, if ``dtype`` was asked for."""
-    is_double = jnp.dtype("float64") in layout.dtypes
-    return jnp.dtype(dtype or (jnp.float64 if is_double else jnp.float32))
+    return layout.dtype if dtype is None else np.dtype(dtype)
+
+
+def vector_bytes(params: PyTree) -> int:
+    """The bytes on each device of a vector like the parameters, in the dtype of sums."""
+
+    def size(leaf: Any) -> int:
+        sharding, shape = getattr(leaf, "sharding", None), jnp.shape(leaf)
+        return math.prod(shape if sharding is None else sharding.shard_shape(shape))
+
+    return Layout(params).dtype.itemsize * sum(map(size, jax.tree.leaves(params)))
 
 
 def traced_bytes(storage: Storage, params: PyTree, num_rows: int) -> dict[str, int]:
@@ -226,6 +251,19 @@ class Dense(Storage):
     def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int]:
         """See :meth:`Storage.bytes_by_place`."""
         return traced_bytes(self, params, num_rows)
+
+    def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:
+        """See :meth:`Storage.scan_bytes`."""
+        layout = Layout(params)
+        whole = num_rows * vector_bytes(params)
+        if platform != "cpu":
+            return whole // 8
+        # XLA for a CPU widens all rows at once. Those of leaves it copies.
+        is_narrow = dtype_for(layout, self.dtype) == jnp.bfloat16
+        if self.packing == "leaf":
+            return 5 * whole // 2 if is_narrow else whole
+        tile = min(num_rows * MAX_TILE * layout.dtype.itemsize, whole)
+        return whole + tile if is_narrow else 4 * tile
 
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> OutputRows:
         """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.
