@@ -5,9 +5,9 @@
 Accuracy: windows of the last gradients of a training run (the digits and the network of the
 quickstart). Rounding: ways to round such gradients to 8 bits. Time: one push and one direction, in
 turn with dense float32. Static: an inverse and one product with it, likewise. Disk: the scans of
-files that the system must read from disk, beside a plain read of them. Writes
+files of more bytes than this machine has memory, beside a plain read of them. Writes
 ``results/storages.json`` and the tables of ``docs/storages.md``; ``--render`` only writes the
-tables. Takes a quarter of an hour on two CPU cores, 13 GB of memory and of disk.
+tables. Takes half an hour on two CPU cores, 13 GB of memory, and more disk than memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import os
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from flax import nnx
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mfac_jax import fisher_inverse, mfac_precondition, window
+from mfac_jax import fisher_inverse, mfac_precondition, planning, window
 from mfac_jax.rows import Dense, FileRows, Files, Int8, Paged, Storage, TopK
 
 sys.path.append(str(report.ROOT / "examples"))
@@ -211,8 +212,8 @@ def in_pairs(
     return found
 
 
-def random_rows(d: int, m: int, storage: Storage) -> Any:
-    """Random gradients, made some at a time."""
+def random_rows(d: int, m: int, storage: Storage, count: int = 8) -> Any:
+    """Random gradients, ``count`` made at a time."""
     rows = storage.empty(jnp.zeros(d), m)
 
     def write(rows: Any, first: int, gradients: jax.Array) -> Any:
@@ -220,16 +221,18 @@ def random_rows(d: int, m: int, storage: Storage) -> Any:
 
     if rows.is_traceable:
         write = jax.jit(write, donate_argnums=0)
-    for i in range(0, m, 8):
-        rows = write(rows, i, jax.random.normal(jax.random.key(i), (8, d)))
+    for i in range(0, m, count):
+        rows = write(rows, i, jax.random.normal(jax.random.key(i), (count, d)))
     return rows
 
 
 def disk() -> list[dict[str, Any]]:
-    """Scans of files that the system must read from disk, and a plain read of them."""
-    d, m = SIZES["25 million"], 64
+    """Scans of files that no memory holds, an inverse with a product, and a plain read."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    m, columns = 64, 2**20
+    d = math.ceil(1.1 * memory / (4 * m * columns)) * columns
     with tempfile.TemporaryDirectory() as folder:
-        held = random_rows(d, m, Files(folder))
+        held = random_rows(d, m, Files(folder), count=2)
         assert isinstance(held, FileRows)
         descriptor, size = held.pages.file.fileno(), 4 * d * m
         buffer = bytearray(2**26)
@@ -244,19 +247,20 @@ def disk() -> list[dict[str, Any]]:
             "dots": lambda: held.dots(vector),
             "combine": lambda: held.combine(weights),
             "gram": held.gram,
+            "an inverse and a product": lambda: fisher_inverse(held, 1e-3).ihvp(vector),
         }
-        for scan in scans.values():  # compiles
-            jax.block_until_ready(scan())
+        small = random_rows(d // 100, m, Files(folder))
+        jax.block_until_ready(fisher_inverse(small, 1e-3).ihvp(vector[: d // 100]))  # compiles
         seconds: dict[str, list[float]] = {name: [] for name in scans}
         for _ in range(3):
-            for name, scan in scans.items():
+            for name, scan in tqdm(scans.items(), desc="disk", disable=None):
                 os.fsync(descriptor)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 start = time.perf_counter()
                 jax.block_until_ready(scan())
                 seconds[name].append(time.perf_counter() - start)
         return [
-            {"scan": name, "bytes": size} | timing.summary(values)
+            {"scan": name, "bytes": size, "memory": memory} | timing.summary(values)
             for name, values in seconds.items()
         ]
 
@@ -312,6 +316,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         for r in results.get("accuracy", [])
     ]
     found = {"storages-accuracy": "\n".join(lines), "storages-bytes": bytes_table()}
+    found["storages-memory"] = memory_table()
     if "rounding" in results:
         found["storages-rounding"] = rounding_table(results["rounding"])
     for name in ("time", "static"):
@@ -344,6 +349,27 @@ def bytes_table() -> str:
     return "\n".join(lines)
 
 
+def memory_table() -> str:
+    """What a step and a static inverse take on a CPU, from their plans."""
+    storages = TIMED | {"Files(...)": Files(tempfile.gettempdir())}
+    lines = [
+        "| parameters | m | " + " | ".join(f"`{s}`" for s in storages) + " |",
+        "| --- " * (2 + len(storages)) + "|",
+    ]
+
+    def taken(made: planning.Plan) -> str:
+        return f"{(made.device_bytes + made.host_bytes) / 2**20:,.0f}"
+
+    for (size, d), m in CASES:
+        cells, shapes = [], jax.ShapeDtypeStruct((d,), jnp.float32)
+        for storage in storages.values():
+            on_disk, options = isinstance(storage, Files), {"storage": storage, "platform": "cpu"}
+            step = "-" if on_disk else taken(planning.plan(shapes, m, **options))
+            cells.append(f"{step} / {taken(planning.plan_inverse(shapes, m, **options))}")
+        lines.append(f"| {size} | {m} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def time_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> str:
     """The time of dense rows, and those of the others in its units."""
     storages = list(dict.fromkeys(r["storage"] for r in results))
@@ -370,7 +396,10 @@ def disk_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> st
     size, plain = results[0]["bytes"] / 1e9, results[0]["median"]
     lines = ["| scan | seconds | beside a plain read |", "| --- | --- | --- |"]
     lines += [f"| {r['scan']} | {r['median']:.1f} | {r['median'] / plain:.2f} x |" for r in results]
-    lines.append(f"\n{size:.1f} GB, {size / plain:.2f} GB a second. {report.where(environment)}")
+    lines.append(
+        f"\n{size:.1f} GB, {results[0]['memory'] / 1e9:.1f} GB of memory, {size / plain:.2f} GB a "
+        f"second. {report.where(environment)}"
+    )
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -87,7 +88,7 @@ def claim(folder: Path, manifest: str, wanted: Mapping[str, Any]) -> Claim:
             what files need.
     """
     check_system()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / manifest
     _check_own(folder, path)  # leaves the folders of others as they are
     held = _locked(folder)
@@ -99,6 +100,21 @@ def claim(folder: Path, manifest: str, wanted: Mapping[str, Any]) -> Claim:
         del held  # the traceback would keep the lock
         raise
     return held
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, if it does not exist.
+
+    Raises:
+        NotADirectoryError: a file has its name.
+        OSError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(
+            errno.ENOTDIR, "expected a folder, got a file", str(folder)
+        ) from error
 
 
 def _check_own(folder: Path, manifest: Path) -> None:

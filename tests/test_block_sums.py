@@ -443,6 +443,8 @@ def test_options_that_exclude_sums_are_refused():
         Gradients(in_blocks=True, history=2)
     with pytest.raises(ValueError, match="expected given=None, got DenseRows"):
         Gradients(in_blocks=True, given=rows.as_rows(jnp.ones((2, 3))))
+    with pytest.raises(ValueError, match=r"expected in_blocks=True, got storage=InBlocks"):
+        Gradients(storage=rows.InBlocks(8))
     # Whether a function of the caller needs products shows when it is called.
     taylor = WITHIN._replace(score=outside.taylor)
     with pytest.raises(TypeError, match=r"BlockSums keeps sums in blocks .* has no combine"):

@@ -22,6 +22,8 @@ from mfac_jax.pruning import _prune as pruning_prune
 from mfac_jax.pruning import _record as pruning_record
 from mfac_jax.rows import Dense, Files, TopK, _files, _page_file, as_rows
 
+pytestmark = pytest.mark.once
+
 D, M = 7, 10
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.float32(0.5)}
 DATA = [
@@ -259,12 +261,27 @@ def test_a_system_without_such_files_is_named(tmp_path, monkeypatch):
             use()
 
 
-def test_a_full_disk_shows_before_any_work(tmp_path, monkeypatch):
+def test_a_file_is_no_folder(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("of a user")
+    runs = [
+        lambda: collect_gradients(failing, PARAMS, DATA, M, checkpoint=file),
+        lambda: collect_gradients(failing, PARAMS, DATA, M, storage=Files(file)),
+        lambda: as_rows(jnp.ones((2, 4)), storage=Files(file)),
+    ]
+    for run in runs:
+        with pytest.raises(NotADirectoryError, match=r"expected a folder, got a file: .*file"):
+            run()
+    assert file.read_text() == "of a user"
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EFBIG"])
+def test_a_full_disk_shows_before_any_work(tmp_path, monkeypatch, code):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(getattr(errno, code), "no room")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"gradients need \d+ bytes of disk, but [\d,]+ are free"):
+    with pytest.raises(OSError, match=r": gradients need \d+ bytes, and [\d,]+ are free on"):
         collect_gradients(failing, PARAMS, DATA, M, storage=Files(tmp_path))
     monkeypatch.undo()
     assert collect(tmp_path, m=M // 2).num_finished == M // 2  # what may fit

@@ -735,6 +735,7 @@ np.testing.assert_allclose(whole, pieces, rtol=1e-5)
 """
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("as_users_compile")
 def test_many_blocks_of_several_sizes_do_not_wait_for_one_another():
     """A process of its own, which can be stopped: XLA would let them wait forever."""

@@ -743,6 +743,7 @@ def test_impossible_storages_are_refused():
     for density in (0.0, -0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="density must"):
             TopK(density)
+    assert hash(TopK(np.float32(0.5))) == hash(TopK(jnp.float32(0.5))) == hash(TopK(0.5))
     with pytest.raises(ValueError, match="values must be one of bfloat16, float32; got int8"):
         TopK(values=jnp.int8)
     with pytest.raises(ValueError, match="error_bits must be 0, 4 or 16, got 8"):

@@ -31,6 +31,7 @@ from mfac_jax.rows import (
     Dense,
     FileRows,
     GradientRows,
+    InBlocks,
     StackedRows,
     Storage,
     WritableRows,
@@ -74,7 +75,8 @@ class Gradients:
     Raises:
         TypeError: an attribute has another type.
         ValueError: ``count`` is below 1, ``history`` is below 0, ``given`` does not hold
-            ``count`` gradients, or ``in_blocks`` comes with ``given`` or with ``history`` above 0.
+            ``count`` gradients, ``in_blocks`` comes with ``given`` or with ``history`` above 0, or
+            ``storage`` is :class:`mfac_jax.rows.InBlocks`.
     """
 
     count: int | None = None
@@ -89,7 +91,11 @@ class Gradients:
             _checks.positive_int(self.count, "count")
         if self.history is not None:
             _checks.non_negative_int(self.history, "history")
-        check_storage(self.storage)
+        if isinstance(check_storage(self.storage), InBlocks):
+            raise ValueError(
+                "sums take their blocks from the settings: expected in_blocks=True, got "
+                f"storage={self.storage!r}."
+            )
         self._check_in_blocks()
         if not isinstance(self.per_example, bool):
             raise TypeError(f"per_example must be a bool, got {type(self.per_example).__name__}.")

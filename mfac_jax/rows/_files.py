@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import math
 import os
@@ -20,11 +19,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mfac_jax import _checks, kernels
-from mfac_jax._durable import Claim, check_system, claim
+from mfac_jax._durable import Claim, check_system, claim, make_folder
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels._xla import accumulation_dtype
 from mfac_jax.rows._base import GradientRows, is_small_enough
-from mfac_jax.rows._page_file import PageFile, opened
+from mfac_jax.rows._page_file import NO_ROOM, PageFile, opened
 from mfac_jax.rows._pages import OfPage, PageRows, are_alike, page_shape, scan_bytes
 from mfac_jax.rows._storage import Storage, check_dtype, dtype_for, vector_bytes
 
@@ -131,7 +130,7 @@ class Files(Storage):
         try:
             rows = self._rows(pages, layout, m, marks, claimed)
         except OSError as error:
-            if error.errno == errno.ENOSPC:  # nothing is in the files yet; a smaller number may fit
+            if error.errno in NO_ROOM:  # nothing is in the files yet; a smaller number may fit
                 for name in (_PAGES, _FINISHED, _MANIFEST):
                     (folder / name).unlink()
             raise
@@ -160,7 +159,7 @@ class Files(Storage):
         # The file outlives this function; it closes with the rows.
         check_system()
         folder = Path(self.directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return tempfile.TemporaryFile(dir=folder, buffering=0)
 
 

@@ -15,6 +15,9 @@ from jaxtyping import Shaped
 
 from mfac_jax._durable import Claim
 
+# The disk is full, or a quota or the largest size of a file is reached.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def opened(path: Path) -> IO[bytes]:
     """A file to read and write, which is made if it does not exist."""
@@ -69,14 +72,14 @@ class PageFile:
             else:
                 os.truncate(descriptor, size)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in NO_ROOM:
                 raise
             os.truncate(descriptor, 0)
             free = os.fstatvfs(descriptor)
             raise OSError(
-                errno.ENOSPC,
-                f"gradients need {size:,} bytes of disk, but "
-                f"{free.f_bavail * free.f_frsize:,} are free",
+                error.errno,
+                f"{os.strerror(error.errno)}: gradients need {size:,} bytes, and "
+                f"{free.f_bavail * free.f_frsize:,} are free on the disk",
             ) from error
 
     def buffer(self) -> Shaped[np.ndarray, "t m w"]:

@@ -68,6 +68,7 @@ class TopK(Compressed):
     def __post_init__(self) -> None:
         _checks.positive_scalar(self.density, "density")
         _checks.unit_interval(self.density, "density")
+        object.__setattr__(self, "density", float(self.density))
         check_width(self.block, "block")
         object.__setattr__(self, "values", _checks.dtype(self.values, "values", VALUES))
         if _checks.non_negative_int(self.error_bits, "error_bits") not in ERROR_BITS:
