@@ -134,15 +134,18 @@ class Compressed(Storage):
     def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:
         """See :meth:`Storage.scan_bytes`.
 
-        Tiles, what they are decoded from, and a product. A process keeps what earlier products
-        with a vector took.
+        Tiles, what they are decoded from, and a product. On a CPU a process keeps what earlier
+        products with a vector took.
         """
         layout = Layout(params)
         count, width = self.tiling(layout.size)
         tile = num_rows * width
         decoded = min(max(_DECODED_AT_A_TIME // tile, 1), count) * tile
+        scan = 3 * decoded * layout.dtype.itemsize
+        if platform != "cpu":
+            return scan
         rows: CompressedRows = jax.eval_shape(lambda: self.empty(params, num_rows))
-        return 3 * decoded * layout.dtype.itemsize + rows.step_bytes(platform)
+        return scan + rows.step_bytes(platform)
 
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> CompressedOutputRows:
         """See :meth:`Storage.by_output`. Every output has tiles of its own."""
