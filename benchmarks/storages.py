@@ -7,7 +7,7 @@ quickstart). Rounding: ways to round such gradients to 8 bits. Time: one push an
 turn with dense float32. Static: an inverse and one product with it, likewise. Disk: the scans of
 files of more bytes than this machine has memory, beside a plain read of them. Writes
 ``results/storages.json`` and the tables of ``docs/storages.md``; ``--render`` only writes the
-tables. Takes half an hour on two CPU cores, 13 GB of memory, and more disk than memory.
+tables. Takes an hour on two slow CPU cores, 13 GB of memory, and more disk than memory.
 """
 
 from __future__ import annotations
@@ -424,7 +424,7 @@ def main() -> None:
         if not options.render and name in (options.only or [name]):
             results[name] = measure()
             results[f"{name} environment"] = report.environment()
-    report.save("storages", results)
+            report.save("storages", results)
     for name, text in tables(results).items():
         report.write_table(PAGE, name, text)
 

@@ -90,7 +90,7 @@ def fill_rows(
                 chunk=chunk,
             )
             if step.row < done:
-                _check_first(gradients, rows if copy is None else copy)
+                _check_kept(step, gradients, rows if copy is None else copy)
                 continue
             rows, accepted = rows.write_rows(step.row, gradients, step.num_rows)
             if copy is not None:
@@ -102,19 +102,21 @@ def fill_rows(
     return rows
 
 
-def _check_first(gradients: PyTree, kept: Any) -> None:
-    """Checks that the first row that was kept is the gradient that is computed now.
+def _check_kept(step: Step, gradients: PyTree, kept: Any) -> None:
+    """Checks that a row that was kept is the gradient that is computed now.
 
     Raises:
         ValueError: it is not.
     """
-    pairs = zip(jax.tree.leaves(kept.gradients(0, 1)), jax.tree.leaves(gradients), strict=True)
+    own = kept.gradients(step.row, 1)
+    pairs = zip(jax.tree.leaves(own), jax.tree.leaves(gradients), strict=True)
     leaves = [(np.asarray(x, np.float64), np.asarray(g, np.float64)) for x, g in pairs]
     missing = sum(np.sum((x - g[:1]) ** 2) for x, g in leaves)
     if missing > _SAME**2 * sum(np.sum(x**2) for x, _ in leaves):
         raise ValueError(
             "the gradients that were kept come from another loss or from other data: expected the "
-            "gradient of the first batch in row 0, got one that differs. Use another folder."
+            f"gradient of batch {step.batch} in row {step.row}, got one that differs. Use another "
+            "folder."
         )
 
 
@@ -223,7 +225,7 @@ def _steps(
 ) -> Iterator[tuple[Step, PyTree]]:
     """The steps that fill m rows, each with its batch, without those of the first ``done`` rows.
 
-    If there are such rows, the first one is a step of its own, so that it can be compared. All
+    Of such rows the first and the last are steps of their own, so that they can be compared. All
     batches are read even so: the data of the next step of pruning begin after them.
     """
     row = 0
@@ -235,8 +237,9 @@ def _steps(
             pieces = [(i, min(chunk, length - i)) for i in range(0, length, chunk)]
         for example, count in pieces:
             count = min(count, m - row)
-            if row == 0 < done:
-                yield Step(row, count, number, example).part(0, 1), on_device(batch)
+            for kept in sorted({0, done - 1}):
+                if row <= kept < min(row + count, done):
+                    yield Step(row, count, number, example).part(kept, 1), on_device(batch)
             first = max(row, done)
             if first < row + count:
                 device_batch = on_device(batch) if device_batch is None else device_batch

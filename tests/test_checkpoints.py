@@ -469,6 +469,16 @@ def test_gradients_of_another_loss_are_an_error(tmp_path, done):
     collect_gradients(loss_fn, PARAMS, DATA, M, storage=Files(tmp_path))
 
 
+@pytest.mark.parametrize("per_example", [False, True])
+def test_other_data_after_the_first_batch_are_an_error(tmp_path, per_example):
+    options = {"per_example": per_example, "storage": Files(tmp_path)}
+    with pytest.raises(Interrupted):
+        collect_gradients(loss_fn, PARAMS, interrupted(DATA, 3), M, **options)
+    changed = [DATA[0], *((2 * x, y) for x, y in DATA[1:])]
+    with pytest.raises(ValueError, match=r"expected the gradient of batch 2 in row [28]"):
+        collect_gradients(loss_fn, PARAMS, changed, M, **options)
+
+
 def test_an_interrupted_collection_goes_on_in_smaller_chunks(tmp_path):
     options = {"per_example": True, "storage": TopK(0.5, block=4)}
     want = collect_gradients(loss_fn, PARAMS, DATA, M, **options)
