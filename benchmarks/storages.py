@@ -396,9 +396,9 @@ def disk_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> st
     size, plain = results[0]["bytes"] / 1e9, results[0]["median"]
     lines = ["| scan | seconds | beside a plain read |", "| --- | --- | --- |"]
     lines += [f"| {r['scan']} | {r['median']:.1f} | {r['median'] / plain:.2f} x |" for r in results]
+    memory = f", {results[0]['memory'] / 1e9:.1f} GB of memory" if "memory" in results[0] else ""
     lines.append(
-        f"\n{size:.1f} GB, {results[0]['memory'] / 1e9:.1f} GB of memory, {size / plain:.2f} GB a "
-        f"second. {report.where(environment)}"
+        f"\n{size:.1f} GB{memory}, {size / plain:.2f} GB a second. {report.where(environment)}"
     )
     return "\n".join(lines)
 

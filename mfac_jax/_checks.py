@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,14 @@ def _number(value: Any, name: str) -> float | None:
         ):
             raise TypeError(f"{name} must be a real number, got {value.dtype.name}.")
     return None if isinstance(value, jax.core.Tracer) else float(value)
+
+
+def folder(value: Any, name: str) -> None:
+    """Checks for the path of a folder, which need not exist."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a path, got {type(value).__name__}.")
+    if not os.fspath(value):
+        raise ValueError(f"{name} must name a folder, got {value!r}.")
 
 
 def one_of(value: Any, name: str, choices: Sequence[str]) -> None:

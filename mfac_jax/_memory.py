@@ -228,6 +228,7 @@ def largest(fits: Callable[[int], bool], most: int = 2**24) -> int:
     low, high = 0, 1
     while high <= most and fits(high):
         low, high = high, 2 * high
+    high = min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -242,6 +243,12 @@ def free_on_device() -> int | None:
     if "bytes_limit" not in stats:
         return None
     return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+
+
+def platform() -> str:
+    """``"cpu"``, ``"gpu"`` or ``"tpu"``: that of the default device."""
+    name = _device().platform
+    return name if name in ("cpu", "tpu") else "gpu"
 
 
 def is_host() -> bool:

@@ -145,6 +145,8 @@ def collect_gradients(
     chunk_size_of(chunk_size, per_example, layout.size, m)
     if mask is not None:
         layout.check_mask(mask)
+    if checkpoint is not None:
+        _checks.folder(checkpoint, "checkpoint")
     require_room(check_storage(storage), params, m, "num_gradients")
     origin = functools.partial(_origin, params, mask, key, per_example)
     rows, done = storage.resume(params, m, origin)

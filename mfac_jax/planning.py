@@ -26,15 +26,15 @@ from mfac_jax import _checks, _memory
 from mfac_jax._layout import Layout, PyTree
 from mfac_jax._memory import Component, Plan, check_memory
 from mfac_jax.inverse._inverse import products_suffice
+from mfac_jax.kernels._xla import accumulation_dtype
 from mfac_jax.optimizer import mfac_precondition
 from mfac_jax.optimizer._metric import Metric
 from mfac_jax.optimizer._precondition import DEFAULT_WINDOW_SIZE
 from mfac_jax.optimizer._windows import BlockWindows, step_bytes
 from mfac_jax.pruning import Gradients
 from mfac_jax.pruning._gradients import num_kept, num_new_parts
-from mfac_jax.rows import Blocks, Dense, InBlocks, Storage, partition
+from mfac_jax.rows import Blocks, Dense, Files, InBlocks, Paged, Storage, partition
 from mfac_jax.rows._map import piece_entries
-from mfac_jax.rows._pages import PAGE_BYTES
 from mfac_jax.rows._room import spelled
 from mfac_jax.rows._room import storages as known_storages
 from mfac_jax.rows._storage import check_storage, vector_bytes
@@ -197,20 +197,28 @@ def plan_inverse(
     platform = _platform(platform)
     params = _memory.on_mesh(params, mesh)
     layout = Layout(params)
-    cut, wide = partition(layout, blocks), layout.dtype.itemsize
+    cut, wide = partition(layout, blocks), _width(storage, layout)
     rows = _rows_bytes(storage, params, n)
-    is_whole = products_suffice(n, cut)
-    in_blocks = 0 if is_whole else wide * piece_entries(n, cut)
+    has_sums = isinstance(storage, InBlocks)
+    if has_sums and blocks is None:
+        raise ValueError("InBlocks has no whole inverse: expected blocks=, got blocks=None.")
+    is_whole = products_suffice(n, cut) and not has_sums
+    # The square roots of sums are as many rows as a block has coordinates.
+    held = max(cut.sizes.tolist(), default=0) if has_sums else n
+    in_blocks = 0 if is_whole else wide * piece_entries(held, cut)
     pieces = storage.scan_bytes(params, n, platform) if is_whole else in_blocks
-    buffers = {"host": 2 * PAGE_BYTES if rows.get("disk") else 0}
-    stored = sum(run.width * min(n, run.size) for run in cut.runs)
-    # Whitened gradients lie where the gradients do.
-    place = next((p for p in _memory.PLACES if rows.get(p)), "device") if is_whole else "device"
+    buffers = {"host": storage.buffer_bytes(params, n) if isinstance(storage, Files) else 0}
+    stored = wide * sum(run.width * min(n, run.size) for run in cut.runs)
+    place = "device"
+    if is_whole and isinstance(storage, Dense) and storage.packing == "leaf":
+        stored = n * vector_bytes(params)
+    if is_whole and isinstance(storage, Files | Paged):
+        place = next((p for p in _memory.PLACES if rows.get(p)), "device")
     sizes = {
         "gradients": rows,
         "Gram matrix and factor": {"device": 3 * wide * n**2 if is_whole else 0},
         "whitened gradients" if is_whole else "inverses of blocks": {
-            place: wide * stored if whiten else 0
+            place: stored if whiten else 0
         },
         "vectors": {"device": 3 * vector_bytes(params)},
         "pieces of gradients": {"device": pieces},
@@ -263,10 +271,10 @@ def plan_pruning(
     layout = Layout(params)
     parts, count = num_new_parts(gradients, steps)
     storage, kept = gradients.storage, num_kept(gradients, steps)
-    cut, wide = partition(layout, blocks), layout.dtype.itemsize
+    cut, wide = partition(layout, blocks), _width(storage, layout)
     if gradients.in_blocks:
         # The square roots of the sums stand for as many gradients as a block has coordinates.
-        storage, parts, kept = InBlocks(blocks, storage), 1, max(cut.sizes.tolist())
+        storage, parts, kept = InBlocks(blocks, storage), 1, max(cut.sizes.tolist(), default=0)
     rows = _rows_bytes(storage, params, count)
     pieces = wide * piece_entries(kept, cut)
     if gradients.in_blocks:
@@ -277,7 +285,7 @@ def plan_pruning(
     sizes = {
         "gradients": {place: parts * nbytes for place, nbytes in rows.items()},
         "Gram matrices": {"device": 0 if gradients.in_blocks else 4 * wide * kept**2},
-        "vectors": {"device": _VECTORS_OF_PRUNING * wide * layout.size},
+        "vectors": {"device": _VECTORS_OF_PRUNING * vector_bytes(params)},
         "pieces of gradients": {"device": pieces},
     }
     kept_as = "sums in blocks" if gradients.in_blocks else spelled(gradients.storage)
@@ -366,6 +374,11 @@ def fitting(
         Int8()                    519  1023.19 MiB
         TopK()                   5822  1023.73 MiB
     """
+    if make is plan_optimizer:
+        raise ValueError(
+            "make must plan a number of gradients: expected plan, plan_inverse or plan_pruning, "
+            "got plan_optimizer."
+        )
     given = {"budget": budget, "host_budget": host_budget, "disk_budget": disk_budget}
     for name, value in given.items():
         if value is not None:
@@ -435,6 +448,12 @@ def _rows_bytes(storage: Storage, params: PyTree, num_rows: int) -> dict[str, in
             "bytes, got None."
         )
     return sizes
+
+
+def _width(storage: Storage, layout: Layout) -> int:
+    """The bytes of a number in the accumulation dtype of the rows."""
+    dtype = getattr(storage, "dtype", None)
+    return (layout.dtype if dtype is None else accumulation_dtype(dtype)).itemsize
 
 
 def _size(params: PyTree) -> str:

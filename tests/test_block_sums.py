@@ -445,6 +445,8 @@ def test_options_that_exclude_sums_are_refused():
         Gradients(in_blocks=True, given=rows.as_rows(jnp.ones((2, 3))))
     with pytest.raises(ValueError, match=r"expected in_blocks=True, got storage=InBlocks"):
         Gradients(storage=rows.InBlocks(8))
+    with pytest.raises(TypeError, match=r"Gradients\(given=...\) needs products"):
+        Gradients(given=rows.as_rows(jnp.ones((2, 8)), storage=rows.InBlocks(2)))
     # Whether a function of the caller needs products shows when it is called.
     taylor = WITHIN._replace(score=outside.taylor)
     with pytest.raises(TypeError, match=r"BlockSums keeps sums in blocks .* has no combine"):

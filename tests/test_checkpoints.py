@@ -275,6 +275,26 @@ def test_a_file_is_no_folder(tmp_path):
     assert file.read_text() == "of a user"
 
 
+@pytest.mark.wrong_types
+def test_paths_are_checked_first(tmp_path):
+    def never(params, batch):
+        raise AssertionError("read")
+
+    for wrong, error in ((5, TypeError), (b"folder", TypeError), ("", ValueError)):
+        with pytest.raises(error, match="checkpoint must"):
+            collect_gradients(never, PARAMS, DATA, M, checkpoint=wrong)
+        with pytest.raises(error, match="checkpoint must"):
+            prune(PARAMS, never, DATA, 0.5, checkpoint=wrong)
+        with pytest.raises(error, match="directory must"):
+            Files(wrong)
+    rows = Files(tmp_path).empty(PARAMS, 4)
+    one = jax.tree.map(lambda leaf: jnp.ones((1, *jnp.shape(leaf))), PARAMS)
+    for row in (-1, 4):
+        with pytest.raises(ValueError, match=rf"must lie in 0 to 3, got 1 from {row} on"):
+            rows.write_rows(row, one, 1)
+    np.testing.assert_array_equal(rows.columns(0, D), np.zeros((4, D)))
+
+
 @pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EFBIG"])
 def test_a_full_disk_shows_before_any_work(tmp_path, monkeypatch, code):
     def full(*_):

@@ -22,7 +22,7 @@ from mfac_jax import (
 )
 from mfac_jax.optimizer import SecondMoments
 from mfac_jax.pruning import Gradients, prune
-from mfac_jax.rows import Dense, Files, Int8, Paged, Storage, TopK, as_rows
+from mfac_jax.rows import Dense, Files, InBlocks, Int8, Paged, Storage, TopK, as_rows
 
 SHAPES = {"a": (6, 40), "b": (40,), "c": (3, 3, 4, 8), "s": ()}
 STORAGES = {
@@ -203,6 +203,29 @@ def test_the_largest_number_that_fits(make):
     assert "Dense(dtype='bfloat16')" in str(found)
     nothing = planning.fitting(1, params).choices[0]
     assert (nothing.num_gradients, nothing.plan) == (0, None)
+
+
+def test_plans_of_inverses_on_a_mesh():
+    where = NamedSharding(AbstractMesh((8,), ("x",)), PartitionSpec("x"))
+    params = jax.ShapeDtypeStruct((1024, 64), DTYPE, sharding=where)
+    options = {"whiten": True, "platform": "gpu"}
+    made = planning.plan_inverse(params, 32, storage=Dense(packing="leaf"), **options)
+    part = 4 * 32 * 1024 * 64 // 8
+    sizes = {component.name: component.nbytes for component in made.components}
+    assert sizes["gradients"] == sizes["whitened gradients"] == part
+    assert sizes["pieces of gradients"] == part  # no device has the whole of a leaf
+    with pytest.raises(ValueError, match="expected blocks=, got blocks=None"):
+        planning.plan_inverse(params, 32, storage=InBlocks(8))
+    with pytest.raises(ValueError, match="got plan_optimizer"):
+        planning.fitting(2**30, params, make=planning.plan_optimizer)
+
+
+def test_pages_of_a_plan_are_those_of_the_storage(tmp_path):
+    params = jax.ShapeDtypeStruct((2**20,), DTYPE)
+    files = planning.plan_inverse(params, 64, storage=Files(tmp_path, columns=2**20))
+    assert files.host_bytes == 4 * 64 * 2**20  # one page
+    small = planning.plan_inverse(jax.ShapeDtypeStruct((7,), DTYPE), 4, storage=Files(tmp_path))
+    assert small.host_bytes < 2**14
 
 
 def test_the_largest_number_of_gradients_for_pruning():

@@ -1,5 +1,6 @@
 """Rows in leaf packing, and rows by output, follow the sharding of their parameters."""
 
+import dataclasses
 import re
 
 import chex
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mfac_jax import collect_gradients, fisher_inverse, mfac_precondition, mfacw
 from mfac_jax.optimizer import SecondMoments
 from mfac_jax.pruning import Gradients, prune
-from mfac_jax.rows import Dense, Int8, Paged, TopK, _int8, as_rows
+from mfac_jax.rows import Dense, Int8, Paged, TopK, _dense, _int8, as_rows
 
 NAMES = "all-reduce|all-gather|all-to-all|collective-permute"
 SPECS = {"kernel": PartitionSpec("x", "y"), "bias": PartitionSpec("y"), "scale": PartitionSpec()}
@@ -67,6 +68,67 @@ def test_pruning_on_shards_equals_pruning_on_one_device(shardings, storage):
     chex.assert_trees_all_close(got.params, want.params, rtol=1e-3, atol=1e-4)
     for name, sharding in shardings.items():
         assert got.params[name].sharding.is_equivalent_to(sharding, params[name].ndim)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("storage", [Dense(packing="leaf"), Paged()], ids=["leaf", "paged"])
+def test_an_interrupted_pruning_on_shards_goes_on(shardings, storage, tmp_path):
+    def loss(params, batch):
+        return jnp.mean(jnp.sum(batch @ params["kernel"], axis=1) ** 2) + jnp.sum(params["bias"])
+
+    def fine_tune(params, mask):
+        del mask
+        calls.append(1)
+        if len(calls) == stops_at:
+            raise KeyboardInterrupt
+        return jax.tree.map(lambda leaf: 0.99 * leaf, params)
+
+    params = jax.device_put(gradient(0), shardings) | {"scale": gradient(0)["scale"]}
+    batches = [jax.random.normal(jax.random.key(i), (4, 8)) for i in range(8)]
+    options = {"steps": 3, "gradients": Gradients(8, storage=storage), "fine_tune": fine_tune}
+    calls, stops_at = [], None
+    want = prune(params, loss, batches, 0.5, progress=False, **options)
+    calls, stops_at = [], 2
+    with pytest.raises(KeyboardInterrupt):
+        prune(params, loss, batches, 0.5, progress=False, checkpoint=tmp_path, **options)
+    got = prune(params, loss, batches, 0.5, progress=False, checkpoint=tmp_path, **options)
+    chex.assert_trees_all_equal(got.mask, want.mask)
+    chex.assert_trees_all_close(got.params, want.params, rtol=1e-5, atol=1e-6)
+    kernel = got.params["kernel"]
+    assert kernel.sharding.is_equivalent_to(shardings["kernel"], kernel.ndim)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gram_matrices_and_diagonals_of_leaves_gather_nothing(shardings, dtype):
+    grads = [gradient(seed) for seed in range(5)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves).astype(dtype), *grads)
+    plain = as_rows(stacked, storage=Dense(packing="leaf"))
+    blocks = {
+        name: jax.device_put(
+            stacked[name], NamedSharding(where.mesh, PartitionSpec(None, *where.spec))
+        )
+        for name, where in shardings.items()
+    }
+    spread = dataclasses.replace(plain, blocks=blocks)
+    keep = jax.tree.map(lambda leaf: leaf > 0, grads[0])
+    lower = jnp.tril(jnp.ones((5, 5)))
+    questions = [
+        lambda rows: rows.gram(),
+        lambda rows: rows.gram(keep),
+        lambda rows: rows.products(rows, keep),
+        lambda rows: rows.column_square_sums(),
+        lambda rows: rows.both_column_square_sums(lower, lower=True),
+        lambda rows: fisher_inverse(rows, 0.1).diagonal(),
+    ]
+    for ask in questions:
+        chex.assert_trees_all_close(ask(spread), ask(plain), rtol=1e-5, atol=1e-6)
+    masks = tuple(jax.tree.leaves(keep))
+    for program in (
+        _dense._products_of_shards.lower(spread, spread, masks),
+        _dense._column_square_sums_of_shards.lower(spread, lower),
+    ):
+        found = set(re.findall(NAMES, program.compile().as_text()))
+        assert found <= {"all-reduce"}
 
 
 def test_rows_by_output_follow_the_sharding(shardings):

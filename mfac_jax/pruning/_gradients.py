@@ -37,7 +37,7 @@ from mfac_jax.rows import (
     WritableRows,
     partition,
 )
-from mfac_jax.rows._base import check_columns, check_rows, check_writable
+from mfac_jax.rows._base import check_columns, check_products, check_rows, check_writable
 from mfac_jax.rows._room import require_room
 from mfac_jax.rows._storage import check_storage
 
@@ -109,6 +109,7 @@ class Gradients:
                 "given must be gradient rows (from mfac_jax.collect_gradients or "
                 f"mfac_jax.rows.as_rows), got {type(self.given).__name__}."
             ) from error
+        check_products(self.given, "Gradients(given=...)")
         if self.count is None:
             object.__setattr__(self, "count", self.given.num_rows)
         if self.given.num_rows != self.count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from tqdm.auto import tqdm
 
@@ -46,8 +48,7 @@ from mfac_jax.pruning._search import Descent, Search, Setting
 from mfac_jax.pruning._step import column_readers
 from mfac_jax.pruning._targets import Start, Target, check_wanted, target_from
 from mfac_jax.pruning._trials import Searcher, Step, mean_loss
-from mfac_jax.rows import WritableRows
-from mfac_jax.rows._room import spelled
+from mfac_jax.rows import GradientRows, Storage, WritableRows
 
 FineTune = Callable[[PyTree, PyTree], PyTree]
 
@@ -151,6 +152,8 @@ def prune(
         [True, True, False, False, False, False, False, False]
     """
     _check_kinds(loss_fn, fine_tune, scope, gradients, search)
+    if checkpoint is not None:
+        _checks.folder(checkpoint, "checkpoint")
     plan = _Plan.of(params, sparsity, steps, scope, mask)
     _checks.automatic_axes(params, "params")
     settings, curvature = _curvature(gradients, params, plan, search)
@@ -289,7 +292,7 @@ class _Plan:
             params = jax.tree.map(jnp.asarray, params)
             return params, self.selection.mask(self.selection.leaves(initial_mask(params)))
         alive = self.selection.mask(self.selection.leaves(self.given))
-        return _where(self.given, params), alive
+        return _placed(_where(self.given, params), params), alive
 
     def whole(self, alive: PyTree) -> PyTree:
         """The mask of all parameters, given the mask of the prunable leaves."""
@@ -342,8 +345,8 @@ class _Run:
             "digest of the targets": digest(self.plan.targets),
             "loss on the calibration batches": f"{loss:.5g}",
             "gradients": f"{gradients.count}, {kept}",
-            "storage": spelled(gradients.storage),
-            "digest of the given gradients": digest(None if given is None else given.gram()),
+            "storage": _kind(gradients.storage),
+            "given gradients": _sizes(given),
             "per_example": str(gradients.per_example),
             "pattern": str(selection.pattern),
             "digest of the order of the weights": digest(selection.order),
@@ -362,13 +365,33 @@ class _Run:
         step = Searcher(state.params, state.alive, self.curvature, selection, self.loss_of).step(
             self.settings, self.descents, target, keep_layers=plan.keep_layers
         )
-        params, alive, tuned = _placed(step.params, state.params), step.mask, None
+        params, alive, tuned = step.params, step.mask, None
         if self.fine_tune is not None:
             params = plan.fine_tuned(self.fine_tune, params, alive)
             tuned = _finite(self.loss_of(params), "the loss after fine_tune")
+        params = _placed(params, state.params)
         report = _report(step, selection, state.loss, tuned, gradient_seconds, began)
         loss = report.loss_after if tuned is None else tuned
         return State(params, alive, loss, [*state.reports, report], state.batches)
+
+
+def _kind(storage: Storage) -> str:
+    """A storage in words that another process finds again."""
+    if not dataclasses.is_dataclass(storage):
+        return type(storage).__name__
+    fields = [f.name for f in dataclasses.fields(storage) if f.name != "directory"]
+    values = {name: getattr(storage, name) for name in fields}
+    # The default form of an object has its address in it.
+    shown = [f"{n}={type(v).__name__ if ' at 0x' in repr(v) else v!r}" for n, v in values.items()]
+    return f"{type(storage).__name__}({', '.join(shown)})"
+
+
+def _sizes(given: GradientRows | None) -> str:
+    """The size of given gradients, which rounding does not change."""
+    if given is None:
+        return "none"
+    gram = np.asarray(given.gram(), np.float64)
+    return f"trace {np.trace(gram):.4g}, norm {np.linalg.norm(gram):.4g}"
 
 
 def _placed(new: PyTree, old: PyTree) -> PyTree:

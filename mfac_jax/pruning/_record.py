@@ -102,8 +102,10 @@ class Record:
                 ]
         except (ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
+        # A mask is on no device in particular, so that it follows the parameters.
         placed = [
-            jax.device_put(array, leaf.sharding) for array, leaf in zip(arrays, leaves, strict=True)
+            jax.device_put(array, leaf.sharding if leaf.committed else None)
+            for array, leaf in zip(arrays, leaves, strict=True)
         ]
         params, alive = jax.tree.unflatten(treedef, placed)
         reports = [self._report(step) for step in about["steps"]]

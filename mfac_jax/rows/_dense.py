@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout as MemoryLayout
 from jax.experimental.layout import with_layout_constraint
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mfac_jax import kernels
@@ -42,8 +43,8 @@ class DenseRows(WritableRows, ColumnRows):
 
     Leaf packing stores one block for each parameter. The block can have the parameter's sharding,
     after an unsharded axis of rows. A step of the optimizer then never gathers sharded parameters:
-    the devices only exchange the m numbers of a product. (A Gram matrix of sharded leaves does
-    gather.)
+    the devices only exchange the m numbers of a product. Outside of ``jit``, where the sharding is
+    known, Gram matrices and diagonals gather nothing either. Columns are gathered.
 
     Attributes:
         blocks: ``G``. Flat packing: one array (t, m, k) of t tiles with ``t k >= d``. Leaf
@@ -126,12 +127,17 @@ class DenseRows(WritableRows, ColumnRows):
         return _combine(self, coefficients, leaves, scale)
 
     def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
-        return _gram(self, None if mask is None else tuple(self.layout.check_mask(mask)))
+        keep = None if mask is None else tuple(self.layout.check_mask(mask))
+        if self._is_spread():
+            lower = jnp.tril(_products_of_shards(self, self, keep))
+            return lower + jnp.tril(lower, -1).T
+        return _gram(self, keep)
 
     def products(self, other: GradientRows, mask: PyTree | None = None) -> Float[Array, "m k"]:
-        if not isinstance(other, DenseRows) or other.packing != self.packing:
+        if not isinstance(other, DenseRows) or not self._is_cut_like(other):
             return super().products(other, mask)
-        return _products(self, other, None if mask is None else tuple(self.layout.check_mask(mask)))
+        function = _products_of_shards if self._is_spread() else _products
+        return function(self, other, None if mask is None else tuple(self.layout.check_mask(mask)))
 
     def transform(self, matrix: Float[Array, "k m"], *, lower: bool = False) -> DenseRows:
         return _transform(self, matrix, lower=lower)
@@ -139,11 +145,15 @@ class DenseRows(WritableRows, ColumnRows):
     def column_square_sums(
         self, matrix: Float[Array, "k m"] | None = None, *, lower: bool = False
     ) -> PyTree:
+        if self._is_spread():
+            return _column_square_sums_of_shards(self, matrix)
         return _column_square_sums(self, matrix, lower=lower)
 
     def both_column_square_sums(
         self, matrix: Float[Array, "k m"], *, lower: bool = False
     ) -> tuple[PyTree, PyTree]:
+        if self._is_spread():
+            return self.column_square_sums(), self.column_square_sums(matrix, lower=lower)
         return _both_column_square_sums(self, matrix, lower=lower)
 
     def columns(self, start: int | Int[Array, ""], size: int) -> Float[Array, "m size"]:
@@ -179,6 +189,22 @@ class DenseRows(WritableRows, ColumnRows):
         copied = [size for size, leaf in zip(rows, leaves, strict=True) if 1 in leaf.shape[1:]]
         widened = 2 * max(rows, default=0) if is_narrow else 0
         return vectors + max(sum(copied), widened)
+
+    def _is_cut_like(self, other: DenseRows) -> bool:
+        """Whether the tiles of other rows have the columns of these."""
+        shapes, others = ([t.shape for t in rows._tiles()] for rows in (self, other))
+        cuts = [[(shape[0], *shape[2:]) for shape in each] for each in (shapes, others)]
+        return self.packing == other.packing and cuts[0] == cuts[1]
+
+    def _is_spread(self) -> bool:
+        """Whether devices share a leaf. It is not known while ``jit`` traces."""
+        if self.packing == "flat":
+            return False
+        known = [leaf for leaf in self._leaves() if not isinstance(leaf, jax.core.Tracer)]
+        return any(
+            isinstance(leaf.sharding, NamedSharding) and not leaf.sharding.is_fully_replicated
+            for leaf in known
+        )
 
     def _leaves(self) -> list[Array]:
         return list(jax.tree.leaves(self.blocks))
@@ -288,6 +314,42 @@ def _products(
     triples = zip(tiles, other._tiles(), masks, strict=True)
     terms = [products_of_blocks(*triple) for triple in triples]
     return rows._total(terms, (rows.num_rows, other.num_rows))
+
+
+@jax.jit
+def _products_of_shards(
+    rows: DenseRows, other: DenseRows, mask: tuple[Array, ...] | None
+) -> Float[Array, "m k"]:
+    """Products of leaves in their own shapes: each device multiplies its part."""
+
+    def product(g: Shaped[Array, "m ..."], h: Shaped[Array, "k ..."]) -> Float[Array, "m k"]:
+        axes, wide = tuple(range(1, g.ndim)), np.promote_types(g.dtype, h.dtype)
+        return lax.dot_general(
+            g.astype(wide),
+            h.astype(wide),
+            ((axes, axes), ((), ())),
+            precision="highest",
+            preferred_element_type=accumulation_dtype(wide),
+        )
+
+    leaves = rows._leaves()
+    if mask is not None:
+        pairs = zip(leaves, mask, strict=True)
+        leaves = [jnp.where(keep[None], g, jnp.zeros_like(g)) for g, keep in pairs]
+    terms = [product(g, h) for g, h in zip(leaves, other._leaves(), strict=True)]
+    return rows._total(terms, (rows.num_rows, other.num_rows))
+
+
+@jax.jit
+def _column_square_sums_of_shards(rows: DenseRows, matrix: Float[Array, "k m"] | None) -> PyTree:
+    def sums(g: Shaped[Array, "m ..."]) -> Float[Array, "..."]:
+        wide = g.astype(rows.dtype)
+        if matrix is not None:
+            contract = (((1,), (0,)), ((), ()))
+            wide = lax.dot_general(matrix.astype(rows.dtype), wide, contract, precision="highest")
+        return jnp.sum(wide**2, axis=0)
+
+    return jax.tree.map(sums, rows.blocks)
 
 
 @functools.partial(jax.jit, static_argnames="lower")

@@ -24,8 +24,8 @@ from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels._xla import accumulation_dtype
 from mfac_jax.rows._base import GradientRows, is_small_enough
 from mfac_jax.rows._page_file import NO_ROOM, PageFile, opened
-from mfac_jax.rows._pages import OfPage, PageRows, are_alike, page_shape, scan_bytes
-from mfac_jax.rows._storage import Storage, check_dtype, dtype_for, vector_bytes
+from mfac_jax.rows._pages import OfPage, PageRows, are_alike, held_pages, page_shape, scan_bytes
+from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
 
 # Of the files; a change of what they hold raises it.
 _VERSION = 2
@@ -57,7 +57,7 @@ class Files(Storage):
 
     Raises:
         TypeError: an attribute has another type.
-        ValueError: ``columns`` is below 1, or ``dtype`` is another dtype.
+        ValueError: ``directory`` is empty, ``columns`` is below 1, or ``dtype`` is another dtype.
 
     Example:
         >>> import tempfile
@@ -73,8 +73,7 @@ class Files(Storage):
     dtype: DTypeLike | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.directory, str | os.PathLike):
-            raise TypeError(f"directory must be a path, got {type(self.directory).__name__}.")
+        _checks.folder(self.directory, "directory")
         if self.columns is not None:
             _checks.positive_int(self.columns, "columns")
         object.__setattr__(self, "dtype", check_dtype(self.dtype))
@@ -97,8 +96,14 @@ class Files(Storage):
 
     def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:
         """See :meth:`Storage.scan_bytes`."""
-        itemsize = Layout(params).dtype.itemsize
-        return scan_bytes(num_rows, vector_bytes(params), itemsize, platform)
+        layout = Layout(params)
+        return scan_bytes(self._shape(layout, num_rows), layout.dtype.itemsize, platform)
+
+    def buffer_bytes(self, params: PyTree, num_rows: int) -> int:
+        """The bytes of the host that a scan takes, for plans."""
+        layout = Layout(params)
+        held = held_pages(self._shape(layout, num_rows))
+        return held * dtype_for(layout, self.dtype).itemsize
 
     def resume(
         self, params: PyTree, num_rows: int, origin: Callable[[], Mapping[str, str]]
@@ -212,6 +217,11 @@ class FileRows(PageRows):
         stored, accepted = _flat(leaves, num_rows=self.num_rows, dtype=self.pages.dtype)
         values, good = np.asarray(stored)[: int(count)], np.asarray(accepted)[: int(count)]
         self._check_unchanged()
+        if not 0 <= int(first) <= self.num_rows - len(values):
+            raise ValueError(
+                f"the rows must lie in 0 to {self.num_rows - 1}, got {len(values)} from "
+                f"{int(first)} on."
+            )
         for start, stop in _runs(good):
             cut = self._cut_all(values[start:stop])
             self.pages.write_rows(int(first) + start, cut)

@@ -21,8 +21,11 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def opened(path: Path) -> IO[bytes]:
     """A file to read and write, which is made if it does not exist."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    return os.fdopen(descriptor, "r+b", buffering=0)
+
+    def opener(name: str, _: int) -> int:
+        return os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
+
+    return open(path, "r+b", buffering=0, opener=opener)
 
 
 class PageFile:
@@ -62,8 +65,9 @@ class PageFile:
         if missing <= 0:
             return
         if self._marks is not None and self._has_marks():
+            folder = Path(self.file.name).parent
             raise ValueError(
-                f"the gradients in {self.file.name} are incomplete: expected {size:,} bytes, got "
+                f"the gradients in {folder} are incomplete: expected {size:,} bytes, got "
                 f"{size - missing:,}. Empty the folder."
             )
         try:

@@ -21,7 +21,7 @@ from mfac_jax._layout import Layout, PyTree
 from mfac_jax.kernels._xla import accumulation_dtype
 from mfac_jax.rows._base import GradientRows, is_small_enough
 from mfac_jax.rows._pages import OfPage, PageRows, are_alike, page_shape, scan_bytes
-from mfac_jax.rows._storage import Storage, check_dtype, dtype_for, vector_bytes
+from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,10 @@ class Paged(Storage):
 
     def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:
         """See :meth:`Storage.scan_bytes`."""
-        itemsize = Layout(params).dtype.itemsize
-        return scan_bytes(num_rows, vector_bytes(params), itemsize, platform)
+        layout, mesh = Layout(params), _mesh_of(params)
+        (count, tiles, m, width), _ = self._pages(layout, num_rows, mesh)
+        own = count, tiles, m, width // _num_devices(mesh)
+        return scan_bytes(own, layout.dtype.itemsize, platform)
 
     def _pages(
         self, layout: Layout, num_rows: int, mesh: Mesh | AbstractMesh | None

@@ -7,6 +7,7 @@ class: :class:`PagedRows` in the memory of the host, :class:`FileRows` on disk.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,19 +33,22 @@ _ALIGNMENT = 128
 OfPage = Callable[[Array, tuple[Any, ...], tuple[Any, ...]], Array]
 
 
-def scan_bytes(num_rows: int, vector: int, itemsize: int, platform: str) -> int:
+def scan_bytes(shape: tuple[int, int, int, int], itemsize: int, platform: str) -> int:
     """:meth:`Storage.scan_bytes` of rows on pages.
 
     Args:
-        num_rows: ``m``.
-        vector: the bytes of a vector.
+        shape: of the pages (p, t, m, w), as far as they are on one device.
         itemsize: the bytes of a number.
         platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
     """
-    whole, tile = num_rows * vector, num_rows * MAX_TILE * itemsize
     if platform == "cpu":  # a tile and its image
-        return min(4 * whole, 2 * tile)
-    return min(whole // 8, 4 * PAGE_BYTES)  # two pages and what becomes of them
+        return 2 * itemsize * math.prod(shape[2:])
+    return 2 * held_pages(shape) * itemsize  # pages and what becomes of them
+
+
+def held_pages(shape: tuple[int, int, int, int]) -> int:
+    """The number of entries of the pages that are held at a time: two, or one if it is all."""
+    return min(shape[0], 2) * math.prod(shape[1:])
 
 
 class PageRows(WritableRows, ColumnRows):

@@ -49,9 +49,9 @@ def require_room(
         held = {place: parts * nbytes for place, nbytes in rows.items()}
         square = {"device": layout.dtype.itemsize * (parts * count) ** 2 if gram else 0}
         named = _memory.components("gradients", held) + _memory.components("Gram matrix", square)
-        if step and rows.get("device"):  # others may be no pytree
+        if step and storage.empty(params, 1).is_traceable:
             made = _memory.arrays(lambda params: storage.empty(params, count), shapes)
-            used = {"device": made.step_bytes("cpu" if _memory.is_host() else "gpu")}
+            used = {"device": made.step_bytes(_memory.platform())}
             named += _memory.components("temporary arrays", used)
         return Plan(f"{name}={count}, {spelled(storage)}", tuple(named))
 

@@ -163,12 +163,17 @@ def dtype_for(layout: Layout, dtype: DTypeLike | None) -> np.dtype:
 
 def vector_bytes(params: PyTree) -> int:
     """The bytes on each device of a vector like the parameters, in the dtype of sums."""
+    return Layout(params).dtype.itemsize * sum(_sizes_on_device(params))
+
+
+def _sizes_on_device(params: PyTree) -> list[int]:
+    """The number of entries of each leaf on each device."""
 
     def size(leaf: Any) -> int:
         sharding, shape = getattr(leaf, "sharding", None), jnp.shape(leaf)
         return math.prod(shape if sharding is None else sharding.shard_shape(shape))
 
-    return Layout(params).dtype.itemsize * sum(map(size, jax.tree.leaves(params)))
+    return [size(leaf) for leaf in jax.tree.leaves(params)]
 
 
 def traced_bytes(storage: Storage, params: PyTree, num_rows: int) -> dict[str, int]:
@@ -254,15 +259,19 @@ class Dense(Storage):
 
     def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:
         """See :meth:`Storage.scan_bytes`."""
-        layout = Layout(params)
-        whole = num_rows * vector_bytes(params)
+        layout, sizes = Layout(params), _sizes_on_device(params)
+        itemsize = layout.dtype.itemsize
+        if self.packing == "leaf" and sizes != list(layout.sizes):
+            # Leaves that devices share are multiplied one after another.
+            return num_rows * itemsize * max(sizes)
+        whole = num_rows * itemsize * layout.size
         if platform != "cpu":
             return whole // 8
         # XLA for a CPU widens all rows at once. Those of leaves it copies.
         is_narrow = dtype_for(layout, self.dtype) == jnp.bfloat16
         if self.packing == "leaf":
             return 5 * whole // 2 if is_narrow else whole
-        tile = min(num_rows * MAX_TILE * layout.dtype.itemsize, whole)
+        tile = min(num_rows * MAX_TILE * itemsize, whole)
         return whole + tile if is_narrow else 4 * tile
 
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> OutputRows:

@@ -67,7 +67,8 @@ class TopK(Compressed):
 
     def __post_init__(self) -> None:
         _checks.positive_scalar(self.density, "density")
-        _checks.unit_interval(self.density, "density")
+        if not 0 < float(self.density) <= 1:
+            raise ValueError(f"density must lie in (0, 1], got {self.density}.")
         object.__setattr__(self, "density", float(self.density))
         check_width(self.block, "block")
         object.__setattr__(self, "values", _checks.dtype(self.values, "values", VALUES))
