@@ -33,7 +33,7 @@ from mfac_jax.optimizer._precondition import DEFAULT_WINDOW_SIZE
 from mfac_jax.optimizer._windows import BlockWindows, step_bytes
 from mfac_jax.pruning import Gradients
 from mfac_jax.pruning._gradients import num_kept, num_new_parts
-from mfac_jax.rows import Blocks, Dense, Files, InBlocks, Paged, Storage, partition
+from mfac_jax.rows import Blocks, Dense, InBlocks, Storage, partition
 from mfac_jax.rows._map import piece_entries
 from mfac_jax.rows._room import spelled
 from mfac_jax.rows._room import storages as known_storages
@@ -199,30 +199,24 @@ def plan_inverse(
     layout = Layout(params)
     cut, wide = partition(layout, blocks), _width(storage, layout)
     rows = _rows_bytes(storage, params, n)
-    has_sums = isinstance(storage, InBlocks)
-    if has_sums and blocks is None:
-        raise ValueError("InBlocks has no whole inverse: expected blocks=, got blocks=None.")
-    is_whole = products_suffice(n, cut) and not has_sums
+    if not storage.has_products and blocks is None:
+        name = type(storage).__name__
+        raise ValueError(f"{name} has no whole inverse: expected blocks=, got blocks=None.")
+    is_whole = products_suffice(n, cut) and storage.has_products
     # The square roots of sums are as many rows as a block has coordinates.
-    held = max(cut.sizes.tolist(), default=0) if has_sums else n
-    in_blocks = 0 if is_whole else wide * piece_entries(held, cut)
-    pieces = storage.scan_bytes(params, n, platform) if is_whole else in_blocks
-    buffers = {"host": storage.buffer_bytes(params, n) if isinstance(storage, Files) else 0}
-    stored = wide * sum(run.width * min(n, run.size) for run in cut.runs)
-    place = "device"
-    if is_whole and isinstance(storage, Dense) and storage.packing == "leaf":
-        stored = n * vector_bytes(params)
-    if is_whole and isinstance(storage, Files | Paged):
-        place = next((p for p in _memory.PLACES if rows.get(p)), "device")
+    held = n if storage.has_products else max(cut.sizes.tolist(), default=0)
+    if is_whole:
+        scan = storage.scan_bytes(params, n, platform)
+        stored = storage.whitened_bytes(params, n)
+    else:
+        scan = {"device": wide * piece_entries(held, cut)}
+        stored = {"device": wide * sum(run.width * min(n, run.size) for run in cut.runs)}
     sizes = {
         "gradients": rows,
         "Gram matrix and factor": {"device": 3 * wide * n**2 if is_whole else 0},
-        "whitened gradients" if is_whole else "inverses of blocks": {
-            place: stored if whiten else 0
-        },
+        "whitened gradients" if is_whole else "inverses of blocks": stored if whiten else {},
         "vectors": {"device": 3 * vector_bytes(params)},
-        "pieces of gradients": {"device": pieces},
-        "pages that are read": buffers,
+        "pieces of gradients": scan,
     }
     title = f"inverse of {n} gradients, {spelled(storage)}, {_size(params)}, on a {platform}"
     return _plan(title, sizes)

@@ -724,6 +724,11 @@ def test_as_rows_refuses(gradients, params, error, message):
         rows.as_rows(gradients, params)
 
 
+@pytest.mark.wrong_types
+def test_a_density_of_numpy_or_jax_is_a_number():
+    assert hash(TopK(np.float32(0.5))) == hash(TopK(jnp.float32(0.5))) == hash(TopK(0.5))
+
+
 def test_impossible_storages_are_refused():
     with pytest.raises(ValueError, match="packing must be one of 'flat', 'leaf'; got 'disk'"):
         Dense(packing="disk")
@@ -743,7 +748,6 @@ def test_impossible_storages_are_refused():
     for density in (0.0, -0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="density must"):
             TopK(density)
-    assert hash(TopK(np.float32(0.5))) == hash(TopK(jnp.float32(0.5))) == hash(TopK(0.5))
     with pytest.raises(ValueError, match="values must be one of bfloat16, float32; got int8"):
         TopK(values=jnp.int8)
     with pytest.raises(ValueError, match="error_bits must be 0, 4 or 16, got 8"):

@@ -31,7 +31,6 @@ from mfac_jax.rows import (
     Dense,
     FileRows,
     GradientRows,
-    InBlocks,
     StackedRows,
     Storage,
     WritableRows,
@@ -91,7 +90,7 @@ class Gradients:
             _checks.positive_int(self.count, "count")
         if self.history is not None:
             _checks.non_negative_int(self.history, "history")
-        if isinstance(check_storage(self.storage), InBlocks):
+        if not check_storage(self.storage).has_products:
             raise ValueError(
                 "sums take their blocks from the settings: expected in_blocks=True, got "
                 f"storage={self.storage!r}."

@@ -151,9 +151,7 @@ def prune(
         >>> pruned.mask["w"][:, 0].tolist()
         [True, True, False, False, False, False, False, False]
     """
-    _check_kinds(loss_fn, fine_tune, scope, gradients, search)
-    if checkpoint is not None:
-        _checks.folder(checkpoint, "checkpoint")
+    _check_kinds(loss_fn, fine_tune, scope, gradients, search, checkpoint)
     plan = _Plan.of(params, sparsity, steps, scope, mask)
     _checks.automatic_axes(params, "params")
     settings, curvature = _curvature(gradients, params, plan, search)
@@ -204,7 +202,11 @@ def _fill(
     return fill_rows(rows, copy=copy, **options)
 
 
-def _check_kinds(loss_fn: Any, fine_tune: Any, scope: Any, gradients: Any, search: Any) -> None:
+def _check_kinds(
+    loss_fn: Any, fine_tune: Any, scope: Any, gradients: Any, search: Any, checkpoint: Any
+) -> None:
+    if checkpoint is not None:
+        _checks.folder(checkpoint, "checkpoint")
     check_functions(loss_fn, None, None)
     if fine_tune is not None and not callable(fine_tune):
         raise TypeError(f"fine_tune must be a function, got {type(fine_tune).__name__}.")

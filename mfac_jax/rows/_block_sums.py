@@ -71,6 +71,11 @@ class InBlocks(Storage):
         if isinstance(check_storage(self.storage), InBlocks):
             raise TypeError(f"storage must keep single gradients, got {self.storage!r}.")
 
+    @property
+    def has_products(self) -> bool:
+        """False."""
+        return False
+
     def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int]:
         """See :meth:`Storage.bytes_by_place`."""
         return traced_bytes(self, params, num_rows)

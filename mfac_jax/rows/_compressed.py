@@ -131,21 +131,21 @@ class Compressed(Storage):
         """See :meth:`Storage.bytes_by_place`."""
         return traced_bytes(self, params, num_rows)
 
-    def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:
+    def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> dict[str, int]:
         """See :meth:`Storage.scan_bytes`.
 
-        Tiles, what they are decoded from, and a product. On a CPU a process keeps what earlier
-        products with a vector took.
+        Tiles, what they are decoded from, a product, and the halves of a Gram matrix. On a CPU a
+        process keeps what earlier products with a vector took.
         """
         layout = Layout(params)
         count, width = self.tiling(layout.size)
         tile = num_rows * width
         decoded = min(max(_DECODED_AT_A_TIME // tile, 1), count) * tile
-        scan = 3 * decoded * layout.dtype.itemsize
+        scan = (3 * decoded + 4 * num_rows**2) * layout.dtype.itemsize
         if platform != "cpu":
-            return scan
+            return {"device": scan}
         rows: CompressedRows = jax.eval_shape(lambda: self.empty(params, num_rows))
-        return scan + rows.step_bytes(platform)
+        return {"device": scan + rows.step_bytes(platform)}
 
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> CompressedOutputRows:
         """See :meth:`Storage.by_output`. Every output has tiles of its own."""

@@ -94,16 +94,19 @@ class Files(Storage):
         shape = self._shape(layout, num_rows)
         return {"disk": math.prod(shape) * dtype_for(layout, self.dtype).itemsize}
 
-    def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:
-        """See :meth:`Storage.scan_bytes`."""
+    def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> dict[str, int]:
+        """See :meth:`Storage.scan_bytes`. The host has the pages that are read."""
         layout = Layout(params)
-        return scan_bytes(self._shape(layout, num_rows), layout.dtype.itemsize, platform)
+        shape = self._shape(layout, num_rows)
+        buffers = held_pages(shape) * dtype_for(layout, self.dtype).itemsize
+        scan = scan_bytes(shape, layout.dtype.itemsize, platform)
+        # A CPU reads a tile where its page is.
+        return {"device": scan // 2 if platform == "cpu" else scan, "host": buffers}
 
-    def buffer_bytes(self, params: PyTree, num_rows: int) -> int:
-        """The bytes of the host that a scan takes, for plans."""
+    def whitened_bytes(self, params: PyTree, num_rows: int) -> dict[str, int]:
+        """See :meth:`Storage.whitened_bytes`. They are another file."""
         layout = Layout(params)
-        held = held_pages(self._shape(layout, num_rows))
-        return held * dtype_for(layout, self.dtype).itemsize
+        return {"disk": math.prod(self._shape(layout, num_rows)) * layout.dtype.itemsize}
 
     def resume(
         self, params: PyTree, num_rows: int, origin: Callable[[], Mapping[str, str]]

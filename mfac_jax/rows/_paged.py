@@ -75,12 +75,18 @@ class Paged(Storage):
         shape, dtype = self._pages(Layout(params), num_rows, _mesh_of(params))
         return {"host": math.prod(shape) * dtype.itemsize}
 
-    def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:
+    def whitened_bytes(self, params: PyTree, num_rows: int) -> dict[str, int]:
+        """See :meth:`Storage.whitened_bytes`. They are other pages."""
+        layout = Layout(params)
+        shape, _ = self._pages(layout, num_rows, _mesh_of(params))
+        return {"host": math.prod(shape) * layout.dtype.itemsize}
+
+    def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> dict[str, int]:
         """See :meth:`Storage.scan_bytes`."""
         layout, mesh = Layout(params), _mesh_of(params)
         (count, tiles, m, width), _ = self._pages(layout, num_rows, mesh)
         own = count, tiles, m, width // _num_devices(mesh)
-        return scan_bytes(own, layout.dtype.itemsize, platform)
+        return {"device": scan_bytes(own, layout.dtype.itemsize, platform)}
 
     def _pages(
         self, layout: Layout, num_rows: int, mesh: Mesh | AbstractMesh | None

@@ -83,19 +83,37 @@ class Storage(abc.ABC):
         """
         return None
 
-    def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:  # noqa: ARG002
+    @property
+    def has_products(self) -> bool:
+        """Whether rows compute products; see :attr:`GradientRows.has_products`."""
+        return True
+
+    def scan_bytes(
+        self,
+        params: PyTree,
+        num_rows: int,
+        platform: str,  # noqa: ARG002
+    ) -> dict[str, int]:
         """What a Gram matrix or the diagonal of a whole inverse takes, for plans.
 
-        It counts the temporary arrays on each device, beside the rows and the result. The default
-        is an estimate for the default methods of :class:`GradientRows`, which combine some rows at
-        a time.
+        It counts the temporary arrays on each device and on the host, beside the rows and the
+        result. The default is an estimate for the default methods of :class:`GradientRows`, which
+        combine some rows at a time.
 
         Args:
             params: shapes, as in :meth:`empty`.
             num_rows: ``m``.
             platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
         """
-        return 2 * min(ROWS_AT_A_TIME, num_rows) * vector_bytes(params)
+        return {"device": 2 * min(ROWS_AT_A_TIME, num_rows) * vector_bytes(params)}
+
+    def whitened_bytes(self, params: PyTree, num_rows: int) -> dict[str, int]:
+        """What ``transform`` of all rows returns, for plans, as :meth:`bytes_by_place`.
+
+        By default these are dense rows on every device.
+        """
+        layout = Layout(params)
+        return {"device": num_rows * layout.size * layout.dtype.itemsize}
 
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> BlockRows:  # noqa: ARG002
         """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.
@@ -257,8 +275,17 @@ class Dense(Storage):
         """See :meth:`Storage.bytes_by_place`."""
         return traced_bytes(self, params, num_rows)
 
-    def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:
+    def whitened_bytes(self, params: PyTree, num_rows: int) -> dict[str, int]:
+        """See :meth:`Storage.whitened_bytes`."""
+        if self.packing == "flat":
+            return super().whitened_bytes(params, num_rows)
+        return {"device": num_rows * vector_bytes(params)}
+
+    def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> dict[str, int]:
         """See :meth:`Storage.scan_bytes`."""
+        return {"device": self._scan_bytes(params, num_rows, platform)}
+
+    def _scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> int:
         layout, sizes = Layout(params), _sizes_on_device(params)
         itemsize = layout.dtype.itemsize
         if self.packing == "leaf" and sizes != list(layout.sizes):
