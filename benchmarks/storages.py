@@ -7,7 +7,7 @@ quickstart). Rounding: ways to round such gradients to 8 bits. Time: one push an
 turn with dense float32. Static: an inverse and one product with it, likewise. Disk: the scans of
 files of more bytes than this machine has memory, beside a plain read of them. Writes
 ``results/storages.json`` and the tables of ``docs/storages.md``; ``--render`` only writes the
-tables. Takes an hour on two slow CPU cores, 13 GB of memory, and more disk than memory.
+tables. Takes more than half an hour on two CPU cores, 13 GB of memory, and more disk than memory.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def disk() -> list[dict[str, Any]]:
             "dots": lambda: held.dots(vector),
             "combine": lambda: held.combine(weights),
             "gram": held.gram,
-            "an inverse and a product": lambda: fisher_inverse(held, 1e-3).ihvp(vector),
+            "an inverse and a product, three scans": lambda: fisher_inverse(held, 1e-3).ihvp(vector),
         }
         small = random_rows(d // 100, m, Files(folder))
         jax.block_until_ready(fisher_inverse(small, 1e-3).ihvp(vector[: d // 100]))  # compiles

@@ -421,10 +421,10 @@ def _taken(plan: Plan | None) -> str:
 
 
 def _platform(platform: str | None) -> str:
-    name = jax.default_backend() if platform is None else platform
-    if platform is not None:
-        _checks.one_of(platform, "platform", PLATFORMS)
-    return name
+    if platform is None:
+        return _memory.platform()
+    _checks.one_of(platform, "platform", PLATFORMS)
+    return platform
 
 
 def _nodes(tree: PyTree, kinds: tuple[type, ...]) -> list[Any]:

@@ -201,10 +201,8 @@ class DenseRows(WritableRows, ColumnRows):
         if self.packing == "flat":
             return False
         known = [leaf for leaf in self._leaves() if not isinstance(leaf, jax.core.Tracer)]
-        return any(
-            isinstance(leaf.sharding, NamedSharding) and not leaf.sharding.is_fully_replicated
-            for leaf in known
-        )
+        found = [getattr(leaf, "sharding", None) for leaf in known]  # NumPy's arrays have none
+        return any(isinstance(s, NamedSharding) and not s.is_fully_replicated for s in found)
 
     def _leaves(self) -> list[Array]:
         return list(jax.tree.leaves(self.blocks))
