@@ -247,7 +247,7 @@ def disk() -> list[dict[str, Any]]:
             "dots": lambda: held.dots(vector),
             "combine": lambda: held.combine(weights),
             "gram": held.gram,
-            "an inverse and a product, three scans": lambda: fisher_inverse(held, 1e-3).ihvp(vector),
+            "an inverse, a product: 3 scans": lambda: fisher_inverse(held, 1e-3).ihvp(vector),
         }
         small = random_rows(d // 100, m, Files(folder))
         jax.block_until_ready(fisher_inverse(small, 1e-3).ihvp(vector[: d // 100]))  # compiles
