@@ -6,7 +6,8 @@ Measures the machine, then the operations at the named workloads, the n x n step
 training steps and time against d. Writes ``results/bench-DEVICE.json``, the tables of
 ``docs/performance.md`` and of the README, and the figures. ``--tables`` only writes the tables
 and figures, from the existing result files. ``--quick`` uses small sizes, takes seconds and writes
-nothing. With ``--output`` the result, tables and figure go to the named folder.
+nothing. With ``--output`` the result, tables and figure go to the named folder. The result file is
+written after every part, so that a run that is stopped loses one part.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,48 +110,55 @@ QUICK = Sizes(
 )
 
 
-def measure(sizes: Sizes) -> dict[str, Any]:
-    """Measures everything and returns the content of the result file."""
+def measure(sizes: Sizes, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Measures everything, and calls ``save`` with the results so far after every part.
+
+    What a user asks first comes first: a run that is stopped leaves the tables shorter.
+    """
     start = time.perf_counter()
     environment = machine.environment()
-    results: dict[str, Any] = {
-        "slug": machine.slug(environment),
-        "environment": environment,
-        "operations": [],
-        "left_out": [],
-    }
+    results: dict[str, Any] = {"slug": machine.slug(environment), "environment": environment}
     parts = len(sizes.workloads) + len(sizes.sides) + len(sizes.scaling[0]) + 2
     with tqdm(total=parts, desc="machine", disable=None) as bar:
+
+        def done() -> None:
+            environment["minutes"] = round((time.perf_counter() - start) / 60, 1)
+            save(results)
+            bar.update()
+
         results["machine"] = machine.measure(sizes.seconds / 2, sizes.sides, sizes.largest)
-        bar.update()
-        bandwidth = results["machine"]["read_bandwidth"]
-        for w in sizes.workloads:
-            bar.set_description(w.name)
-            try:
-                data = workloads.Data(w)
-            except DoesNotFit as reason:
-                results["left_out"].append(
-                    {"name": w.name, "block": w.block, "reason": str(reason)}
-                )
-            else:
-                for record in operations.measure(w, data, bandwidth, sizes.seconds):
-                    results["operations"].append(record)
-                    bar.set_postfix_str(record["operation"])
-                del data
-            bar.update()
-        results["small_steps"] = []
-        for m in sizes.sides:
-            bar.set_description(f"n x n step, m = {m}")
-            results["small_steps"].append(_small_step(Workload("", sizes.d, m), sizes.seconds))
-            bar.update()
-        results["scaling"] = _scaling(sizes, bar)
+        done()
         bar.set_description("training steps")
         results["training"] = training_step.measure(
             8 * sizes.seconds, sizes.optimizers, sizes.batch, *sizes.network
         )
-        bar.update()
-    environment["minutes"] = round((time.perf_counter() - start) / 60, 1)
+        done()
+        results["scaling"] = _scaling(sizes, bar)
+        save(results)
+        results |= {"operations": [], "left_out": []}
+        for w in sizes.workloads:
+            bar.set_description(w.name)
+            _operations(w, sizes.seconds, results, bar)
+            done()
+        results["small_steps"] = []
+        for m in sizes.sides:
+            bar.set_description(f"n x n step, m = {m}")
+            results["small_steps"].append(_small_step(Workload("", sizes.d, m), sizes.seconds))
+            done()
     return results
+
+
+def _operations(w: Workload, seconds: float, results: dict[str, Any], bar: tqdm) -> None:
+    """Adds the operations of a workload to the results."""
+    try:
+        data = workloads.Data(w)
+    except DoesNotFit as reason:
+        results["left_out"].append({"name": w.name, "block": w.block, "reason": str(reason)})
+        return
+    bandwidth = results["machine"]["read_bandwidth"]
+    for record in operations.measure(w, data, bandwidth, seconds):
+        results["operations"].append(record)
+        bar.set_postfix_str(record["operation"])
 
 
 def _small_step(w: Workload, seconds: float) -> dict[str, Any]:
@@ -214,14 +222,12 @@ def write_tables(files: Sequence[dict[str, Any]]) -> None:
     for name, table in TABLES.items():
         report.write_table(PAGE, name, table(files))
     report.write_table(README, "bench", TABLES["bench"](files))
-    for results in files:
+    for results in filter(figures.has_figure, files):
         figures.draw(results, ASSETS / f"roofline-{results['slug']}.png")
 
 
 def write_output(folder: Path, results: dict[str, Any]) -> None:
-    """Writes the result, tables and figure into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"bench-{results['slug']}.json").write_text(json.dumps(results, indent=1) + "\n")
+    """Writes the tables and the figure into a folder."""
     tables = [f"## {name}\n\n{table([results])}" for name, table in TABLES.items()]
     (folder / "tables.md").write_text("\n\n".join(tables) + "\n")
     figures.draw(results, folder / f"roofline-{results['slug']}.png")
@@ -237,18 +243,22 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.device is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(args.device, args.device))
+    folder = args.output or (None if args.quick else report.RESULTS)
+
+    def save(results: dict[str, Any]) -> None:
+        if folder is not None:
+            report.save(f"bench-{results['slug']}", results, folder)
+
     if not args.tables:
         sizes = QUICK if args.quick else FULL
         if jax.default_backend() != "cpu":
             sizes = sizes._replace(seconds=min(sizes.seconds, _ACCELERATOR_SECONDS))
-        results = measure(sizes)
+        results = measure(sizes, save)
         print(bench_tables.machines([results]))
         if args.output is not None:
             write_output(args.output, results)
+        if args.quick or args.output is not None:
             return
-        if args.quick:
-            return
-        report.save(f"bench-{results['slug']}", results)
     write_tables(result_files())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import workloads
+from figures import has_figure
 
 from mfac_jax.incremental import ON_CPU_FROM
 from mfac_jax.optimizer._precondition import INCREMENTAL_FROM
@@ -39,27 +40,27 @@ def machines(files: Sequence[Results]) -> str:
 
 def operations(files: Sequence[Results]) -> str:
     """Whole windows: one table for each device."""
-    return _for_each(files, _operations)
+    return _for_each(files, _operations, "operations")
 
 
 def blocks(files: Sequence[Results]) -> str:
     """The block-wise inverse: one table for each device."""
-    return _for_each(files, _blocks)
+    return _for_each(files, _blocks, "operations")
 
 
 def small_steps(files: Sequence[Results]) -> str:
     """The n x n step: one table for each device."""
-    return _for_each(files, _small_steps)
+    return _for_each(files, _small_steps, "small_steps")
 
 
 def training(files: Sequence[Results]) -> str:
     """Training steps: one table for each device."""
-    return _for_each(files, _training)
+    return _for_each(files, _training, "training")
 
 
 def scaling(files: Sequence[Results]) -> str:
     """Time against d: one table for each device."""
-    return _for_each(files, _scaling)
+    return _for_each(files, _scaling, "scaling")
 
 
 def figures(files: Sequence[Results]) -> str:
@@ -67,6 +68,7 @@ def figures(files: Sequence[Results]) -> str:
     return "\n\n".join(
         f"![Roofline and time against d on {_device(r)}](assets/roofline-{r['slug']}.png)"
         for r in files
+        if has_figure(r)
     )
 
 
@@ -74,11 +76,12 @@ def bars(files: Sequence[Results]) -> str:
     """The bars and the measured values: one table for each device."""
     if not files:
         return "No machine has been measured yet."
-    return _for_each(files, _bars)
+    return _for_each(files, _bars, "machine")
 
 
-def _for_each(files: Sequence[Results], table: Callable[[Results], str]) -> str:
-    return "\n\n".join(f"{table(r)}\n\n{_setting(r)}" for r in files)
+def _for_each(files: Sequence[Results], table: Callable[[Results], str], part: str) -> str:
+    """The tables of the files that have the part; a run that was stopped lacks some."""
+    return "\n\n".join(f"{table(r)}\n\n{_setting(r)}" for r in files if r.get(part))
 
 
 def _operations(r: Results) -> str:
@@ -281,7 +284,7 @@ def _bars_of(r: Results) -> list[Bar]:
 def _find(
     r: Results, operation: str, d: int, m: int, block: int | None, dtype: str = "float32"
 ) -> Results | None:
-    for record in r["operations"]:
+    for record in r.get("operations", []):
         key = tuple(record[name] for name in ("operation", "d", "m", "block", "dtype"))
         if key == (operation, d, m, block, dtype) and "median" in record["times"]["library"]:
             return record
@@ -291,7 +294,7 @@ def _find(
 def _worst_ratio(r: Results, operation: str, *, most: float) -> tuple[str, bool] | None:
     ratios = [
         (record["times"]["library"]["median"] / record["times"]["plain"]["median"], record)
-        for record in r["operations"]
+        for record in r.get("operations", [])
         if record["operation"] == operation
         and record["dtype"] == "float32"
         and all("median" in record["times"][name] for name in ("library", "plain"))
@@ -330,7 +333,7 @@ def _fraction(
 
 
 def _small_step(r: Results, m: int, most: float) -> tuple[str, bool] | None:
-    for step in r["small_steps"]:
+    for step in r.get("small_steps", []):
         if step["m"] == m:
             time = _own_small_step(r, step)
             return _time(time), time["median"] <= most
@@ -339,13 +342,15 @@ def _small_step(r: Results, m: int, most: float) -> tuple[str, bool] | None:
 
 def _training_overhead(r: Results, most: float | None) -> tuple[str, bool] | None:
     name = "M-FAC, m = 512"
-    if name not in r["training"]["optimizers"]:
+    if name not in r.get("training", {"optimizers": ()})["optimizers"]:
         return None
     overhead = _overhead(r, name)
     return f"{100 * overhead:+.1f} %", most is None or overhead <= most
 
 
-def _slope(r: Results) -> tuple[str, bool]:
+def _slope(r: Results) -> tuple[str, bool] | None:
+    if "scaling" not in r:
+        return None
     slope = r["scaling"]["slope"]
     return f"{slope:.3f}", 0.95 <= slope <= 1.05
 
@@ -353,7 +358,7 @@ def _slope(r: Results) -> tuple[str, bool]:
 def _slowest(r: Results) -> tuple[str, bool] | None:
     """All slower operations whose quartiles do not overlap; push + direction has its own bar."""
     ratios, slower = [], []
-    for record in r["operations"]:
+    for record in r.get("operations", []):
         times = record["times"]
         comparable = all("median" in times[name] for name in ("library", "plain"))
         if record["operation"] == "push + direction" or not comparable:

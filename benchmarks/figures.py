@@ -14,6 +14,11 @@ import numpy as np
 _MARKERS = "osD^vP*Xph<>"
 
 
+def has_figure(results: dict[str, Any]) -> bool:
+    """Whether a run went on long enough for both panels."""
+    return bool(results.get("operations")) and "scaling" in results
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draws both panels."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6.4), width_ratios=(3, 2))

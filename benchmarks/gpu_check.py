@@ -36,13 +36,13 @@ OUTPUT = ROOT / "benchmarks" / "results" / "gpu_check.json"
 # The seconds that each part may take; its remaining items are listed as not run. Together with
 # the look at the device they make eight minutes.
 LIMITS = {
-    "bandwidth": 20,
-    "kernels": 140,
-    "optimizer": 80,
-    "scans": 70,
-    "steps": 40,
-    "steps without CUDA graphs": 40,
-    "products": 30,
+    "bandwidth": 15,
+    "kernels": 90,
+    "optimizer": 60,
+    "scans": 110,
+    "steps": 45,
+    "steps without CUDA graphs": 45,
+    "products": 55,
 }
 _FIRST_LOOK = 60  # CUDA's first start on a machine may be slow
 

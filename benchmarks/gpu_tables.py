@@ -17,7 +17,7 @@ def wrong(results: dict[str, Any]) -> list[str]:
 
 
 def left_out(results: dict[str, Any]) -> list[str]:
-    """The items that did not run because time was short."""
+    """The items that were not measured, because time was short for example."""
     return [f"{part}: {name}" for part, p in results["parts"].items() for name in p["left_out"]]
 
 
@@ -57,12 +57,17 @@ def table(results: dict[str, Any] | None) -> str:
 
 
 def _summary(results: dict[str, Any], bandwidth: dict[str, float]) -> str:
-    e, faults, missing = results["environment"], wrong(results), left_out(results)
+    e, faults = results["environment"], wrong(results)
+    missing = [
+        f"{part} ({len(found['left_out'])} of {len(found['left_out']) + len(found['items'])})"
+        for part, found in results["parts"].items()
+        if found["left_out"]
+    ]
     rates = ", ".join(f"{name} {rate / 1e9:,.0f} GB/s" for name, rate in bandwidth.items())
     text = f"{e['device']}, jax {e['jax']}, {results['date']}. "
-    text += f"Bandwidth: {rates or 'not measured'}. "
+    text += f"Bandwidth: {rates}. " if rates else ""
     text += f"Wrong: {'; '.join(faults)}." if faults else "No answer was wrong."
-    return text + (f" Not run for want of time: {'; '.join(missing)}." if missing else "")
+    return text + (f" Not measured: {', '.join(missing)}." if missing else "")
 
 
 def _kernels(results: dict[str, Any]) -> str:

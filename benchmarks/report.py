@@ -48,10 +48,10 @@ def _processor() -> str:
     return found[1] if found else platform.processor()
 
 
-def save(name: str, results: dict) -> None:
-    """Writes ``benchmarks/results/NAME.json``."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+def save(name: str, results: dict, folder: Path = RESULTS) -> None:
+    """Writes ``NAME.json``, in ``benchmarks/results`` by default."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def load(name: str) -> dict:

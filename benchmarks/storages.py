@@ -6,8 +6,9 @@ Accuracy: windows of the last gradients of a training run (the digits and the ne
 quickstart). Rounding: ways to round such gradients to 8 bits. Time: one push and one direction, in
 turn with dense float32. Static: an inverse and one product with it, likewise. Disk: the scans of
 files of more bytes than this machine has memory, beside a plain read of them. Writes
-``results/storages.json`` and the tables of ``docs/storages.md``; ``--render`` only writes the
-tables. Takes more than half an hour on two CPU cores, 13 GB of memory, and more disk than memory.
+``results/storages.json``, or ``storages-DEVICE.json`` on an accelerator, after every answer, and
+the tables of ``docs/storages.md``; ``--render`` only writes the tables. Takes more than half an
+hour on two CPU cores, 13 GB of memory, and more disk than memory.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import optax
 import report
@@ -149,9 +153,8 @@ def accuracy() -> list[dict[str, Any]]:
     return found
 
 
-def times() -> list[dict[str, Any]]:
+def times() -> Iterator[dict[str, Any]]:
     """One push and one direction, for windows that fit, of each storage in turn with dense."""
-    found = []
     for (name, d), m in CASES:
         gradient = jax.random.normal(jax.random.key(0), (d,))
 
@@ -171,13 +174,11 @@ def times() -> list[dict[str, Any]]:
 
             return {s: functools.partial(run, s) for s in storages}
 
-        found += in_pairs({"size": name, "d": d, "m": m}, TIMED, runs)
-    return found
+        yield from in_pairs({"size": name, "d": d, "m": m}, TIMED, runs)
 
 
-def static() -> list[dict[str, Any]]:
+def static() -> Iterator[dict[str, Any]]:
     """An inverse and a product with it, for gradients that fit, in turn with dense."""
-    found = []
     with tempfile.TemporaryDirectory() as folder:
         for (name, d), m in CASES:
 
@@ -191,25 +192,23 @@ def static() -> list[dict[str, Any]]:
                 return {s: functools.partial(run, s) for s in storages}
 
             stored = TIMED | {"Files(...)": Files(folder)}
-            found += in_pairs({"size": name, "d": d, "m": m}, stored, runs)
-    return found
+            yield from in_pairs({"size": name, "d": d, "m": m}, stored, runs)
 
 
 def in_pairs(
     case: dict[str, Any],
     storages: dict[str, Storage],
     runs: Callable[[dict[str, Storage]], dict[str, timing.Run]],
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Each storage in turn with the first one, so that two of them are in memory at a time."""
     (plain, first), *others = storages.items()
-    found = []
+    seconds = 2.0 if jax.default_backend() == "cpu" else 0.5  # the other clocks are steadier
     for name, storage in tqdm(others, desc=f"{case['size']}, m = {case['m']}", disable=None):
         pair = runs({plain: first, name: storage})
         for run in pair.values():  # compiles, and touches all memory
             jax.block_until_ready(run())
-        of_each = timing.interleave(pair, seconds=2.0)
-        found.append(case | {"storage": name, "dense": of_each[plain]} | of_each[name])
-    return found
+        of_each = timing.interleave(pair, seconds)
+        yield case | {"storage": name, "dense": of_each[plain]} | of_each[name]
 
 
 def random_rows(d: int, m: int, storage: Storage, count: int = 8) -> Any:
@@ -304,7 +303,7 @@ def rounding_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def tables(results: dict[str, Any]) -> dict[str, str]:
+def tables(results: dict[str, Any], on_accelerators: Sequence[dict[str, Any]]) -> dict[str, str]:
     """The tables of the page by their names."""
     lines = [
         "| storage | m | bytes a parameter | error | cosine | length |",
@@ -320,8 +319,11 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     if "rounding" in results:
         found["storages-rounding"] = rounding_table(results["rounding"])
     for name in ("time", "static"):
-        if name in results:
-            found[f"storages-{name}"] = time_table(results[name], results[f"{name} environment"])
+        found[f"storages-{name}"] = "\n\n".join(
+            time_table(r[name], r[f"{name} environment"])
+            for r in (results, *on_accelerators)
+            if name in r
+        )
     if "disk" in results:
         found["storages-disk"] = disk_table(results["disk"], results["disk environment"])
     return found
@@ -403,7 +405,7 @@ def disk_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> st
     return "\n".join(lines)
 
 
-MEASURES = {
+MEASURES: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
     "accuracy": accuracy,
     "rounding": rounding,
     "time": times,
@@ -412,21 +414,31 @@ MEASURES = {
 }
 
 
+def accelerators() -> list[dict[str, Any]]:
+    """The results of the accelerators that were measured."""
+    return [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("storages-*.json"))]
+
+
 def main() -> None:
     """Reads the command line, measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=MEASURES)
+    parser.add_argument("--output", type=Path, default=report.RESULTS, help="for the result file")
     parser.add_argument("--render", action="store_true", help="only write the tables")
     options = parser.parse_args()
-    path = report.RESULTS / "storages.json"
-    results = report.load("storages") if path.exists() else {}
-    for name, measure in MEASURES.items():
-        if not options.render and name in (options.only or [name]):
-            results[name] = measure()
-            results[f"{name} environment"] = report.environment()
-            report.save("storages", results)
-    for name, text in tables(results).items():
-        report.write_table(PAGE, name, text)
+    if not options.render:
+        on_cpu = jax.default_backend() == "cpu"
+        name = "storages" if on_cpu else f"storages-{machine.slug(report.environment())}"
+        path = options.output / f"{name}.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        for measure in options.only or MEASURES:
+            results |= {f"{measure} environment": report.environment(), measure: []}
+            for record in MEASURES[measure]():
+                results[measure].append(record)
+                report.save(name, results, options.output)
+    if options.output == report.RESULTS:
+        for name, text in tables(report.load("storages"), accelerators()).items():
+            report.write_table(PAGE, name, text)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,10 @@ _BLOCKS = 264
 _SLABS = (32, 8)
 _UNITS = 16
 
+# Rows have a multiple of so many columns: in every dtype, the copies of a row then start at
+# multiples of 16 bytes. Other rows are rare among the parameters of networks and left to XLA.
+_COLUMNS = 16
+
 _PIECES = 8  # pieces of LANES columns of a new row that are in flight at once
 
 
@@ -67,28 +71,16 @@ def unsupported(shape: tuple[int, ...], dtype: DTypeLike) -> str | None:
         return f"the kernels for GPUs need float32 or bfloat16 gradients, got {dtype}"
     if len(shape) not in (2, 3) or 0 in shape:
         return f"the kernels for GPUs need a block ([t,] m, k) that is not empty, got {shape}"
-    view = View.of(shape, dtype)
-    if view.t > 1 and view.k % 16:
-        return f"the kernels for GPUs need tiles of a multiple of 16 columns, got {shape}"
-    if view.shape[-1] > 2**31 - 2**16:  # leaves room for the end of the last chunk
-        return (
-            "the kernels for GPUs address rows (all rows as one where their length and number "
-            f"leave them unaligned) with 32 bits, got a block {shape}"
-        )
+    if shape[-1] % _COLUMNS:
+        return f"the kernels for GPUs need rows of a multiple of {_COLUMNS} columns, got {shape}"
+    if shape[-1] > 2**31 - 2**16:  # leaves room for the end of the last chunk
+        return f"the kernels for GPUs address rows with 32 bits, got a block {shape}"
     return None
 
 
-def _place(view: View, row: Array, where: Array) -> Int[Array, "2"]:
-    """Position of ``row``: the row of the view (-1 for none), and its number among the q rows."""
-    line, which = div_rem(row, view.interleave)
-    return jnp.stack([jnp.where(where, line, -1), which])
-
-
-def _find(view: View, place_ref: Any, row_block: Array) -> Array:
-    """Index in ``row_block`` of the row at ``place_ref``; outside 0 .. ROWS-1 if not in it."""
-    which, group = div_rem(row_block, view.groups)
-    here = (place_ref[0] >= 0) & (place_ref[1] == which)
-    return jnp.where(here, place_ref[0] - group * ROWS, -1)
+def _place(row: Array, where: Array) -> Int[Array, "1"]:
+    """``row``, or -1 if it is not to be written."""
+    return jnp.where(where, row, -1)[None]
 
 
 def _write(
@@ -101,23 +93,18 @@ def _write(
 ) -> None:
     """Writes ``width`` columns of the new row, beginning at ``where``: tile, first column.
 
-    A thread writes single entries, because a row may start anywhere. The last piece moves back so
-    that it ends with the row. It writes some entries twice, with the same values.
+    A thread writes single entries. The last piece moves back so that it ends with the row. It
+    writes some entries twice, with the same values.
     """
     tile, column = where
-    line, which = place_ref[0], place_ref[1]
-    if view.flat:
-        row_ref, origin = block_ref, line * view.k
-    else:
-        row_ref = block_ref.at[line] if view.t == 1 else block_ref.at[tile, line]
-        origin = which * view.k
+    row_ref = block_ref.at[place_ref[0]] if view.t == 1 else block_ref.at[tile, place_ref[0]]
 
     if view.k < LANES:
 
         @loop(0, view.k)
         def _(i: Array) -> None:
             value = vector_ref[i] if view.t == 1 else vector_ref[tile, i]
-            store(row_ref.at[origin + i], value)
+            store(row_ref.at[i], value)
 
         return
     layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
@@ -130,7 +117,7 @@ def _write(
         pieces = [view.columns(vector_ref, tile, start, LANES)[...] for start in starts]
         pieces = [plgpu.layout_cast(piece, layout) for piece in pieces]
         for start, piece in zip(starts, pieces, strict=True):
-            store(row_ref.at[pl.ds(origin + start, LANES)], piece)
+            store(row_ref.at[pl.ds(start, LANES)], piece)
 
 
 def _dots(
@@ -159,15 +146,16 @@ def _dots(
         *place_refs, out_ref, patch_ref, piece_ref, barrier = refs
         first, last = share(units, blocks)
 
-        def locate(step: Array) -> tuple[tuple[Array, Array, Array], Any]:
+        def locate(step: Array) -> tuple[Any, Any]:
             unit, slab = div_rem(step, slabs)
             chunk, row_block = div_rem(first + unit, view.row_blocks)
             tile, part = div_rem(chunk, chunks)
             column = part * width + slab * view.slab
-            return (tile, row_block, column), view.columns(vector_ref, tile, column, view.slab)
+            patch = view.patch(block_ref, tile, row_block, column)
+            return patch, view.columns(vector_ref, tile, column, view.slab)
 
         steps = (last - first) * slabs
-        stream = Stream(view, block_ref, (patch_ref, piece_ref, barrier), steps, locate)
+        stream = Stream((patch_ref, piece_ref, barrier), steps, locate)
 
         @loop(first, last)
         def _(unit: Array) -> None:
@@ -176,7 +164,7 @@ def _dots(
             start = part * width
             new = None
             if place_refs:
-                row = _find(view, place_refs[0], row_block)
+                row = place_refs[0][0] - row_block * ROWS
                 new = index(0) == row
 
             def add(slab: Array, total: Array) -> Array:
@@ -185,9 +173,6 @@ def _dots(
                 for part in parts(view):
                     v = per_column(piece_ref, part)
                     entries = plgpu.layout_cast(patch_ref[:, part], LAYOUT).astype(jnp.float32)
-                    if view.bleeds:
-                        end = view.k - (start + slab * view.slab + part.start)
-                        entries = jnp.where(index(1) < end, entries, 0.0)
                     if new is not None:
                         entries = jnp.where(new, tile_of(v, 1), entries)
                     total += entries * tile_of(v, 1)
@@ -196,8 +181,7 @@ def _dots(
 
             total = lax.fori_loop(np.int32(0), np.int32(slabs), add, zeros())
 
-            # The old row has been read by now. A patch that reaches over the end of another
-            # row may still read this one, but masks what it reads.
+            # The old row has been read by now.
             if new is not None:
 
                 @pl.when((row >= 0) & (row < ROWS))
@@ -218,7 +202,7 @@ def _dots(
         partial = launch(body, "mfac_dots", blocks, out, scratch, interpret)(seen, row)
     else:
         run = launch(body, "mfac_write_row", blocks, out, scratch, interpret)
-        place = _place(view, *target)
+        place = _place(*target)
 
         # The Refs of jax.new_ref do not work inside a custom_vmap in jax 0.10.
         def change(refs: tuple[Any, Any]) -> None:
@@ -226,7 +210,7 @@ def _dots(
 
         seen, partial = pl.run_state(change)((seen, jnp.zeros(out.shape, out.dtype)))
         block = seen.reshape(block.shape)
-    return block, view.by_row(jnp.sum(partial, axis=0))
+    return block, jnp.sum(partial, axis=0)[: view.m]
 
 
 def dots(
@@ -285,15 +269,14 @@ def combine(
         vector_refs = scratch_refs[4:]
         first, last = share(units, blocks)
 
-        def locate(step: Array) -> tuple[tuple[Array, Array, Array], Any]:
+        def locate(step: Array) -> tuple[Any, Any]:
             unit, row_block = div_rem(step, view.row_blocks)
             tile, slab = div_rem(first + unit, view.slabs)
-            return (tile, row_block, slab * view.slab), weights_ref.at[
-                pl.ds(row_block * ROWS, ROWS)
-            ]
+            patch = view.patch(block_ref, tile, row_block, slab * view.slab)
+            return patch, weights_ref.at[pl.ds(row_block * ROWS, ROWS)]
 
         steps = (last - first) * view.row_blocks
-        stream = Stream(view, block_ref, stream_refs, steps, locate)
+        stream = Stream(stream_refs, steps, locate)
 
         @loop(first, last)
         def _(unit: Array) -> None:
@@ -348,7 +331,7 @@ def combine(
     )
     result = launch(body, "mfac_combine", blocks, out, scratch, interpret)(
         block.reshape(view.shape),
-        view.by_row_block(coefficients.astype(jnp.float32)),
+        jnp.pad(coefficients.astype(jnp.float32), (0, view.row_blocks * ROWS - view.m)),
         *epilogue.values(),
     )
     return result.reshape(*block.shape[:-2], -1)[..., : view.k]

@@ -4,18 +4,12 @@ The copy engine (TMA) moves ``G`` into shared memory in *patches*, several steps
 use. A patch is a *row block* (32 rows) by a *slab* (128 or 256 columns). Its entries are spread
 over the 128 threads of a thread block in *register tiles* of 32 by 128.
 
-The copy engine needs rows that start at multiples of 16 bytes. The rows of a single tile of ``G``
-need not start there. But for some ``q <= 8``, ``q`` rows together take a multiple of 16 bytes, and
-a copy may start at any column. The copy engine therefore sees ``G`` as ``(m / q, q k)``, and a row
-block is every ``q``-th row. If ``q`` does not divide ``m``, it sees ``G`` as one flat array and
-copies each row of a patch separately. In both views a patch at the end of a row also covers a part
-of the next row, which the kernel masks. A copy beyond the end of an axis yields zeros.
-
-This holds for copies *from* global memory, which carry a descriptor of the array. Mosaic turns a
-contiguous copy *to* global memory into a plain one (``cp.async.bulk``). The hardware cuts that
-copy at the end of the array, not of a tile, and moves whole pieces of 16 bytes. The width of an
-array that a kernel writes is therefore a whole number of copies. The surplus columns are cut off
-afterwards.
+The hardware moves whole pieces of 16 bytes. A copy *from* global memory carries a descriptor of the
+array: rows must be a multiple of 16 bytes apart, the first entry of a copy must lie at such a
+multiple (no compiler checks that; the instruction is illegal), and what lies beyond the end of an
+axis arrives as zeros. Mosaic turns a contiguous copy *to* global memory into a plain one
+(``cp.async.bulk``), which is cut at the end of the array, not of a tile. The width of an array that
+a kernel writes is therefore a whole number of copies. The surplus columns are cut off afterwards.
 """
 
 from __future__ import annotations
@@ -33,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 # The number of patches in flight. Six patches of 16 KiB take 100 KiB, the largest size that leaves
 # room for two thread blocks on a multiprocessor (227 KiB). By Little's law, 4.8 TB/s at a latency
@@ -69,24 +63,15 @@ class View:
     m: int
     k: int
     slab: int  # columns of a patch
-    interleave: int  # q: a row block takes every q-th row
-    flat: bool  # one axis of m k entries
 
     @classmethod
     def of(cls, shape: tuple[int, ...], dtype: DTypeLike) -> View:
         *tiles, m, k = shape
-        itemsize = np.dtype(dtype).itemsize
-        interleave = next(q for q in (1, 2, 4, 8) if q * k * itemsize % 16 == 0)
-        flat = m % interleave != 0
-        slab = _SLAB_BYTES // itemsize
-        return cls(math.prod(tiles), m, k, slab, 1 if flat else interleave, flat)
+        return cls(math.prod(tiles), m, k, _SLAB_BYTES // np.dtype(dtype).itemsize)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if self.flat:
-            return (self.m * self.k,)
-        rows = (self.m // self.interleave, self.interleave * self.k)
-        return rows if self.t == 1 else (self.t, *rows)
+        return (self.m, self.k) if self.t == 1 else (self.t, self.m, self.k)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -100,67 +85,23 @@ class View:
         return (width,) if self.t == 1 else (self.t, width)
 
     @property
-    def bleeds(self) -> bool:
-        """Whether a patch at the end of a row may hold entries of another row."""
-        return self.flat or self.interleave > 1
-
-    @property
     def slabs(self) -> int:
         """The number of slabs in a tile."""
         return pl.cdiv(self.k, self.slab)
 
     @property
-    def groups(self) -> int:
-        """The number of row blocks in each of the ``q`` interleaved sets of rows."""
-        return pl.cdiv(self.m // self.interleave, ROWS)
-
-    @property
     def row_blocks(self) -> int:
-        return self.interleave * self.groups
+        return pl.cdiv(self.m, ROWS)
 
-    @property
-    def copies(self) -> int:
-        """The number of copies for one patch."""
-        return ROWS if self.flat else 1
-
-    def copy(
-        self,
-        block_ref: Any,
-        patch_ref: Any,
-        barrier: Any,
-        where: tuple[Array, Array, Array],
-    ) -> None:
-        """Starts to copy the patch at ``where``: tile, row block, first column."""
-        tile, row_block, column = where
-        if not self.flat:
-            which, group = div_rem(row_block, self.groups)
-            columns = pl.ds(which * self.k + column, self.slab)
-            rows_ref = block_ref if self.t == 1 else block_ref.at[tile]
-            source = rows_ref.at[pl.ds(group * ROWS, ROWS), columns]
-            plgpu.copy_gmem_to_smem(source, patch_ref, barrier)
-            return
-
-        @loop(0, ROWS)
-        def _(i: Array) -> None:
-            row = jnp.minimum(row_block * ROWS + i, self.m)
-            source = block_ref.at[pl.ds(row * self.k + column, self.slab)]
-            plgpu.copy_gmem_to_smem(source, patch_ref.at[i], barrier)
+    def patch(self, block_ref: Any, tile: Array, row_block: Array, column: Array) -> Any:
+        """The patch of a row block that starts at a column."""
+        rows_ref = block_ref if self.t == 1 else block_ref.at[tile]
+        return rows_ref.at[pl.ds(row_block * ROWS, ROWS), pl.ds(column, self.slab)]
 
     def columns(self, row_ref: Any, tile: Array, column: Array, size: int) -> Any:
         """``size`` columns of a row."""
         part = pl.ds(column, size)
         return row_ref.at[part] if self.t == 1 else row_ref.at[tile, part]
-
-    def by_row(self, values: Float[Array, " rows"]) -> Float[Array, " m"]:
-        """Reorders values from the order of row blocks to the order of rows."""
-        parts = values.reshape(self.interleave, self.groups * ROWS)
-        return parts[:, : self.m // self.interleave].T.reshape(self.m)
-
-    def by_row_block(self, values: Float[Array, " m"]) -> Float[Array, " rows"]:
-        """Inverse of :meth:`by_row`, with zeros for missing rows."""
-        parts = values.reshape(self.m // self.interleave, self.interleave).T
-        rest = self.groups * ROWS - parts.shape[1]
-        return jnp.pad(parts, ((0, 0), (0, rest))).reshape(-1)
 
 
 def loop(first: int | Array, last: int | Array) -> Callable[[Callable[..., None]], None]:
@@ -213,19 +154,15 @@ def parts(view: View) -> list[Any]:
 class Stream:
     """Patches of ``G``, each with a piece of a vector, fetched ahead of their use.
 
-    ``locate(step)`` returns the position of the patch, in the form of :meth:`View.copy`, and the
-    piece.
+    ``locate(step)`` returns the patch and the piece in global memory.
     """
 
     def __init__(
         self,
-        view: View,
-        block_ref: Any,
         scratch: Sequence[Any],
         steps: Array,
-        locate: Callable[[Array], tuple[tuple[Array, Array, Array], Any]],
+        locate: Callable[[Array], tuple[Any, Any]],
     ) -> None:
-        self._view, self._block_ref = view, block_ref
         self._patch_ref, self._piece_ref, self._barrier = scratch
         self._steps, self._locate = steps, locate
         loop(0, _STAGES)(self._fetch)
@@ -235,7 +172,7 @@ class Stream:
         return [
             plgpu.SMEM((_STAGES, ROWS, view.slab), dtype),
             plgpu.SMEM((_STAGES, piece), piece_dtype),
-            plgpu.Barrier(num_arrivals=view.copies + 1, num_barriers=_STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
         ]
 
     def _fetch(self, step: Array) -> None:
@@ -243,8 +180,8 @@ class Stream:
         def _() -> None:
             slot = div_rem(step, _STAGES)[1]
             barrier = self._barrier.at[slot]
-            where, piece = self._locate(step)
-            self._view.copy(self._block_ref, self._patch_ref.at[slot], barrier, where)
+            patch, piece = self._locate(step)
+            plgpu.copy_gmem_to_smem(patch, self._patch_ref.at[slot], barrier)
             plgpu.copy_gmem_to_smem(piece, self._piece_ref.at[slot], barrier)
 
     def take(self, step: Array) -> tuple[Any, Any]:

@@ -38,7 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps the chosen number of cases of each test, evenly spaced over all of them."""
+    """Skips what holds on a CPU only, and keeps the chosen number of cases of each test.
+
+    The cases are evenly spaced over all of them.
+    """
+    if jax.default_backend() != "cpu":
+        for item in items:
+            if item.get_closest_marker("on_cpu"):
+                item.add_marker(pytest.mark.skip(reason="states what holds on a CPU"))
     most = config.getoption("cases")
     if most is None:
         return

@@ -51,7 +51,7 @@ def test_square_roots_keep_every_coordinate(kind, n, allowed):
         size[7] = 1
         assert np.max(np.abs(got.T @ got - want) / np.outer(size, size)) < allowed
         batch = algebra.square_root(jnp.asarray(np.stack([want, np.eye(60)]), jnp.float32))
-        np.testing.assert_array_equal(batch[0], root)
+        np.testing.assert_allclose(batch[0], root, rtol=allowed, atol=allowed * np.max(size))
 
 
 # What the inverse answers.
@@ -487,6 +487,7 @@ def test_memory_is_that_of_the_sums():
     assert sums < max(found) - found[0] < 1.7 * sums
 
 
+@pytest.mark.on_cpu
 @pytest.mark.wrong_types  # shapes stand for arrays
 def test_sums_and_roots_are_changed_in_place():
     """For ResNet-20, beside the sums and the buffer there are only some pieces of blocks."""

@@ -117,8 +117,8 @@ def test_a_kernel_that_cannot_take_the_block_says_what_it_needs(implementation):
 @pytest.mark.parametrize(
     ("implementation", "shape", "words"),
     [
-        ("mosaic_gpu", (2, 4, 24), r"tiles of a multiple of 16 columns, got \(2, 4, 24\)"),
-        ("mosaic_gpu", (2, 4, 3, 5), r"tiles of a multiple of 16 columns, got \(2, 4, 15\)"),
+        ("mosaic_gpu", (2, 4, 24), r"rows of a multiple of 16 columns, got \(2, 4, 24\)"),
+        ("mosaic_gpu", (2, 4, 3, 5), r"rows of a multiple of 16 columns, got \(2, 4, 15\)"),
         ("mosaic_gpu", (1, 4, 0), r"not empty, got \(1, 4, 0\)"),
         ("mosaic_tpu", (1, 4, 0), r"not empty, got shape \(1, 4, 0\)"),
         ("mosaic_tpu", (2, 4, 3, 5), r"a block \(t, m, k\).* got shape \(2, 4, 3, 5\)"),
@@ -156,7 +156,7 @@ def test_an_unknown_implementation(make):
 def test_rows_pass_the_choice_on():
     tx = mfac_precondition(4, storage=Dense(implementation="mosaic_gpu"))
     with pytest.raises(NotImplementedError, match="mosaic_gpu"):
-        tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
+        tx.update(jnp.ones(16), tx.init(jnp.ones(16)))
     for packing in ("flat", "leaf"):
         storage = Dense(packing=packing, implementation="mosaic_tpu")
         held = storage.empty({"a": jnp.ones(3)}, 2)

@@ -19,7 +19,8 @@ PARAMS = {
 
 
 def logits(params):
-    return jnp.tanh(X @ params["w"]) @ params["v"]
+    with jax.default_matmul_precision("highest"):  # some devices round to fewer bits
+        return jnp.tanh(X @ params["w"]) @ params["v"]
 
 
 def loss(z):

@@ -177,6 +177,7 @@ def test_a_window_too_singular_leaves_the_inverse_empty_and_is_still_solved(incr
     oracles.assert_close(got, want, length=D, condition=1)
 
 
+@pytest.mark.on_cpu
 def test_a_cpu_factors_small_matrices_and_a_gpu_does_not():
     gram = gram_of(oracles.gradients("correlated", M, D))
     empty, arguments = incremental.empty(M), (gram, jnp.int32(3), jnp.float32(1))

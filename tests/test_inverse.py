@@ -622,6 +622,7 @@ def test_groups_in_blocks(blocks, size, order, n):
     assert_groups(found, dense, fisher, groups, weights, keep, condition)
 
 
+@pytest.mark.on_cpu
 def test_the_matrix_of_a_wide_group_is_not_computed_unless_it_is_asked_for():
     n, d = 4, 2**14
     held = Dense().empty(jnp.zeros(d), n)

@@ -110,7 +110,7 @@ def _cut_small_blocks_into_pieces(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _nothing_is_cut_off_at_the_end_of_a_tile(monkeypatch):
-    kernel_cases.store_as_the_hardware_does(monkeypatch)
+    kernel_cases.copy_as_the_hardware_does(monkeypatch)
 
 
 # Compiling a simulation takes longer than running it.
@@ -204,7 +204,7 @@ def test_combine_with_all_that_it_can_do_at_the_end(implementation, shape, dtype
 @every_implementation()
 @pytest.mark.parametrize("given", ["vector", "scale"])
 def test_combine_with_a_part_of_it(implementation, given):
-    block, vector, c = problem((1, 5, 33), jnp.float32)
+    block, vector, c = problem((1, 5, 48), jnp.float32)
     values = {given: {"vector": vector, "scale": jnp.float32(-2)}[given]}
     terms = as_matrix(block) * np.asarray(c, np.float64)[:, None]
     if "vector" in values:

@@ -57,7 +57,7 @@ def test_table_of_the_devices_is_that_of_the_result_file():
 
 
 def test_tables_of_the_storages_are_those_of_the_result_file():
-    for name, table in storages.tables(report.load("storages")).items():
+    for name, table in storages.tables(report.load("storages"), storages.accelerators()).items():
         assert report.read_table(storages.PAGE, name) == table.strip()
 
 
