@@ -1,10 +1,11 @@
 """Storages beside dense float32: accuracy of the direction, memory and time.
 
-    python benchmarks/storages.py [--only accuracy rounding time static disk] [--render]
+    python benchmarks/storages.py [--only accuracy rounding time static sums disk] [--render]
 
 Accuracy: windows of the last gradients of a training run (the digits and the network of the
 quickstart). Rounding: ways to round such gradients to 8 bits. Time: one push and one direction, in
-turn with dense float32. Static: an inverse and one product with it, likewise. Disk: the scans of
+turn with dense float32. Static: an inverse and one product with it, likewise. Sums: the diagonal of
+a block-wise inverse, likewise. Disk: the scans of
 files of more bytes than this machine has memory, beside a plain read of them. Writes
 ``results/storages.json``, or ``storages-DEVICE.json`` on an accelerator, after every answer, and
 the tables of ``docs/storages.md``; ``--render`` only writes the tables. Takes more than half an
@@ -38,12 +39,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mfac_jax import fisher_inverse, mfac_precondition, planning, window
-from mfac_jax.rows import Dense, FileRows, Files, Int8, Paged, Storage, TopK
+from mfac_jax.rows import Dense, FileRows, Files, InBlocks, Int8, Paged, Storage, TopK
 
 sys.path.append(str(report.ROOT / "examples"))
 from quickstart import CNN, load_digits
 
 PAGE = report.ROOT / "docs" / "storages.md"
+PAGES = {"storages-sums": report.ROOT / "docs" / "pruning.md"}  # the others are on PAGE
 STORAGES: dict[str, Storage] = {
     "Dense()": Dense(),
     "Dense(bfloat16)": Dense(jnp.bfloat16),
@@ -57,6 +59,7 @@ STORAGES: dict[str, Storage] = {
 WINDOWS = (64, 256)
 DAMPING = 0.01  # of the trace
 STEPS = 300
+BLOCK = 128
 TIMED = {
     name: (STORAGES | {"Paged()": Paged()})[name]
     for name in ("Dense()", "Dense(bfloat16)", "Int8()", "TopK(0.01)", "Paged()")
@@ -195,6 +198,23 @@ def static() -> Iterator[dict[str, Any]]:
             yield from in_pairs({"size": name, "d": d, "m": m}, stored, runs)
 
 
+def sums() -> Iterator[dict[str, Any]]:
+    """The diagonal of a block-wise inverse from sums in blocks, in turn with dense gradients."""
+    d = SIZES["ResNet-20"]
+    for m in (64, 256, 1024):
+
+        def runs(storages: dict[str, Storage], m: int = m) -> dict[str, timing.Run]:
+            def diagonal(rows: Any) -> Any:
+                return fisher_inverse(rows, 1e-3, blocks=BLOCK).diagonal()
+
+            gradients, like = jax.random.normal(jax.random.key(0), (m, d)), jnp.zeros(d)
+            held = {s: storages[s].hold(gradients, like) for s in storages}
+            return {s: functools.partial(diagonal, held[s]) for s in storages}
+
+        stored = {"Dense()": Dense(), f"InBlocks({BLOCK})": InBlocks(BLOCK)}
+        yield from in_pairs({"size": "ResNet-20", "d": d, "m": m}, stored, runs)
+
+
 def in_pairs(
     case: dict[str, Any],
     storages: dict[str, Storage],
@@ -242,24 +262,25 @@ def disk() -> list[dict[str, Any]]:
 
         vector, weights = jax.random.normal(jax.random.key(1), (d,)), jnp.ones(m)
         scans = {
-            "a plain read": read,
-            "dots": lambda: held.dots(vector),
-            "combine": lambda: held.combine(weights),
-            "gram": held.gram,
-            "an inverse, a product: 3 scans": lambda: fisher_inverse(held, 1e-3).ihvp(vector),
+            "a plain read": (1, read),
+            "dots": (1, lambda: held.dots(vector)),
+            "combine": (1, lambda: held.combine(weights)),
+            "gram": (1, held.gram),
+            "an inverse and a product": (3, lambda: fisher_inverse(held, 1e-3).ihvp(vector)),
         }
         small = random_rows(d // 100, m, Files(folder))
         jax.block_until_ready(fisher_inverse(small, 1e-3).ihvp(vector[: d // 100]))  # compiles
         seconds: dict[str, list[float]] = {name: [] for name in scans}
         for _ in range(3):
-            for name, scan in tqdm(scans.items(), desc="disk", disable=None):
+            for name, (_, scan) in tqdm(scans.items(), desc="disk", disable=None):
                 os.fsync(descriptor)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 start = time.perf_counter()
                 jax.block_until_ready(scan())
                 seconds[name].append(time.perf_counter() - start)
         return [
-            {"scan": name, "bytes": size, "memory": memory} | timing.summary(values)
+            {"scan": name, "bytes": scans[name][0] * size, "memory": memory}
+            | timing.summary(values)
             for name, values in seconds.items()
         ]
 
@@ -316,9 +337,10 @@ def tables(results: dict[str, Any], on_accelerators: Sequence[dict[str, Any]]) -
     ]
     found = {"storages-accuracy": "\n".join(lines), "storages-bytes": bytes_table()}
     found["storages-memory"] = memory_table()
+    found["storages-bars"] = bars_table(results)
     if "rounding" in results:
         found["storages-rounding"] = rounding_table(results["rounding"])
-    for name in ("time", "static"):
+    for name in ("time", "static", "sums"):
         found[f"storages-{name}"] = "\n\n".join(
             time_table(r[name], r[f"{name} environment"])
             for r in (results, *on_accelerators)
@@ -389,19 +411,58 @@ def time_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> st
             r = of_each[s]
             cells.append(r.get("left_out") or f"{r['median'] / r['dense']['median']:.2f} x")
         lines.append(f"| {size} | {m} | {' | '.join(cells)} |")
-    lines.append("\n" + report.where(environment))
+    lines.append("\n" + report.where(environment) + bus_rate(results, environment))
     return "\n".join(lines)
+
+
+def bus_rate(results: list[dict[str, Any]], environment: dict[str, Any]) -> str:
+    """How fast the pages of the largest window cross the bus, twice a step, if there is one."""
+    paged = [r for r in results if r["storage"] == "Paged()" and "median" in r]
+    if environment["device"] == "cpu" or not paged:
+        return ""
+    r = max(paged, key=lambda r: r["d"] * r["m"])
+    rate = 2 * 4 * r["d"] * r["m"] / r["median"] / 1e9
+    return f" `Paged()` moves {rate:.0f} GB a second over the bus ({r['size']}, m = {r['m']})."
 
 
 def disk_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> str:
     """Each scan beside a plain read."""
     size, plain = results[0]["bytes"] / 1e9, results[0]["median"]
-    lines = ["| scan | seconds | beside a plain read |", "| --- | --- | --- |"]
-    lines += [f"| {r['scan']} | {r['median']:.1f} | {r['median'] / plain:.2f} x |" for r in results]
-    memory = f", {results[0]['memory'] / 1e9:.1f} GB of memory" if "memory" in results[0] else ""
-    lines.append(
-        f"\n{size:.1f} GB{memory}, {size / plain:.2f} GB a second. {report.where(environment)}"
-    )
+    lines = ["| | GB read | seconds | beside a plain read of them |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {r['scan']} | {r['bytes'] / 1e9:.1f} | {r['median']:.1f} | {ratio:.2f} x |"
+        for r, ratio in zip(results, beside_a_read(results), strict=True)
+    ]
+    memory = f"{results[0]['memory'] / 1e9:.1f} GB of memory"
+    lines.append(f"\n{memory}, {size / plain:.2f} GB a second. {report.where(environment)}")
+    return "\n".join(lines)
+
+
+def beside_a_read(results: list[dict[str, Any]]) -> list[float]:
+    """The time of each scan in units of that of a plain read of its bytes."""
+    rate = results[0]["bytes"] / results[0]["median"]
+    return [rate * r["median"] / r["bytes"] for r in results]
+
+
+def bars_table(results: dict[str, Any]) -> str:
+    """What is wanted of the storages on a CPU, and what is measured."""
+
+    def ratios(part: str, storage: str) -> list[float]:
+        own = [r for r in results.get(part, []) if r["storage"] == storage and "median" in r]
+        return [r["median"] / r["dense"]["median"] for r in own]
+
+    disk = results.get("disk", [])
+    bars = [
+        ("`Paged()`, the static algorithm, beside dense rows", 1.3, ratios("static", "Paged()")),
+        ("`TopK(0.01)`, push and direction, beside dense rows", 1, ratios("time", "TopK(0.01)")),
+        ("`Files(...)`, beside a plain read", 2, beside_a_read(disk)[1:] if disk else []),
+    ]
+    lines = ["| | wanted | measured | |", "| --- | --- | --- | --- |"]
+    for what, most, found in bars:
+        if found:
+            verdict = "met" if max(found) <= most else "**not met**"
+            measured = f"{min(found):.2f} to {max(found):.2f} x"
+            lines.append(f"| {what} | <= {most} x | {measured} | {verdict} |")
     return "\n".join(lines)
 
 
@@ -410,6 +471,7 @@ MEASURES: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
     "rounding": rounding,
     "time": times,
     "static": static,
+    "sums": sums,
     "disk": disk,
 }
 
@@ -438,7 +500,7 @@ def main() -> None:
                 report.save(name, results, options.output)
     if options.output == report.RESULTS:
         for name, text in tables(report.load("storages"), accelerators()).items():
-            report.write_table(PAGE, name, text)
+            report.write_table(PAGES.get(name, PAGE), name, text)
 
 
 if __name__ == "__main__":

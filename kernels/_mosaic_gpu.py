@@ -58,7 +58,7 @@ _SLABS = (32, 8)
 _UNITS = 16
 
 # Rows have a multiple of so many columns: in every dtype, the copies of a row then start at
-# multiples of 16 bytes. Other rows are rare among the parameters of networks and left to XLA.
+# multiples of 16 bytes. Other rows are left to XLA.
 _COLUMNS = 16
 
 _PIECES = 8  # pieces of LANES columns of a new row that are in flight at once

@@ -97,7 +97,6 @@ def fill_rows(
                 copy, _ = copy.write_rows(step.row, gradients, step.num_rows)
             del gradients  # frees them before the next ones are computed
             bar.update(pending.add(step, accepted))
-        agreement.check()
         bar.update(pending.check_all())
     return rows
 
@@ -112,7 +111,8 @@ def _check_kept(step: Step, gradients: PyTree, kept: Any) -> None:
     pairs = zip(jax.tree.leaves(own), jax.tree.leaves(gradients), strict=True)
     leaves = [(np.asarray(x, np.float64), np.asarray(g, np.float64)) for x, g in pairs]
     missing = sum(np.sum((x - g[:1]) ** 2) for x, g in leaves)
-    if missing > _SAME**2 * sum(np.sum(x**2) for x, _ in leaves):
+    # NaN is not the same either.
+    if not missing <= _SAME**2 * sum(np.sum(x**2) for x, _ in leaves):
         raise ValueError(
             "the gradients that were kept come from another loss or from other data: expected the "
             f"gradient of batch {step.batch} in row {step.row}, got one that differs. Use another "
@@ -121,10 +121,19 @@ def _check_kept(step: Step, gradients: PyTree, kept: Any) -> None:
 
 
 def read_rows(rows: Rows, copy: FileRows, first: int = 0) -> Rows:
-    """Reads the finished rows of ``copy``, from ``first`` on, into ``rows``, which are donated."""
+    """Reads the finished rows of ``copy``, from ``first`` on, into ``rows``, which are donated.
+
+    Raises:
+        FloatingPointError: ``rows`` cannot hold one of them.
+    """
     for row in range(first, copy.num_finished, _ROWS_AT_A_TIME):
         count = min(_ROWS_AT_A_TIME, copy.num_finished - row)
-        rows, _ = rows.write_rows(row, copy.gradients(row, count), count)
+        rows, accepted = rows.write_rows(row, copy.gradients(row, count), count)
+        if not np.all(accepted):
+            raise FloatingPointError(
+                f"row {row + int(np.argmin(accepted))} of the gradients that were kept is too "
+                f"large for {type(rows).__name__}."
+            )
     return rows
 
 

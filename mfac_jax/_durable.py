@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import weakref
 from collections.abc import Mapping
@@ -17,6 +18,9 @@ import numpy as np
 from mfac_jax._layout import PyTree
 
 _LOCK = "lock"
+
+# The relative difference of a number that is computed again, on other devices perhaps.
+_ROUNDING = 1e-3
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -76,7 +80,7 @@ def claim(folder: Path, manifest: str, wanted: Mapping[str, Any]) -> Claim:
     Args:
         folder: the folder.
         manifest: the name of the file that says what is in it; it is written first.
-        wanted: the content of that file, by name.
+        wanted: the content of that file, by name. Numbers that are float may differ by rounding.
 
     Returns:
         What has to live as long as the folder is used. No other process can claim it meanwhile;
@@ -154,6 +158,13 @@ def _locked(folder: Path) -> Claim:
     return made
 
 
+def _is_same(found: Any, wanted: Any) -> bool:
+    """Whether two values are equal, numbers up to the rounding of other machines."""
+    if isinstance(wanted, float) and isinstance(found, float):
+        return math.isclose(found, wanted, rel_tol=_ROUNDING)
+    return bool(found == wanted)
+
+
 def _compare(content: bytes, path: Path, wanted: Mapping[str, Any]) -> None:
     try:
         found = json.loads(content)
@@ -162,7 +173,7 @@ def _compare(content: bytes, path: Path, wanted: Mapping[str, Any]) -> None:
     if not isinstance(found, dict):
         raise ValueError(f"{path} cannot be read: expected a JSON object, got {found!r:.40}.")
     for name, value in wanted.items():
-        if found.get(name) != value:
+        if not _is_same(found.get(name), value):
             raise ValueError(
                 f"{path.parent} comes from another run: expected {name} {value}, "
                 f"got {found.get(name)}. Use another folder, or empty it."

@@ -24,6 +24,9 @@ PyTree = Any
 
 PLACES = ("device", "host", "disk")
 
+# The largest number of gradients that is tried.
+MOST = 2**24
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -223,7 +226,7 @@ def lacking(plan: Plan) -> list[str]:
     ]
 
 
-def largest(fits: Callable[[int], bool], most: int = 2**24) -> int:
+def largest(fits: Callable[[int], bool], most: int = MOST) -> int:
     """The largest number from 0 to ``most`` that fits, if all smaller ones fit."""
     low, high = 0, 1
     while high <= most and fits(high):

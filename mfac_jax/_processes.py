@@ -28,7 +28,6 @@ class Agreement:
     def __init__(self, params: PyTree, num_rows: int) -> None:
         leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
         self._is_shared = not all(leaf.is_fully_addressable for leaf in leaves)
-        self._digest, self._last = 0, 0
         counts = self._of_all(num_rows)
         if len(set(counts)) > 1:
             raise ValueError(
@@ -37,37 +36,36 @@ class Agreement:
             )
 
     def watch(self, batches: Iterator[tuple[int, PyTree]]) -> Iterator[tuple[int, PyTree]]:
-        """The numbered batches, of which the first one is compared.
+        """The numbered batches, each compared before it is used.
+
+        Processes with batches of other lengths would run other programs and wait for ever.
+
+        Raises:
+            ValueError: one differs between processes.
+        """
+        is_first = True
+        for number, batch in batches:
+            if self._is_shared:
+                own = _digest(batch, zlib.crc32(str(number).encode()), is_first)
+                if len(set(self._of_all(own))) > 1:
+                    numbers = self._of_all(number)
+                    raise ValueError(
+                        "processes that share the parameters must read the same batches in the "
+                        f"same order; batches {numbers} of process 0 to {len(numbers) - 1} differ. "
+                        "An array over all devices is the same batch whatever its parts: see "
+                        "jax.make_array_from_process_local_data."
+                    )
+                is_first = False
+            yield number, batch
+
+    def on(self, tree: PyTree, what: str) -> None:
+        """Compares an argument, a tree of arrays, numbers and texts.
 
         Raises:
             ValueError: it differs between processes.
         """
-        if not self._is_shared:
-            yield from batches
-            return
-        is_first = True
-        for number, batch in batches:
-            start = zlib.crc32(str(number).encode(), self._digest)
-            self._digest, self._last = _digest(batch, start, is_first), number
-            if is_first:
-                self.check()
-                is_first = False
-            yield number, batch
-
-    def check(self) -> None:
-        """Compares the batches so far.
-
-        Raises:
-            ValueError: they differ between processes.
-        """
-        if len(set(self._of_all(self._digest))) > 1:
-            numbers = self._of_all(self._last)
-            raise ValueError(
-                "processes that share the parameters must read the same batches in the same "
-                f"order; up to batches {numbers} of process 0 to {len(numbers) - 1} they differ. "
-                "An array over all devices is the same batch whatever its parts: see "
-                "jax.make_array_from_process_local_data."
-            )
+        if self._is_shared and len(set(self._of_all(_digest(tree, 0, True)))) > 1:
+            raise ValueError(f"processes that share the parameters must have the same {what}.")
 
     def _of_all(self, number: int) -> list[int]:
         if not self._is_shared:

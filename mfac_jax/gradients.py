@@ -111,7 +111,8 @@ def collect_gradients(
         ValueError: ``batches`` is empty or a batch is malformed, ``num_gradients`` or
             ``chunk_size`` is below 1, ``loss_fn`` does not return a scalar, an option is
             given without the option that it needs, ``checkpoint`` holds something else than
-            gradients of these parameters or comes with parameters that several processes share,
+            gradients of these parameters, comes with parameters that several processes share or
+            with a storage that keeps finished gradients itself,
             the mesh of ``params`` has explicit axes, or processes
             that share ``params`` do not ask for the same number of gradients of the same batches.
         OSError: the folder of ``checkpoint`` cannot be written, or the disk is full.
@@ -147,6 +148,11 @@ def collect_gradients(
         layout.check_mask(mask)
     if checkpoint is not None:
         _checks.folder(checkpoint, "checkpoint")
+        if check_storage(storage).keeps_gradients:
+            raise ValueError(
+                f"checkpoint is for gradients in memory: storage={storage!r} keeps finished "
+                "gradients itself."
+            )
     require_room(check_storage(storage), params, m, "num_gradients")
     origin = functools.partial(_origin, params, mask, key, per_example)
     rows, done = storage.resume(params, m, origin)

@@ -292,7 +292,7 @@ class Choice(NamedTuple):
 
     Attributes:
         storage: the storage.
-        num_gradients: the largest number of gradients that fits; 0 if none does.
+        num_gradients: the largest number of gradients that fits, at most 2^24; 0 if none does.
         plan: the plan of these gradients; None if none fits.
     """
 
@@ -315,11 +315,7 @@ class Fitting:
 
     def __str__(self) -> str:
         lines = [
-            (
-                spelled(choice.storage),
-                str(choice.num_gradients),
-                _taken(choice.plan),
-            )
+            (spelled(choice.storage), _number(choice.num_gradients), _taken(choice.plan))
             for choice in self.choices
         ]
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
@@ -405,6 +401,11 @@ def fitting(
     if storages is None:
         storages = known_storages(host=host_budget is not None)
     return Fitting(budget, tuple(map(best, storages)))
+
+
+def _number(count: int) -> str:
+    """A number of gradients; sums in blocks take no more for more of them."""
+    return "any number" if count == _memory.MOST else str(count)
 
 
 def _plan(title: str, sizes: dict[str, dict[str, int]]) -> Plan:

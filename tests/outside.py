@@ -145,6 +145,8 @@ class HostRows(WritableRows, ColumnRows):
 class Host(Storage):
     """Stores gradients in the memory of the host."""
 
+    is_traceable = False
+
     def bytes_by_place(self, params, num_rows):
         return {"host": 4 * num_rows * Layout(params).size}
 

@@ -14,9 +14,10 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import outside
 import pytest
 
-from mfac_jax import collect_gradients, fisher_inverse
+from mfac_jax import _durable, collect_gradients, fisher_inverse
 from mfac_jax.pruning import Gradients, NofM, Scope, Search, Setting, prune
 from mfac_jax.pruning import _prune as pruning_prune
 from mfac_jax.pruning import _record as pruning_record
@@ -247,6 +248,44 @@ def test_a_folder_of_something_else_is_an_error(tmp_path):
         collect_gradients(loss_fn, PARAMS, DATA, M, checkpoint=tmp_path)
 
 
+def test_a_gradient_that_was_kept_and_cannot_be_held_is_an_error(tmp_path):
+    """As in the first run, in which the files hold it and float16 does not."""
+
+    def large(params, batch):
+        return 1e5 * loss_fn(params, batch)
+
+    options = {"storage": outside.Half(), "checkpoint": tmp_path}
+    with pytest.raises(FloatingPointError, match="row 0"):
+        collect_gradients(large, PARAMS, DATA, M, **options)
+    with pytest.raises(FloatingPointError, match="row 0 of the gradients that were kept"):
+        collect_gradients(large, PARAMS, DATA, M, **options)
+
+
+def test_a_loss_that_has_become_nan_is_another_loss(tmp_path):
+    collect_gradients(loss_fn, PARAMS, DATA, M, checkpoint=tmp_path)
+
+    def nan(params, batch):
+        return jnp.nan * loss_fn(params, batch)
+
+    with pytest.raises(ValueError, match="from another loss"):
+        collect_gradients(nan, PARAMS, DATA, M, checkpoint=tmp_path)
+
+
+def test_files_need_no_checkpoint(tmp_path):
+    options = {"storage": Files(tmp_path / "a"), "checkpoint": tmp_path / "b"}
+    with pytest.raises(ValueError, match=r"checkpoint is for gradients in memory: .*Files"):
+        collect_gradients(failing, PARAMS, DATA, M, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_a_run_may_differ_by_rounding(tmp_path):
+    _durable.claim(tmp_path, "run.json", {"loss": 1.23455})
+    _durable.claim(tmp_path, "run.json", {"loss": 1.23456})
+    for other in ({"loss": 1.3}, {"loss": float("nan")}):
+        with pytest.raises(ValueError, match="expected loss"):
+            _durable.claim(tmp_path, "run.json", other)
+
+
 def test_a_manifest_that_is_none_is_an_error(tmp_path):
     collect(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
@@ -417,6 +456,28 @@ def test_an_interrupted_pruning_with_compressed_gradients_goes_on(tmp_path, bits
         pruned(interrupted(EXAMPLES, 29), checkpoint=tmp_path, **options)
     assert (tmp_path / "gradients-3").exists()
     assert_same(pruned(checkpoint=tmp_path, **options), want)
+
+
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_a_record_makes_no_more_rows(tmp_path, interrupt):
+    """Those of two steps, whether the run begins or goes on."""
+    made = []
+
+    class Counting(Dense):
+        def empty(self, params, num_rows):
+            rows = super().empty(params, num_rows)
+            if not isinstance(rows.blocks, jax.core.Tracer):  # plans trace it
+                made.append(num_rows)
+            return rows
+
+    options = {"gradients": Gradients(6, storage=Counting()), "checkpoint": tmp_path}
+    if interrupt:
+        with pytest.raises(Interrupted):
+            pruned(interrupted(EXAMPLES, 22), **options)
+        assert (tmp_path / "step.npz").exists()
+        made.clear()
+    pruned(**options)
+    assert made.count(6) == 2
 
 
 @functools.cache

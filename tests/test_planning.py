@@ -258,6 +258,20 @@ def test_the_largest_number_that_fits_into_the_host_and_the_disk(tmp_path):
         planning.fitting(2**30, params, disk_budget=2**30, **options)
 
 
+def test_any_number_of_gradients_fits_in_sums():
+    found = planning.fitting(
+        2**30, zeros(), make=planning.plan_inverse, storages=[InBlocks(4)], blocks=4
+    )
+    assert "any number" in str(found)
+
+
+def test_a_window_in_files_is_refused_before_there_is_a_file(tmp_path):
+    for use in (plan, lambda params, m, storage: mfac(0.1, m, storage=storage).init(params)):
+        with pytest.raises(TypeError, match=r"needs rows that jit can trace, got storage=Files"):
+            use(jnp.zeros(100), 4, storage=Files(tmp_path / "folder"))
+        assert not (tmp_path / "folder").exists()
+
+
 def test_a_plan_is_shown_as_a_table():
     parts = (
         planning.Component("gradients", "host", 3 * 2**30),

@@ -432,6 +432,21 @@ def test_what_overflows_the_storage_is_rejected(name):
         assert_columns(columns, case.matrix)
 
 
+@pytest.mark.x64
+@pytest.mark.parametrize("storage", [rows.Int8(tile=4), rows.TopK(0.5, block=4)])
+@pytest.mark.parametrize("by_output", [False, True])
+def test_what_overflows_a_scale_or_a_value_is_rejected(storage, by_output):
+    g = jnp.full((2, 4), 1e40)
+    if by_output:
+        held, dots = storage.by_output(g, 3, 0).put(jnp.int32(1), g, jnp.bool_(True))
+        assert not dots.any()
+        assert not held.combine(jnp.ones((held.num_blocks, 3))).any()
+    else:
+        held, accepted = storage.empty(g, 3).write(jnp.int32(1), g)
+        assert not accepted
+        assert not held.combine(jnp.ones(3)).any()
+
+
 def test_clear(writable):
     matrix = writable.matrix.copy()
     matrix[2] = 0

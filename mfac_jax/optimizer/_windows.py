@@ -64,6 +64,10 @@ def init(params: PyTree, window_size: int, storage: Storage, blocks: str | None)
         storage: how gradients are stored.
         blocks: None for one window of all parameters, or one of :data:`BLOCKS`.
     """
+    if not storage.is_traceable:  # before it makes files
+        raise TypeError(
+            f"a window under jit needs rows that jit can trace, got storage={storage!r}."
+        )
     if blocks is None:
         held = window.init(params, window_size, storage=storage)
         check_traceable(held.rows, "a window under jit")

@@ -313,19 +313,24 @@ class History(Curvature):
 
     def resume(self, taken: int, gradients_of: Callable[[int], FileRows]) -> None:
         self._taken = taken
-        self._parts = [self._empty() for _ in range(self._num_parts)]
-        for step in range(max(taken - self.num_earlier, 0), taken):
-            slot, given = step % self._num_parts, self._gradients.given
-            if step == 0 and given is not None:
-                self._parts[slot] = given
-            else:
-                kept = gradients_of(step)
-                if kept.num_finished < kept.num_rows:
-                    raise ValueError(
-                        f"the gradients of step {step + 1} are missing: expected {kept.num_rows}, "
-                        f"got {kept.num_finished}. Use another folder for the checkpoint."
-                    )
-                self._parts[slot] = read_rows(self._empty(), kept)
+        earlier = range(max(taken - self.num_earlier, 0), taken)
+        steps = {step % self._num_parts: step for step in earlier}
+        self._parts = [
+            self._empty() if slot not in steps else self._kept(steps[slot], gradients_of)
+            for slot in range(self._num_parts)
+        ]
+
+    def _kept(self, step: int, gradients_of: Callable[[int], FileRows]) -> GradientRows:
+        """The gradients of an earlier step."""
+        if step == 0 and self._gradients.given is not None:
+            return self._gradients.given
+        kept = gradients_of(step)
+        if kept.num_finished < kept.num_rows:
+            raise ValueError(
+                f"the gradients of step {step + 1} are missing: expected {kept.num_rows}, got "
+                f"{kept.num_finished}. Use another folder for the checkpoint."
+            )
+        return read_rows(self._empty(), kept)
 
     @property
     def filled(self) -> float:

@@ -29,6 +29,7 @@ from mfac_jax._collect import (
 )
 from mfac_jax._durable import digest
 from mfac_jax._layout import PyTree, where
+from mfac_jax._processes import Agreement
 from mfac_jax.pruning._block_curvature import (
     BlockCurvature,
     Settings,
@@ -38,7 +39,14 @@ from mfac_jax.pruning._block_curvature import (
 from mfac_jax.pruning._blocks import FisherBlocks
 from mfac_jax.pruning._finite import check_finite
 from mfac_jax.pruning._functions import name_of
-from mfac_jax.pruning._gradients import Curvature, Fill, Gradients, History, check_gradients
+from mfac_jax.pruning._gradients import (
+    Curvature,
+    Fill,
+    Gradients,
+    History,
+    check_gradients,
+    count_of,
+)
 from mfac_jax.pruning._masks import initial_mask, pruned_of_leaves
 from mfac_jax.pruning._record import Record, State
 from mfac_jax.pruning._report import LayerReport, PruneReport, StepReport, peak_memory
@@ -114,7 +122,8 @@ def prune(
             statistics of normalisation layers, into ``params``, where the loss sees it. Exclude
             it from pruning by ``Scope(path_filter=...)``.
         checkpoint: a folder that keeps finished steps, and the finished gradients of the next
-            one (``4 d`` bytes each) unless they are summed in blocks. After an interruption, even
+            one and of the earlier steps that it uses (``4 d`` bytes each) unless they are summed in
+            blocks. Plans do not count them. After an interruption, even
             by ``kill -9``, the same call goes on where it stopped, with the same result:
             ``batches`` and ``fine_tune`` must then do the same again. The folder may be removed
             afterwards. It is for parameters of one process.
@@ -153,12 +162,12 @@ def prune(
     """
     _check_kinds(loss_fn, fine_tune, scope, gradients, search, checkpoint)
     plan = _Plan.of(params, sparsity, steps, scope, mask)
-    _checks.automatic_axes(params, "params")
     settings, curvature = _curvature(gradients, params, plan, search)
     params, alive = plan.start(params)
     loss_fn = _PrunableLoss(loss_fn, plan.selection.keep)
     stream = _Stream(batches)
     held_out = _first(stream if search.calibration is None else search.calibration, search)
+    _agree(params, gradients, held_out, plan, _tried(settings, search.descents, fine_tune))
     loss_of = functools.partial(mean_loss, loss_fn, batches=held_out)
     loss = _finite(loss_of(params), "the loss of params on the calibration batches")
 
@@ -169,7 +178,7 @@ def prune(
         record = Record(checkpoint, origin, params, gradients, settings, search.descents)
         state = record.load(state)
     first, total = len(state.reports), len(plan.targets)
-    if record is not None and first < total:
+    if record is not None and 0 < first < total:
         stream.skip(state.batches - stream.taken)
         curvature.resume(first, record.gradients)
     hidden = None if progress else True  # on None tqdm stays silent in a file
@@ -222,6 +231,7 @@ def _curvature(
     gradients: Gradients, params: PyTree, plan: _Plan, search: Search
 ) -> tuple[Settings, Curvature]:
     """The settings to try, and where their gradients go; both are checked."""
+    _checks.automatic_axes(params, "params")
     steps, selection = len(plan.targets), plan.selection
     settings, shared = settings_in_blocks(gradients, selection, search.settings, steps)
     if shared is not None:
@@ -318,6 +328,26 @@ class _Plan:
 _where = jax.jit(where)
 
 
+def _agree(
+    params: PyTree, gradients: Gradients, held_out: Any, plan: _Plan, tried: dict[str, str]
+) -> None:
+    """Compares the arguments of all processes that share the parameters."""
+    agreement = Agreement(params, count_of(gradients))
+    agreement.on(held_out, "calibration batches")
+    agreement.on((plan.targets, tried), "steps, settings and descents")
+
+
+def _tried(
+    settings: Settings, descents: Sequence[Descent], fine_tune: FineTune | None
+) -> dict[str, str]:
+    """What each step tries, by name."""
+    return {
+        "settings": "; ".join(_described(setting) for setting, _ in settings),
+        "descents": str([tuple(descent) for descent in descents]),
+        "fine_tune": str(fine_tune is not None),
+    }
+
+
 def _described(setting: Setting) -> str:
     names = setting._replace(score=name_of(setting.score), update=name_of(setting.update))
     return str(tuple(names))
@@ -336,7 +366,7 @@ class _Run:
 
     def origin(
         self, params: PyTree, alive: PyTree, gradients: Gradients, loss: float
-    ) -> dict[str, str]:
+    ) -> dict[str, str | float]:
         """What the run depends on, by name. The loss stands for the function and the data."""
         earlier, given = self.curvature.num_earlier, gradients.given
         kept = "sums in blocks" if earlier is None else f"and those of {earlier} earlier steps"
@@ -345,16 +375,14 @@ class _Run:
             "digest of the parameters": digest(params),
             "digest of the mask": digest((alive, self.plan.given)),
             "digest of the targets": digest(self.plan.targets),
-            "loss on the calibration batches": f"{loss:.5g}",
+            "loss on the calibration batches": loss,
             "gradients": f"{gradients.count}, {kept}",
             "storage": _kind(gradients.storage),
-            "given gradients": _sizes(given),
+            "norm of the Gram matrix of the given gradients": _size(given),
             "per_example": str(gradients.per_example),
             "pattern": str(selection.pattern),
             "digest of the order of the weights": digest(selection.order),
-            "settings": "; ".join(_described(setting) for setting, _ in self.settings),
-            "descents": str([tuple(descent) for descent in self.descents]),
-            "fine_tune": str(self.fine_tune is not None),
+            **_tried(self.settings, self.descents, self.fine_tune),
         }
 
     def step(self, state: State, number: int, fill: Fill) -> State:
@@ -388,12 +416,9 @@ def _kind(storage: Storage) -> str:
     return f"{type(storage).__name__}({', '.join(shown)})"
 
 
-def _sizes(given: GradientRows | None) -> str:
-    """The size of given gradients, which rounding does not change."""
-    if given is None:
-        return "none"
-    gram = np.asarray(given.gram(), np.float64)
-    return f"trace {np.trace(gram):.4g}, norm {np.linalg.norm(gram):.4g}"
+def _size(given: GradientRows | None) -> float:
+    """The size of given gradients; 0 if there are none."""
+    return 0.0 if given is None else float(np.linalg.norm(np.asarray(given.gram(), np.float64)))
 
 
 def _placed(new: PyTree, old: PyTree) -> PyTree:

@@ -60,7 +60,7 @@ class Record:
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        origin: Mapping[str, str],
+        origin: Mapping[str, str | float],
         params: PyTree,
         gradients: Gradients,
         settings: Sequence[tuple[Setting, FisherBlocks]],

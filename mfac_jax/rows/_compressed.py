@@ -219,8 +219,7 @@ class CompressedRows(WritableRows, ColumnRows):
         self, row: Int[Array, ""], gradient: PyTree
     ) -> tuple[CompressedRows, Bool[Array, ""]]:
         tiles = self._tiles(self.layout.flatten(gradient, self.dtype, "gradient"))
-        squares = jnp.sum(self.storage.with_error(tiles, self.error) ** 2, axis=1)
-        accepted = is_small_enough(jnp.sum(squares), self.num_rows)
+        accepted = _is_storable(self.storage.with_error(tiles, self.error), self.num_rows)
         return _written(self, row, tiles, accepted), accepted
 
     def clear(self, row: Int[Array, ""]) -> CompressedRows:
@@ -384,8 +383,8 @@ class CompressedOutputRows(BlockRows):
         each = len(self.code[0]) // max(len(outputs), 1)
         padded = jnp.pad(outputs, ((0, 0), (0, each * self.width - outputs.shape[1])))
         tiles = padded.reshape(-1, self.width)
-        square = jnp.sum(self.storage.with_error(tiles, self.error) ** 2)
-        fits = is_small_enough(square, self.code[0].shape[1]) | ~accepted
+        whole = self.storage.with_error(tiles, self.error)
+        fits = _is_storable(whole, self.code[0].shape[1]) | ~accepted
         tiles, error = jax.tree.map(
             lambda x: jnp.where(fits, x, jnp.zeros_like(x)), (tiles, self.error)
         )
@@ -419,6 +418,14 @@ class CompressedOutputRows(BlockRows):
         return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(
             *tiles
         )
+
+
+def _is_storable(tiles: Float[Array, "t k"], num_rows: int) -> Bool[Array, ""]:
+    """Whether a gradient can be squared and summed, and its entries fit into 32 or 16 bits."""
+    fits = is_small_enough(jnp.sum(jnp.sum(tiles**2, axis=1)), num_rows)
+    if tiles.dtype == jnp.float64:
+        fits &= jnp.max(jnp.abs(tiles)) <= float(jnp.finfo(jnp.bfloat16).max)
+    return fits
 
 
 Coded = TypeVar("Coded", CompressedRows, CompressedOutputRows)

@@ -177,7 +177,11 @@ class PagedRows(PageRows):
     def _with_row(
         self, row: Int[Array, ""], new: Float[Array, "p t w"], accepted: Bool[Array, ""]
     ) -> PagedRows:
-        """The rows with one replaced if the new one is accepted, in place under ``jit``."""
+        """The rows with one replaced if the new one is accepted, in place under ``jit``.
+
+        A slice along one axis crosses the bus alone and compilers change it where it is, so no new
+        rows wait on the device.
+        """
         there = _on_device(lax.dynamic_slice_in_dim(self.pages, row, 1, axis=2))
         back = _where_it_is(self.pages, jnp.where(accepted, new[:, :, None], there))
         return replace(self, pages=lax.dynamic_update_slice_in_dim(self.pages, back, row, axis=2))

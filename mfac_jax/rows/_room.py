@@ -49,7 +49,7 @@ def require_room(
         held = {place: parts * nbytes for place, nbytes in rows.items()}
         square = {"device": layout.dtype.itemsize * (parts * count) ** 2 if gram else 0}
         named = _memory.components("gradients", held) + _memory.components("Gram matrix", square)
-        if step and storage.empty(params, 1).is_traceable:
+        if step and storage.is_traceable:
             made = _memory.arrays(lambda params: storage.empty(params, count), shapes)
             used = {"device": made.step_bytes(_memory.platform())}
             named += _memory.components("temporary arrays", used)

@@ -88,6 +88,16 @@ class Storage(abc.ABC):
         """Whether rows compute products; see :attr:`GradientRows.has_products`."""
         return True
 
+    @property
+    def is_traceable(self) -> bool:
+        """Whether ``jit`` can trace the rows; see :attr:`GradientRows.is_traceable`."""
+        return True
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether :meth:`resume` finds what an earlier process has finished."""
+        return False
+
     def scan_bytes(
         self,
         params: PyTree,
@@ -221,10 +231,10 @@ class Dense(Storage):
             one block for each parameter, with the sharding of the parameter if that is a
             ``NamedSharding``.
         implementation: which implementation the kernels use: ``"xla"``, ``"mosaic_gpu"``,
-            ``"mosaic_tpu"`` or the name of your own backend; by default the best one on each
-            platform. A backend runs the operations that it has a kernel for, and XLA's form runs
-            the others. There is an error if the backend does not support the shape, the dtype or
-            the device.
+            ``"mosaic_tpu"`` or the name of your own backend; by default the first one that
+            supports the gradients. A backend runs the operations that it has a kernel for, and
+            XLA's form runs the others. There is an error if the backend does not support the
+            shape, the dtype or the device.
 
     Raises:
         TypeError: ``dtype`` is not a dtype.
