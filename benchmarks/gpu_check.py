@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # not installed
 PAGE = ROOT / "docs" / "performance.md"
 OUTPUT = ROOT / "benchmarks" / "results" / "gpu_check.json"
 
-# The seconds that each part may take; its remaining items are listed as not run. Together with
+# The seconds that each part may take; its remaining items are not measured. Together with
 # the look at the device they make eight minutes.
 LIMITS = {
     "bandwidth": 15,
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         runner.part(part, LIMITS[part])
     faults = wrong(runner.results)
     print("\n" + table(runner.results))
-    print(f"\n{output}: {len(faults)} wrong, {len(left_out(runner.results))} not run.")
+    print(f"\n{output}: {len(faults)} wrong, {len(left_out(runner.results))} not measured.")
     return WRONG if faults else RIGHT
 
 

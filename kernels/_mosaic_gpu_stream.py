@@ -5,11 +5,11 @@ use. A patch is a *row block* (32 rows) by a *slab* (128 or 256 columns). Its en
 over the 128 threads of a thread block in *register tiles* of 32 by 128.
 
 The hardware moves whole pieces of 16 bytes. A copy *from* global memory carries a descriptor of the
-array: rows must be a multiple of 16 bytes apart, the first entry of a copy must lie at such a
-multiple (no compiler checks that; the instruction is illegal), and what lies beyond the end of an
-axis arrives as zeros. Mosaic turns a contiguous copy *to* global memory into a plain one
-(``cp.async.bulk``), which is cut at the end of the array, not of a tile. The width of an array that
-a kernel writes is therefore a whole number of copies. The surplus columns are cut off afterwards.
+array. Rows must be a multiple of 16 bytes apart, and a copy must start at such a multiple. Another
+copy is an illegal instruction, which no compiler reports. What lies beyond the end of an axis
+arrives as zeros. Mosaic turns a contiguous copy *to* global memory into a plain one
+(``cp.async.bulk``). It is cut at the end of the array, not of a tile. The width of an array that a
+kernel writes is therefore a whole number of copies. The surplus columns are cut off afterwards.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from mfac_jax._layout import PyTree
 _LOCK = "lock"
 
 # The relative difference of a number that is computed again, on other devices perhaps.
-_ROUNDING = 1e-3
+_ROUNDING = 1e-4
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -404,8 +404,8 @@ def fitting(
 
 
 def _number(count: int) -> str:
-    """A number of gradients; sums in blocks take no more for more of them."""
-    return "any number" if count == _memory.MOST else str(count)
+    """A number of gradients; no larger one is tried than the last."""
+    return f"{count} or more" if count == _memory.MOST else str(count)
 
 
 def _plan(title: str, sizes: dict[str, dict[str, int]]) -> Plan:

@@ -97,6 +97,7 @@ import jax, jax.numpy as jnp, numpy as np
 address, process = sys.argv[1], int(sys.argv[2])
 jax.distributed.initialize(address, 2, process)
 from mfac_jax import collect_gradients
+from mfac_jax.pruning import Gradients, Search, prune
 mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 params = jax.jit(lambda: jnp.ones(4), out_shardings=jax.NamedSharding(mesh, jax.P()))()
 batch = jax.jit(lambda: jnp.ones((2, 4)), out_shardings=jax.NamedSharding(mesh, jax.P("x")))()
@@ -108,6 +109,18 @@ for data, count in (
 ):
     try:
         print(collect_gradients(lambda p, x: jnp.mean((x @ p) ** 2), params, data, count).num_rows)
+    except ValueError as error:
+        print(error)
+given = {"gradients": Gradients(2), "progress": False}
+weights = jax.jit(lambda: jnp.ones((4, 1)), out_shardings=jax.NamedSharding(mesh, jax.P()))()
+def squares(params, x):
+    return jnp.mean((x @ params["w"]) ** 2)
+for options in (
+    {"steps": 1 + process},
+    {"search": Search(calibration=[np.full((2, 4), process, np.float32)])},
+):
+    try:
+        prune({"w": weights}, squares, [batch], 0.5, **given, **options)
     except ValueError as error:
         print(error)
 """
@@ -122,8 +135,10 @@ def test_processes_that_disagree_say_so():
     ]
     for process in both:
         printed, _ = process.communicate(timeout=120)
-        count, first, order, fine = printed.splitlines()[-4:]
+        count, first, order, fine, steps, calibration = printed.splitlines()[-6:]
         assert "the same number of gradients, got [3, 4]" in count
         assert "the same batches in the same order; batches [0, 0] of process 0 to 1" in first
         assert "the same batches in the same order; batches [0, 2] of process 0 to 1" in order
         assert fine == "4"
+        assert "must have the same steps, settings and descents" in steps
+        assert "must have the same calibration batches" in calibration

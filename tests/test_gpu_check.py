@@ -195,7 +195,7 @@ def test_an_item_that_fails_costs_no_other(made_up_parts, tmp_path, capsys):
     assert "ended with status 11" in items["crashes"]["error"]
     assert "no answer within 2 s" in items["hangs"]["error"]
     assert results["parts"]["optimizer"]["items"] == [{"name": "right", "ok": True}]
-    assert "4 wrong, 0 not run" in capsys.readouterr().out
+    assert "4 wrong, 0 not measured" in capsys.readouterr().out
 
 
 def test_what_time_is_too_short_for_is_listed(made_up_parts, tmp_path, monkeypatch):
@@ -216,7 +216,7 @@ def test_a_part_without_time_to_list_its_items_is_not_wrong(
     assert gpu_check.main(["--output", str(output), "--only", "products"]) == gpu_check.RIGHT
     part = json.loads(output.read_text())["parts"]["products"]
     assert (part["items"], part["left_out"]) == ([], ["all items"])
-    assert "0 wrong, 1 not run" in capsys.readouterr().out
+    assert "0 wrong, 1 not measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

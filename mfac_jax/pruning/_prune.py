@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -350,7 +351,12 @@ def _tried(
 
 def _described(setting: Setting) -> str:
     names = setting._replace(score=name_of(setting.score), update=name_of(setting.update))
-    return str(tuple(names))
+    return _without_addresses(str(tuple(names)))
+
+
+def _without_addresses(text: str) -> str:
+    """A text that is the same in every process: the default form of an object has its address."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 @dataclass(frozen=True)
@@ -410,10 +416,8 @@ def _kind(storage: Storage) -> str:
     if not dataclasses.is_dataclass(storage):
         return type(storage).__name__
     fields = [f.name for f in dataclasses.fields(storage) if f.name != "directory"]
-    values = {name: getattr(storage, name) for name in fields}
-    # The default form of an object has its address in it.
-    shown = [f"{n}={type(v).__name__ if ' at 0x' in repr(v) else v!r}" for n, v in values.items()]
-    return f"{type(storage).__name__}({', '.join(shown)})"
+    shown = [f"{name}={getattr(storage, name)!r}" for name in fields]
+    return _without_addresses(f"{type(storage).__name__}({', '.join(shown)})")
 
 
 def _size(given: GradientRows | None) -> float:

@@ -71,6 +71,8 @@ class Files(Storage):
     directory: str | os.PathLike[str]
     columns: int | None = None
     dtype: DTypeLike | None = None
+    is_traceable = False
+    keeps_gradients = True
 
     def __post_init__(self) -> None:
         _checks.folder(self.directory, "directory")
@@ -87,16 +89,6 @@ class Files(Storage):
         """
         m, layout = _checks.positive_int(num_rows, "num_rows"), Layout(params)
         return self._rows(self.temporary(), layout, m)
-
-    @property
-    def is_traceable(self) -> bool:
-        """See :attr:`Storage.is_traceable`."""
-        return False
-
-    @property
-    def keeps_gradients(self) -> bool:
-        """See :attr:`Storage.keeps_gradients`."""
-        return True
 
     def bytes_by_place(self, params: PyTree, num_rows: int) -> dict[str, int]:
         """See :meth:`Storage.bytes_by_place`."""
