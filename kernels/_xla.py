@@ -82,10 +82,21 @@ def dots(block: Float[Array, "t m *shape"], vector: Float[Array, "t *shape"]) ->
         contract = (axes, tuple(axis - 1 for axis in axes))
         parts = lax.dot_general(block, vector, (contract, ((0,), (0,))), precision="highest")
     else:
-        # One fused loop widens on the fly; a dot_general would first make a wide copy. The loop
-        # may also run over columns that an explicit mesh axis spreads.
-        parts = jnp.sum(block.astype(acc) * vector[:, None], axis=axes)
+        return dots_in_one_loop(block, vector)
     return jnp.sum(parts, axis=0)
+
+
+def dots_in_one_loop(
+    block: Float[Array, "t m *shape"], vector: Float[Array, "t *shape"]
+) -> Float[Array, " m"]:
+    """:func:`dots` as a fused product and sum.
+
+    It widens on the fly; a dot_general would first make a wide copy. The loop may also run over
+    columns that devices share.
+    """
+    acc = accumulation_dtype(block.dtype)
+    products = block.astype(acc) * vector.astype(acc)[:, None]
+    return jnp.sum(jnp.sum(products, axis=tuple(range(2, block.ndim))), axis=0)
 
 
 def combine(
@@ -99,9 +110,9 @@ def combine(
     acc = accumulation_dtype(block.dtype)
     weights = coefficients.astype(acc)
     if _has_explicit_axes(block):
-        out = _combine_in_one_loop(block, weights)
+        out = combine_in_one_loop(block, weights)
     else:
-        default = _combine_by_parts if block.dtype == acc else _combine_in_one_loop
+        default = _combine_by_parts if block.dtype == acc else combine_in_one_loop
         out = lax.platform_dependent(block, weights, cuda=combine_at_once, default=default)
     if vector is not None:
         out = vector.astype(acc) - out
@@ -122,10 +133,10 @@ def _combine_by_parts(
     return jnp.sum(out, axis=1)
 
 
-def _combine_in_one_loop(
+def combine_in_one_loop(
     block: Float[Array, "t m *shape"], weights: Float[Array, " m"]
 ) -> Float[Array, "t *shape"]:
-    """``G^T c`` as a fused product and sum, as in :func:`dots`."""
+    """``G^T c`` as a fused product and sum, as in :func:`dots_in_one_loop`."""
     weights = weights.reshape(1, -1, *[1] * (block.ndim - 2))
     return jnp.sum(block.astype(weights.dtype) * weights, axis=1)
 

@@ -146,6 +146,19 @@ def test_a_step_takes_what_xla_says(storage):
     assert made == pytest.approx(actual, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "storage",
+    [Dense(jnp.bfloat16), Paged(dtype=jnp.bfloat16)],
+    ids=["dense", "paged"],
+)
+def test_a_cpu_widens_all_rows_for_products_of_matrices(storage):
+    params = jax.ShapeDtypeStruct((300_000,), DTYPE)
+    rows = jax.eval_shape(lambda: storage.empty(jnp.zeros(300_000), 32))
+    gram = jax.jit(lambda rows: rows.gram()).lower(rows).compile()
+    temporary = gram.memory_analysis().temp_size_in_bytes
+    assert storage.scan_bytes(params, 32, "cpu")["device"] == pytest.approx(temporary, rel=0.1)
+
+
 def test_the_inverse():
     rows = as_rows(jnp.ones((6, 80)))
     params = jax.ShapeDtypeStruct((80,), DTYPE)

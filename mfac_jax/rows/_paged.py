@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mfac_jax import _checks, kernels
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.kernels._xla import accumulation_dtype
+from mfac_jax.kernels._xla import accumulation_dtype, combine_in_one_loop, dots_in_one_loop
 from mfac_jax.rows._base import GradientRows, is_small_enough
 from mfac_jax.rows._pages import OfPage, PageRows, are_alike, page_shape, scan_bytes
 from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
@@ -84,8 +84,11 @@ class Paged(Storage):
     def scan_bytes(self, params: PyTree, num_rows: int, platform: str) -> dict[str, int]:
         """See :meth:`Storage.scan_bytes`."""
         layout, mesh = Layout(params), _mesh_of(params)
-        (count, tiles, m, width), _ = self._pages(layout, num_rows, mesh)
+        (count, tiles, m, width), dtype = self._pages(layout, num_rows, mesh)
         own = count, tiles, m, width // _num_devices(mesh)
+        if platform == "cpu" and dtype != layout.dtype:
+            # XLA for a CPU widens all pages before it begins.
+            return {"device": math.prod(own) * layout.dtype.itemsize}
         return {"device": scan_bytes(own, layout.dtype.itemsize, platform)}
 
     def _pages(
@@ -115,8 +118,8 @@ class PagedRows(PageRows):
     num_rows: int = field(metadata={"static": True})
 
     def step_bytes(self, platform: str) -> int:
-        tile = math.prod(self.pages.shape[2:]) * self.pages.dtype.itemsize
-        parts = tile if platform == "cpu" else 2 * self.pages.shape[1] * tile
+        page = math.prod(self.pages.shape[1:]) * self.pages.dtype.itemsize
+        parts = 0 if platform == "cpu" else 2 * page
         return parts + 2 * self.layout.size * self.dtype.itemsize
 
     def put(
@@ -155,6 +158,24 @@ class PagedRows(PageRows):
             tpu=functools.partial(_columns_of_pages, size=size),
             default=functools.partial(_columns_of_tiles, size=size),
         ).astype(self.dtype)
+
+    def _dots(self, flat: Float[Array, " d"]) -> Float[Array, " m"]:
+        return lax.platform_dependent(self, flat, cpu=_dots_at_once, default=PageRows._dots)
+
+    def _combine(
+        self,
+        pieces: Float[Array, "p t w"] | None,
+        coefficients: Float[Array, " m"],
+        scale: Float[Array, ""] | None,
+    ) -> Float[Array, "p t w"]:
+        return lax.platform_dependent(
+            self,
+            pieces,
+            coefficients,
+            scale,
+            cpu=_combine_at_once,
+            default=PageRows._combine,
+        )
 
     def _total(
         self,
@@ -241,7 +262,7 @@ def _fetch(pages: tuple[Array, ...], place: _Place) -> tuple[Array, ...]:
 
 
 def _tile_by_tile(function: Callable[..., Array], pages: tuple[Array, ...], start: Array) -> Array:
-    """For a CPU, where there is no bus.
+    """For a CPU, where there is no bus, and for functions that multiply matrices.
 
     XLA copies what it takes out of the window, and a tile's copy stays in the cache. It would copy
     the whole window for a loop that looks ahead.
@@ -267,6 +288,32 @@ def _looking_ahead(function: Callable[..., Array], pages: tuple[Array, ...], sta
     first, last = (_Place(jnp.int32(i), _ZERO, tiles) for i in (0, count - 1))
     total, here = lax.fori_loop(first.page, last.page, step, (start, _fetch(pages, first)))
     return function(total, last, *here)
+
+
+# A copy of the pages would take a CPU longer than to read them once. One fused loop makes none,
+# whatever the dtype and the sharding.
+
+
+@jax.jit
+def _dots_at_once(rows: PagedRows, flat: Float[Array, " d"]) -> Float[Array, " m"]:
+    """The products with a vector, for a CPU."""
+    dots = jax.vmap(dots_in_one_loop)
+    return jnp.sum(dots(_on_device(rows.pages), rows._cut(flat)), axis=0)
+
+
+@jax.jit
+def _combine_at_once(
+    rows: PagedRows,
+    pieces: Float[Array, "p t w"] | None,
+    coefficients: Float[Array, " m"],
+    scale: Float[Array, ""] | None,
+) -> Float[Array, "p t w"]:
+    """See :meth:`PageRows._combine`; for a CPU."""
+    combine = jax.vmap(combine_in_one_loop, in_axes=(0, None))
+    out = combine(_on_device(rows.pages), coefficients.astype(rows.dtype))
+    if pieces is not None:
+        out = pieces - out
+    return out if scale is None else out * scale.astype(rows.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("function", "shape"))
