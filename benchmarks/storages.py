@@ -1,6 +1,7 @@
 """Storages beside dense float32: accuracy of the direction, memory and time.
 
     python benchmarks/storages.py [--only accuracy rounding time static sums disk] [--render]
+    python benchmarks/storages.py --only time static --storage "Paged()"
 
 Accuracy: windows of the last gradients of a training run (the digits and the network of the
 quickstart). Rounding: ways to round such gradients to 8 bits. Time: one push and one direction, in
@@ -8,7 +9,8 @@ turn with dense float32. Static: an inverse and one product with it, likewise. S
 a block-wise inverse, likewise. Disk: the scans of
 files of more bytes than this machine has memory, beside a plain read of them. Writes
 ``results/storages.json``, or ``storages-DEVICE.json`` on an accelerator, after every answer, and
-the tables of ``docs/storages.md``; ``--render`` only writes the tables. Takes more than half an
+the tables of ``docs/storages.md``; ``--render`` only writes the tables. ``--storage`` measures one
+storage once more, on the machine and the day of the others. Takes more than half an
 hour on two CPU cores, 13 GB of memory, and more disk than memory.
 """
 
@@ -19,6 +21,7 @@ import functools
 import itertools
 import json
 import math
+import operator
 import os
 import sys
 import tempfile
@@ -156,7 +159,7 @@ def accuracy() -> list[dict[str, Any]]:
     return found
 
 
-def times() -> Iterator[dict[str, Any]]:
+def times(only: str | None = None) -> Iterator[dict[str, Any]]:
     """One push and one direction, for windows that fit, of each storage in turn with dense."""
     for (name, d), m in CASES:
         gradient = jax.random.normal(jax.random.key(0), (d,))
@@ -177,10 +180,10 @@ def times() -> Iterator[dict[str, Any]]:
 
             return {s: functools.partial(run, s) for s in storages}
 
-        yield from in_pairs({"size": name, "d": d, "m": m}, TIMED, runs)
+        yield from in_pairs({"size": name, "d": d, "m": m}, TIMED, runs, only)
 
 
-def static() -> Iterator[dict[str, Any]]:
+def static(only: str | None = None) -> Iterator[dict[str, Any]]:
     """An inverse and a product with it, for gradients that fit, in turn with dense."""
     with tempfile.TemporaryDirectory() as folder:
         for (name, d), m in CASES:
@@ -195,7 +198,7 @@ def static() -> Iterator[dict[str, Any]]:
                 return {s: functools.partial(run, s) for s in storages}
 
             stored = TIMED | {"Files(...)": Files(folder)}
-            yield from in_pairs({"size": name, "d": d, "m": m}, stored, runs)
+            yield from in_pairs({"size": name, "d": d, "m": m}, stored, runs, only)
 
 
 def sums() -> Iterator[dict[str, Any]]:
@@ -219,9 +222,11 @@ def in_pairs(
     case: dict[str, Any],
     storages: dict[str, Storage],
     runs: Callable[[dict[str, Storage]], dict[str, timing.Run]],
+    only: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Each storage in turn with the first one, so that two of them are in memory at a time."""
     (plain, first), *others = storages.items()
+    others = [(name, storage) for name, storage in others if only in (None, name)]
     seconds = 2.0 if jax.default_backend() == "cpu" else 0.5  # the other clocks are steadier
     for name, storage in tqdm(others, desc=f"{case['size']}, m = {case['m']}", disable=None):
         pair = runs({plain: first, name: storage})
@@ -466,7 +471,7 @@ def bars_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-MEASURES: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+MEASURES: dict[str, Callable[..., Iterable[dict[str, Any]]]] = {
     "accuracy": accuracy,
     "rounding": rounding,
     "time": times,
@@ -481,10 +486,38 @@ def accelerators() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("storages-*.json"))]
 
 
+def measured(results: dict[str, Any], measure: str) -> Iterator[dict[str, Any]]:
+    """The results after each record of a measure."""
+    results = results | {f"{measure} environment": report.environment(), measure: []}
+    for record in MEASURES[measure]():
+        results[measure].append(record)
+        yield results
+
+
+def measured_again(results: dict[str, Any], measure: str, storage: str) -> Iterator[dict[str, Any]]:
+    """The results after each record of a storage, which takes the place of an old one.
+
+    Raises:
+        SystemExit: the records of the other storages are of another machine or day.
+    """
+    if measure not in ("time", "static"):
+        raise SystemExit(f"--storage goes with --only time static, not with {measure}.")
+    if results.get(f"{measure} environment") != report.environment():
+        raise SystemExit(f"{measure} is of another machine, version or day: measure all storages.")
+    case = operator.itemgetter("size", "m", "storage")
+    for new in MEASURES[measure](storage):
+        records = [new if case(new) == case(old) else old for old in results[measure]]
+        results = results | {measure: records}
+        yield results
+
+
 def main() -> None:
     """Reads the command line, measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=MEASURES)
+    parser.add_argument(
+        "--storage", choices=sorted({*TIMED, "Files(...)"}), help="measure it again"
+    )
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="for the result file")
     parser.add_argument("--render", action="store_true", help="only write the tables")
     options = parser.parse_args()
@@ -494,10 +527,11 @@ def main() -> None:
         path = options.output / f"{name}.json"
         results = json.loads(path.read_text()) if path.exists() else {}
         for measure in options.only or MEASURES:
-            results |= {f"{measure} environment": report.environment(), measure: []}
-            for record in MEASURES[measure]():
-                results[measure].append(record)
-                report.save(name, results, options.output)
+            steps = measured(results, measure)
+            if options.storage is not None:
+                steps = measured_again(results, measure, options.storage)
+            for step in steps:
+                report.save(name, results := step, options.output)
     if options.output == report.RESULTS:
         for name, text in tables(report.load("storages"), accelerators()).items():
             report.write_table(PAGES.get(name, PAGE), name, text)
