@@ -170,6 +170,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     rows = collect_gradients(
         loss_fn, params, batches, options.num_gradients, storage=Dense(packing="leaf")
     )
+    print(f"{rows.num_rows} gradients collected", flush=True)
     pruned = prune(
         params,
         loss_fn,

@@ -24,12 +24,22 @@ _ROUNDING = 1e-4
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, also after a loss of power."""
+    """Writes a file that is there whole or not at all, also after a loss of power.
+
+    Raises:
+        OSError: it cannot be written; the disk is full, perhaps. An older file is as it was.
+    """
     new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"{error.strerror} ({len(content):,} bytes)", str(path)
+        ) from error
     new.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -5,6 +5,7 @@ import errno
 import functools
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -432,6 +433,30 @@ def test_a_step_whose_gradients_were_finished_goes_on(tmp_path, monkeypatch):
             pruned(checkpoint=tmp_path, **options)
     assert (tmp_path / "gradients-1" / "finished").read_bytes() == b"\x01" * 4
     assert_same(pruned(checkpoint=tmp_path, **options), want)
+
+
+class OnAFullDisk(pruning_record.Record):
+    """The disk is full when the third step is to be written down."""
+
+    def save(self, state, num_kept):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if len(state.reports) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            super().save(state, num_kept)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_loses_no_step(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(pruning_prune, "Record", OnAFullDisk)
+        with pytest.raises(OSError, match=r"[\d,]+ bytes\): '.*step\.npz'"):
+            pruned(checkpoint=tmp_path)
+    assert not list(tmp_path.glob("*.new"))
+    assert (tmp_path / "step.npz").exists()  # that of the second step
+    assert (tmp_path / "gradients-2" / "finished").read_bytes() == b"\x01" * 6
+    assert_same(pruned(checkpoint=tmp_path), whole_pruning(None))
 
 
 # In the calibration, in the gradients of each step, and between two of them.
