@@ -104,12 +104,12 @@ def on_mesh(params: PyTree, mesh: Mesh | AbstractMesh | None = None) -> PyTree:
 
     Args:
         params: arrays or ``jax.ShapeDtypeStruct``.
-        mesh: stands for the mesh of every leaf that has a ``NamedSharding``.
+        mesh: stands for the mesh of every leaf that has a ``NamedSharding``. There must be one.
 
     Raises:
         TypeError: ``mesh`` is no mesh.
-        ValueError: the mesh does not have an axis of a leaf, or does not divide the leaf; or there
-            are leaves on different meshes.
+        ValueError: the mesh does not have an axis of a leaf, or does not divide the leaf; no leaf
+            has a ``NamedSharding``; or there are leaves on different meshes.
     """
     _checks.instance(mesh, "mesh", Mesh | AbstractMesh | None)
 
@@ -127,6 +127,11 @@ def on_mesh(params: PyTree, mesh: Mesh | AbstractMesh | None = None) -> PyTree:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
     structs = jax.tree.map(struct, params)
+    if mesh is not None and not _meshes(structs):
+        raise ValueError(
+            "a mesh is for parameters with a NamedSharding, which says along which axes it cuts "
+            "them; got none."
+        )
     if len(meshes := _meshes(structs)) > 1:
         shapes = sorted(str(dict(own.shape)) for own in meshes)
         raise ValueError(

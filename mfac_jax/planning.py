@@ -78,8 +78,8 @@ def plan(
         storage: see :func:`mfac_jax.mfac_precondition`.
         blocks: see :func:`mfac_jax.mfac_precondition`.
         metric: see :func:`mfac_jax.mfac_precondition`.
-        mesh: stands for the mesh of the leaves, whose axes it has. An ``AbstractMesh`` needs no
-            devices.
+        mesh: stands for the mesh of the leaves that have a ``NamedSharding``, and has its axes.
+            An ``AbstractMesh`` needs no devices.
         platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``, on which temporary arrays depend; by default
             that of the default device.
 
@@ -202,6 +202,7 @@ def plan_inverse(
     if not storage.has_products and blocks is None:
         name = type(storage).__name__
         raise ValueError(f"{name} has no whole inverse: expected blocks=, got blocks=None.")
+    storage.check_blocks(layout, cut)
     is_whole = products_suffice(n, cut) and storage.has_products
     # The square roots of sums are as many rows as a block has coordinates.
     held = n if storage.has_products else max(cut.sizes.tolist(), default=0)
@@ -341,7 +342,8 @@ def fitting(
         make: :func:`plan`, :func:`plan_inverse` or :func:`plan_pruning`, for the gradients of a
             step.
         storages: the storages to compare; by default those in the memory of a device, and
-            :class:`mfac_jax.rows.Paged` if there is a ``host_budget``.
+            :class:`mfac_jax.rows.Paged` if there is a ``host_budget``, as far as ``options`` are
+            for them.
         host_budget: the bytes of the host; storages that need them must have it.
         disk_budget: the same for the disk.
         options: further arguments of ``make``.
@@ -351,7 +353,8 @@ def fitting(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a budget is below 1, or a storage needs one that is not given; or as ``make``.
+        ValueError: a budget is below 1, or a storage needs one that is not given; there is no
+            storage; or as ``make``.
 
     Example:
         >>> import jax
@@ -398,9 +401,19 @@ def fitting(
         count = _memory.largest(fits)
         return Choice(storage, count, of(count) if count else None)
 
-    if storages is None:
-        storages = known_storages(host=host_budget is not None)
-    return Fitting(budget, tuple(map(best, storages)))
+    if storages is not None:
+        if not storages:
+            raise ValueError("storages must name at least one storage, got none.")
+        return Fitting(budget, tuple(map(best, storages)))
+    choices, refused = [], []
+    for storage in known_storages(host=host_budget is not None):
+        try:
+            choices.append(best(storage))
+        except (TypeError, ValueError) as error:  # not for these options
+            refused.append(error)
+    if not choices:
+        raise refused[0]
+    return Fitting(budget, tuple(choices))
 
 
 def _number(count: int) -> str:

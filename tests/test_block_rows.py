@@ -1,5 +1,6 @@
 """Rows of one parameter in blocks: products and combinations against matrices."""
 
+import chex
 import few_bits
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 import outside
 import pytest
 
+from mfac_jax import mfac_precondition
 from mfac_jax.rows import Dense, Int8, TopK
 from mfac_jax.rows._blocks import number_of_blocks
 
@@ -102,6 +104,18 @@ def test_one_that_is_too_large_to_square_leaves_zeros(storage):
 def test_a_parameter_without_such_an_axis_is_an_error(shape, axis, storage):
     with pytest.raises(ValueError, match="expected a parameter of at least two axes with axis"):
         storage.by_output(jnp.zeros(shape), M, axis)
+
+
+@pytest.mark.parametrize("storage", [Dense(), Int8(4), TopK(0.5, block=4)])
+@pytest.mark.parametrize("blocks", ["output", "output_first"])
+def test_a_parameter_without_entries_has_a_direction(storage, blocks):
+    params = {"w": jnp.ones((4, 3)), "none": jnp.zeros((3, 0)), "of none": jnp.zeros((0, 3))}
+    tx = mfac_precondition(4, damping=0.1, storage=storage, blocks=blocks)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(params, state)
+    chex.assert_trees_all_equal_shapes(updates, params)
+    assert np.isfinite(updates["w"]).all()
 
 
 def test_a_storage_without_rows_by_output_says_so():

@@ -341,6 +341,16 @@ def test_paths_are_checked_first(tmp_path):
     np.testing.assert_array_equal(rows.columns(0, D), np.zeros((4, D)))
 
 
+def test_finished_rows_of_named_files_are_not_written_over(tmp_path):
+    rows = collect(tmp_path)
+    before = rows.columns(0, D)
+    one = jax.tree.map(lambda leaf: jnp.full((1, *jnp.shape(leaf)), 100.0), PARAMS)
+    changed, _ = rows.write_rows(2, one, 1)
+    np.testing.assert_array_equal(changed.columns(0, D)[2], 100)
+    np.testing.assert_array_equal(rows.columns(0, D), before)
+    np.testing.assert_array_equal(collect(tmp_path).columns(0, D), before)
+
+
 @pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EFBIG"])
 def test_a_full_disk_shows_before_any_work(tmp_path, monkeypatch, code):
     def full(*_):

@@ -91,8 +91,14 @@ def sharded(mesh, make):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize(
     "tx",
-    [mfac(0.1, 5, momentum=0.9, storage=Dense(packing="leaf")), mfac(0.1, 5), mfacw(1e-3)],
-    ids=["leaf", "flat", "mfacw"],
+    [
+        mfac(0.1, 5, momentum=0.9, storage=Dense(packing="leaf")),
+        mfac(0.1, 5),
+        mfacw(1e-3),
+        mfacw(1e-3, storage=Int8(4)),
+        mfacw(1e-3, storage=TopK(0.5, block=4, error_bits=4)),
+    ],
+    ids=["leaf", "flat", "mfacw", "int8 by output", "topk by output"],
 )
 def test_bytes_of_a_device_are_those_of_its_shards(tx, kind):
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
@@ -120,6 +126,28 @@ def test_a_mesh_that_is_not_there():
         plan(params, 8, storage=leaf, mesh=AbstractMesh((1000,), ("y",)))
     with pytest.raises(ValueError, match=r"3000.*7000|7000.*3000|divisible"):
         plan(params, 8, storage=leaf, mesh=AbstractMesh((7000,), ("x",)))
+    with pytest.raises(ValueError, match="a mesh is for parameters with a NamedSharding"):
+        plan(jax.eval_shape(zeros), 8, mesh=mesh)
+
+
+def test_storages_that_are_not_for_the_options_are_left_out():
+    params = jax.ShapeDtypeStruct((100, 100), DTYPE)
+    found = planning.fitting(10**8, params, host_budget=10**8, blocks="output", platform="cpu")
+    assert [type(choice.storage) for choice in found.choices] == [Dense, Dense, Int8, TopK]
+    with pytest.raises(TypeError, match="Paged has no rows by output"):
+        planning.fitting(10**8, params, storages=[Paged()], host_budget=10**8, blocks="output")
+    with pytest.raises(ValueError, match="at least one storage"):
+        planning.fitting(10**8, params, storages=[])
+    with pytest.raises(ValueError, match="blocks"):
+        planning.fitting(10**8, params, blocks="rows")
+
+
+def test_sums_are_planned_for_their_own_blocks():
+    params = jax.ShapeDtypeStruct((100, 10), DTYPE)
+    made = planning.plan_inverse(params, 8, storage=InBlocks(50), blocks=50, platform="cpu")
+    assert made.device_bytes > 4 * 50 * 1000
+    with pytest.raises(ValueError, match=r"expected blocks 20 of 50.*got blocks 10 of 100"):
+        planning.plan_inverse(params, 8, storage=InBlocks(50), blocks=100, platform="cpu")
 
 
 def test_arrays_in_host_memory_count_for_the_host():
@@ -130,10 +158,15 @@ def test_arrays_in_host_memory_count_for_the_host():
     assert _memory.bytes_by_place(made) == {"device": 24, "host": 20, "disk": 0}
 
 
-@pytest.mark.parametrize("storage", [Dense(), Int8(), TopK()], ids=["dense", "int8", "topk"])
-def test_a_step_takes_what_xla_says(storage):
+@pytest.mark.parametrize("blocks", [None, "leaf"])
+@pytest.mark.parametrize(
+    "storage",
+    [Dense(), Dense(packing="leaf"), Int8(), TopK()],
+    ids=["flat", "leaf", "int8", "topk"],
+)
+def test_a_step_takes_what_xla_says(storage, blocks):
     params = jax.ShapeDtypeStruct((300_000,), DTYPE)
-    tx = mfac_precondition(32, storage=storage)
+    tx = mfac_precondition(32, storage=storage, blocks=blocks)
     state = jax.eval_shape(tx.init, params)
     memory = jax.jit(tx.update, donate_argnums=1).lower(params, state).compile().memory_analysis()
     actual = (
@@ -142,8 +175,19 @@ def test_a_step_takes_what_xla_says(storage):
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
-    made = plan(params, 32, storage=storage, platform="cpu").device_bytes
+    made = plan(params, 32, storage=storage, blocks=blocks, platform="cpu").device_bytes
     assert made == pytest.approx(actual, rel=0.1)
+
+
+@pytest.mark.parametrize("storage", [Int8(), TopK(), TopK(0.2)], ids=["int8", "topk", "dense topk"])
+def test_a_step_by_output_takes_no_more_than_planned(storage):
+    params = jax.ShapeDtypeStruct((4096, 64), DTYPE)
+    tx = mfac_precondition(64, storage=storage, blocks="output")
+    state = jax.eval_shape(tx.init, params)
+    memory = jax.jit(tx.update, donate_argnums=1).lower(params, state).compile().memory_analysis()
+    made = plan(params, 64, storage=storage, blocks="output", platform="cpu")
+    planned = {part.name: part.nbytes for part in made.components}["temporary arrays"]
+    assert 0.9 * memory.temp_size_in_bytes < planned < 2 * memory.temp_size_in_bytes
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,14 @@ class InBlocks(Storage):
         """See :meth:`Storage.bytes_by_place`."""
         return traced_bytes(self, params, num_rows)
 
+    def check_blocks(self, layout: Layout, wanted: Partition) -> None:
+        """See :meth:`Storage.check_blocks`."""
+        _check_runs(self._cut(layout), wanted)
+
+    def _cut(self, layout: Layout) -> Partition:
+        given = self.blocks
+        return given if isinstance(given, Partition) else partition(layout, given)
+
     def empty(self, params: PyTree, num_rows: int) -> BlockSums:
         """Sums for ``num_rows`` gradients of ``params``.
 
@@ -93,15 +101,16 @@ class InBlocks(Storage):
             ValueError: ``num_rows`` is below 1, the blocks do not fit, or there are none.
         """
         n, layout = _checks.positive_int(num_rows, "num_rows"), Layout(params)
-        given = self.blocks
-        cut = given if isinstance(given, Partition) else partition(layout, given)
+        cut = self._cut(layout)
         check_partition(cut, layout)
         if not cut.num_blocks:
             raise ValueError("sums in blocks need at least one block, got none.")
         # Half of the memory of the sums.
         most = sum(run.width * run.size for run in cut.runs) // (2 * layout.size)
-        buffer = self.storage.empty(params, min(n, max(most, 1)))
         what = f"InBlocks with storage={self.storage!r}"
+        if not self.storage.is_traceable:  # before it makes files
+            raise TypeError(f"{what} needs rows that jit can trace.")
+        buffer = self.storage.empty(params, min(n, max(most, 1)))
         check_writable(buffer, what)
         check_columns(buffer, what)
         check_traceable(buffer, what)
@@ -267,8 +276,9 @@ class BlockSums(WritableRows, ColumnRows):
             Whether it has, if that depends on traced orders; otherwise None.
         """
         own = self.partition
-        same: bool | Array = own.runs == other.runs
-        if same and own.order is not other.order:
+        _check_runs(own, other)
+        same: bool | Array = True
+        if own.order is not other.order:
             end = own.runs[-1].start + own.runs[-1].width
             orders = [
                 jnp.arange(end, dtype=jnp.int32) if order is None else order[:end]
@@ -278,10 +288,7 @@ class BlockSums(WritableRows, ColumnRows):
         if isinstance(same, jax.core.Tracer):
             return same
         if not same:
-            raise ValueError(
-                "sums in blocks serve the blocks that they were made for: expected "
-                f"{_described(own)}, got {_described(other)}."
-            )
+            _refuse_blocks(own, other)
         return None
 
     def column_square_sums(
@@ -347,6 +354,18 @@ class BlockSums(WritableRows, ColumnRows):
                 "sums in blocks are read after the last gradient: expected "
                 f"{self.num_rows} gradients, got {self.num_written}."
             )
+
+
+def _check_runs(own: Partition, other: Partition) -> None:
+    if own.runs != other.runs:
+        _refuse_blocks(own, other)
+
+
+def _refuse_blocks(own: Partition, other: Partition) -> NoReturn:
+    raise ValueError(
+        "sums in blocks serve the blocks that they were made for: expected "
+        f"{_described(own)}, got {_described(other)}."
+    )
 
 
 def _described(partition: Partition) -> str:

@@ -82,10 +82,11 @@ class WholeRows(BlockRows):
     def put(
         self, row: Int[Array, ""], gradient: Float[Array, "..."], accepted: Bool[Array, ""]
     ) -> tuple[WholeRows, Float[Array, "1 m"]]:
+        # Storage of few bits may reject a gradient that is finite, and zeros stay in its place. To
+        # clear the row afterwards, XLA would copy all rows.
+        rows = self.rows.clear(jnp.where(accepted, row, self.rows.num_rows))
         bad = jnp.full_like(gradient, jnp.nan)
-        rows, dots, stored = self.rows.put(row, jnp.where(accepted, gradient, bad))
-        # Storage of few bits may reject a gradient that is finite.
-        rows = rows.clear(jnp.where(accepted & ~stored, row, rows.num_rows))
+        rows, dots, stored = rows.put(row, jnp.where(accepted, gradient, bad))
         return replace(self, rows=rows), jnp.where(stored, dots, jnp.zeros_like(dots))[None]
 
     def combine(self, coefficients: Float[Array, "1 m"]) -> Float[Array, "..."]:

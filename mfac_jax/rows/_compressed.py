@@ -7,6 +7,7 @@ storage. Gradients are flattened, cut into tiles of one width and padded with ze
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,10 @@ _ENTRIES_AT_A_TIME = 2**24
 
 # As many numbers are decoded at a time; 16 MiB in float32.
 _DECODED_AT_A_TIME = 2**22
+
+# XLA for a CPU takes half as long again for a loop of a few rounds as for the rounds themselves
+# (measured).
+_MOST_ROUNDS = 8
 
 # The code of some tiles: arrays (t, m, ...) for m rows, or (t, ...) for one gradient.
 Code = tuple[Array, ...]
@@ -161,7 +166,9 @@ class Compressed(Storage):
         sharding = rows_sharding(leaf, axis)
         if sharding is not None:
             sharding = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
-        code, error = blank() if sharding is None else jax.jit(blank, out_shardings=sharding)()
+            # Plans read the sharding in the types; out_shardings alone does not change them.
+            placed = jax.jit(lambda: jax.device_put(blank(), sharding), out_shardings=sharding)
+        code, error = blank() if sharding is None else placed()
         blocks = number_of_blocks(shape, axis, num_rows)
         return CompressedOutputRows(code, error, layout, axis, blocks, sharding, self)
 
@@ -286,7 +293,7 @@ class CompressedRows(WritableRows, ColumnRows):
 
     def step_bytes(self, platform: str) -> int:
         code = sum(part.size * part.dtype.itemsize for part in self.code)
-        share = min(self._products_at_a_time / self.num_tiles, 1)
+        share = min(products_at_a_time(self.code) / self.num_tiles, 1)
         vector = self.layout.size * self.dtype.itemsize
         return self.storage.step_bytes(vector, code, int(share * code), platform)
 
@@ -301,12 +308,7 @@ class CompressedRows(WritableRows, ColumnRows):
 
     def _map(self, function: Callable[..., Array], *tiles: Any) -> Array:
         """``function`` of all tiles, some at a time, so that intermediate results stay small."""
-        return map_tiles(function, self._products_at_a_time, *tiles)
-
-    @property
-    def _products_at_a_time(self) -> int:
-        """The number of tiles that are multiplied at a time."""
-        return max(_ENTRIES_AT_A_TIME // sum(math.prod(x.shape[1:]) for x in self.code), 1)
+        return map_tiles(function, products_at_a_time(self.code), *tiles)
 
     @property
     def _tiles_at_a_time(self) -> int:
@@ -317,8 +319,13 @@ class CompressedRows(WritableRows, ColumnRows):
         return self.storage.decode(code, self.width, self.dtype)
 
 
+def products_at_a_time(code: PyTree) -> int:
+    """The number of tiles that are multiplied at a time."""
+    return max(_ENTRIES_AT_A_TIME // max(sum(math.prod(x.shape[1:]) for x in code), 1), 1)
+
+
 def map_tiles(function: Callable[..., Array], batch: int, *tiles: Any) -> Array:
-    """``function`` of tiles, ``batch`` tiles at a time, without a copy of them.
+    """``function`` of tiles, at most ``batch`` tiles at a time, without a copy of them.
 
     Args:
         function: a function of some tiles; its result has an entry for each.
@@ -328,6 +335,10 @@ def map_tiles(function: Callable[..., Array], batch: int, *tiles: Any) -> Array:
     count = len(jax.tree.leaves(tiles)[0])
     if batch >= count:
         return function(*tiles)
+    rounds = -(-count // batch)
+    batch = -(-count // rounds)  # as few tiles twice as possible
+    if rounds <= _MOST_ROUNDS:
+        return _map_rounds(function, batch, tiles)
 
     def some(first: Int[Array, ""]) -> Array:
         return function(*jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, batch), tiles))
@@ -338,7 +349,18 @@ def map_tiles(function: Callable[..., Array], batch: int, *tiles: Any) -> Array:
 
     like = jax.eval_shape(some, jnp.int32(0))
     out = jnp.zeros((count, *like.shape[1:]), like.dtype)
-    return lax.fori_loop(0, -(-count // batch), step, out)
+    return lax.fori_loop(0, rounds, step, out)
+
+
+def _map_rounds(function: Callable[..., Array], batch: int, tiles: tuple[Any, ...]) -> Array:
+    """:func:`map_tiles` for a few rounds, which a program states one after another."""
+    count, parts = len(jax.tree.leaves(tiles)[0]), []
+    for first in range(0, count, batch):
+        own = jax.tree.map(lambda x, i=first: x[i : i + batch], tiles)
+        # A round waits for the previous one. Otherwise all could be in memory at once.
+        tiles, part = lax.optimization_barrier((tiles, function(*own)))
+        parts.append(part)
+    return jnp.concatenate(parts)
 
 
 @jax.tree_util.register_dataclass
@@ -375,12 +397,23 @@ class CompressedOutputRows(BlockRows):
         (shape,) = self.layout.shapes
         return self.storage.tiling(self.layout.size // max(shape[self.axis], 1))[1]
 
+    def step_bytes(self, platform: str) -> int:
+        whole = self.code[0].shape
+        own = whole if self.sharding is None else self.sharding.shard_shape(whole)
+        share = own[0] / max(whole[0], 1)
+        code = int(share * sum(part.size * part.dtype.itemsize for part in self.code))
+        piece = int(min(products_at_a_time(self.code) / max(own[0], 1), 1) * code)
+        vector = int(share * self.layout.size * self.dtype.itemsize)
+        return self.storage.step_bytes(vector, code, piece, platform)
+
     def put(
         self, row: Int[Array, ""], gradient: Float[Array, "..."], accepted: Bool[Array, ""]
     ) -> tuple[CompressedOutputRows, Float[Array, "k m"]]:
+        if not self.layout.size:
+            return self, jnp.zeros((self.num_blocks, self.code[0].shape[1]), self.dtype)
         outputs = jnp.moveaxis(gradient, self.axis, 0).astype(self.dtype)
         outputs = outputs.reshape(len(outputs), -1)
-        each = len(self.code[0]) // max(len(outputs), 1)
+        each = len(self.code[0]) // len(outputs)
         padded = jnp.pad(outputs, ((0, 0), (0, each * self.width - outputs.shape[1])))
         tiles = padded.reshape(-1, self.width)
         whole = self.storage.with_error(tiles, self.error)
@@ -389,21 +422,29 @@ class CompressedOutputRows(BlockRows):
             lambda x: jnp.where(fits, x, jnp.zeros_like(x)), (tiles, self.error)
         )
         rows = _written(replace(self, error=error), row, tiles, accepted)
-        dots = self.on_each_device(self.storage.dots, rows.code, _row(rows, row))
+        dots = self._map(self.storage.dots, rows.code, _row(rows, row))
         return rows, jnp.sum(dots.reshape(self.num_blocks, -1, dots.shape[1]), axis=1)
 
     def combine(self, coefficients: Float[Array, "k m"]) -> Float[Array, "..."]:
         (shape,) = self.layout.shapes
+        if not self.layout.size:
+            return jnp.zeros(shape, self.dtype)
         tiles = len(self.code[0])
         weights = jnp.repeat(coefficients.astype(self.dtype), tiles // self.num_blocks, axis=0)
 
         def combine(code: Code, weights: Float[Array, "t m"]) -> Float[Array, "t k"]:
             return self.storage.combine(code, weights, self.width)
 
-        combined = self.on_each_device(combine, self.code, weights)
+        combined = self._map(combine, self.code, weights)
         rest = [length for i, length in enumerate(shape) if i != self.axis]
         outputs = combined.reshape(shape[self.axis], -1)[:, : math.prod(rest)]
         return jnp.moveaxis(outputs.reshape(shape[self.axis], *rest), 0, self.axis)
+
+    def _map(self, function: Callable[..., Array], *tiles: Any) -> Array:
+        """``function`` of all tiles, some of each device at a time."""
+        at_a_time = functools.partial(map_tiles, function, products_at_a_time(self.code))
+        mapped: Array = self.on_each_device(at_a_time, *tiles)
+        return mapped
 
     def on_each_device(self, function: Callable[..., Any], *tiles: Any) -> Any:
         """``function`` of the tiles of each device.

@@ -46,7 +46,7 @@ class Files(Storage):
     operating system removes them with the process.
 
     Writing many rows at once changes the files in place; afterwards only the returned rows can be
-    read. Other changes copy the files.
+    read. Other changes copy the files, and so does writing over finished rows of named files.
 
     Attributes:
         directory: the folder of the files, which is made if it does not exist.
@@ -227,10 +227,13 @@ class FileRows(PageRows):
                 f"the rows must lie in 0 to {self.num_rows - 1}, got {len(values)} from "
                 f"{int(first)} on."
             )
+        # Finished rows of named files are those of a run, which another call goes on with.
+        is_kept = self.pages.has_finished(int(first), len(values))
+        rows = self._copy() if is_kept else self
         for start, stop in _runs(good):
-            cut = self._cut_all(values[start:stop])
-            self.pages.write_rows(int(first) + start, cut)
-        return self._now(), accepted
+            cut = rows._cut_all(values[start:stop])
+            rows.pages.write_rows(int(first) + start, cut)
+        return rows._now(), accepted
 
     def clear(self, row: Int[Array, ""]) -> FileRows:
         out = self._copy().pages

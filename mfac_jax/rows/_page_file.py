@@ -64,7 +64,7 @@ class PageFile:
         missing = size - os.fstat(descriptor).st_size
         if missing <= 0:
             return
-        if self._marks is not None and self._has_marks():
+        if self.has_finished(0, self.shape[2]):
             folder = Path(self.file.name).parent
             raise ValueError(
                 f"the gradients in {folder} are incomplete: expected {size:,} bytes, got "
@@ -138,9 +138,9 @@ class PageFile:
         """Of all pages."""
         return self.shape[0] * self.shape[1]
 
-    def _has_marks(self) -> bool:
-        assert self._marks is not None
-        return b"\x01" in os.pread(self._marks.fileno(), self.shape[2], 0)
+    def has_finished(self, first: int, count: int) -> bool:
+        """Whether some of these rows are marked as finished; no row is without marks."""
+        return self._marks is not None and b"\x01" in os.pread(self._marks.fileno(), count, first)
 
     def _mark(self, first: int, marks: bytes) -> None:
         if self._marks is not None:

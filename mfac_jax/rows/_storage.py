@@ -22,6 +22,7 @@ from mfac_jax.kernels.backends import check_implementation
 from mfac_jax.rows._base import ROWS_AT_A_TIME, GradientRows, WritableRows, check_writable
 from mfac_jax.rows._blocks import BlockRows, OutputRows, number_of_blocks, output_axis
 from mfac_jax.rows._dense import DenseRows, tiles_of, tiling
+from mfac_jax.rows._partition import Partition
 from mfac_jax.rows._room import require_room, require_room_of
 
 PACKINGS = ("flat", "leaf")
@@ -87,6 +88,20 @@ class Storage(abc.ABC):
     def has_products(self) -> bool:
         """Whether rows compute products; see :attr:`GradientRows.has_products`."""
         return True
+
+    def check_blocks(self, layout: Layout, wanted: Partition) -> None:
+        """Checks that an inverse in these blocks can be computed from the rows.
+
+        By default it can for all blocks.
+
+        Args:
+            layout: the parameters.
+            wanted: the blocks.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        del layout, wanted
 
     @property
     def is_traceable(self) -> bool:
