@@ -401,19 +401,27 @@ def fitting(
         count = _memory.largest(fits)
         return Choice(storage, count, of(count) if count else None)
 
-    if storages is not None:
-        if not storages:
-            raise ValueError("storages must name at least one storage, got none.")
-        return Fitting(budget, tuple(map(best, storages)))
+    if storages is None:
+        known = known_storages(host=host_budget is not None)
+        return Fitting(budget, _all_possible(best, known))
+    if not storages:
+        raise ValueError("storages must name at least one storage, got none.")
+    return Fitting(budget, tuple(map(best, storages)))
+
+
+def _all_possible(
+    best: Callable[[Storage], Choice], storages: Sequence[Storage]
+) -> tuple[Choice, ...]:
+    """The choices of the storages that do not raise an error; if all do, the first error."""
     choices, refused = [], []
-    for storage in known_storages(host=host_budget is not None):
+    for storage in storages:
         try:
             choices.append(best(storage))
-        except (TypeError, ValueError) as error:  # not for these options
+        except (TypeError, ValueError) as error:
             refused.append(error)
     if not choices:
         raise refused[0]
-    return Fitting(budget, tuple(choices))
+    return tuple(choices)
 
 
 def _number(count: int) -> str:

@@ -33,8 +33,7 @@ _ENTRIES_AT_A_TIME = 2**24
 # As many numbers are decoded at a time; 16 MiB in float32.
 _DECODED_AT_A_TIME = 2**22
 
-# XLA for a CPU takes half as long again for a loop of a few rounds as for the rounds themselves
-# (measured).
+# A CPU takes half as long again for a loop of a few rounds as for the rounds themselves (measured).
 _MOST_ROUNDS = 8
 
 # The code of some tiles: arrays (t, m, ...) for m rows, or (t, ...) for one gradient.
@@ -111,6 +110,15 @@ class Compressed(Storage):
         self, code: Code, tile: Int[Array, " j"], column: Int[Array, " j"], dtype: jnp.dtype
     ) -> Float[Array, "m j"]:
         """Some coordinates of every gradient."""
+
+    @property
+    def is_read_in_place(self) -> bool:
+        """Whether XLA computes products with some tiles without a copy of them.
+
+        If it copies them, they are multiplied in a loop, so that one copy is there at a time. That
+        is the default.
+        """
+        return False
 
     def step_bytes(self, vector: int, code: int, piece: int, platform: str) -> int:
         """See :meth:`GradientRows.step_bytes`.
@@ -293,7 +301,7 @@ class CompressedRows(WritableRows, ColumnRows):
 
     def step_bytes(self, platform: str) -> int:
         code = sum(part.size * part.dtype.itemsize for part in self.code)
-        share = min(products_at_a_time(self.code) / self.num_tiles, 1)
+        share = in_equal_rounds(self.num_tiles, products_at_a_time(self.code)) / self.num_tiles
         vector = self.layout.size * self.dtype.itemsize
         return self.storage.step_bytes(vector, code, int(share * code), platform)
 
@@ -308,7 +316,8 @@ class CompressedRows(WritableRows, ColumnRows):
 
     def _map(self, function: Callable[..., Array], *tiles: Any) -> Array:
         """``function`` of all tiles, some at a time, so that intermediate results stay small."""
-        return map_tiles(function, products_at_a_time(self.code), *tiles)
+        in_place = self.storage.is_read_in_place
+        return map_tiles(function, products_at_a_time(self.code), *tiles, in_place=in_place)
 
     @property
     def _tiles_at_a_time(self) -> int:
@@ -324,20 +333,29 @@ def products_at_a_time(code: PyTree) -> int:
     return max(_ENTRIES_AT_A_TIME // max(sum(math.prod(x.shape[1:]) for x in code), 1), 1)
 
 
-def map_tiles(function: Callable[..., Array], batch: int, *tiles: Any) -> Array:
+def in_equal_rounds(count: int, batch: int) -> int:
+    """The number of tiles of a round, at most ``batch``, if all rounds are about as large."""
+    rounds = max(-(-count // batch), 1)
+    return -(-count // rounds)
+
+
+def map_tiles(
+    function: Callable[..., Array], batch: int, *tiles: Any, in_place: bool = False
+) -> Array:
     """``function`` of tiles, at most ``batch`` tiles at a time, without a copy of them.
 
     Args:
         function: a function of some tiles; its result has an entry for each.
         batch: the number of tiles.
         tiles: trees of arrays (t, ...).
+        in_place: see :attr:`Compressed.is_read_in_place`.
     """
     count = len(jax.tree.leaves(tiles)[0])
     if batch >= count:
         return function(*tiles)
+    batch = in_equal_rounds(count, batch)
     rounds = -(-count // batch)
-    batch = -(-count // rounds)  # as few tiles twice as possible
-    if rounds <= _MOST_ROUNDS:
+    if in_place and rounds <= _MOST_ROUNDS:
         return _map_rounds(function, batch, tiles)
 
     def some(first: Int[Array, ""]) -> Array:
@@ -357,7 +375,7 @@ def _map_rounds(function: Callable[..., Array], batch: int, tiles: tuple[Any, ..
     count, parts = len(jax.tree.leaves(tiles)[0]), []
     for first in range(0, count, batch):
         own = jax.tree.map(lambda x, i=first: x[i : i + batch], tiles)
-        # A round waits for the previous one. Otherwise all could be in memory at once.
+        # A round waits for the previous one, so that a GPU has one in memory at a time.
         tiles, part = lax.optimization_barrier((tiles, function(*own)))
         parts.append(part)
     return jnp.concatenate(parts)
@@ -402,7 +420,8 @@ class CompressedOutputRows(BlockRows):
         own = whole if self.sharding is None else self.sharding.shard_shape(whole)
         share = own[0] / max(whole[0], 1)
         code = int(share * sum(part.size * part.dtype.itemsize for part in self.code))
-        piece = int(min(products_at_a_time(self.code) / max(own[0], 1), 1) * code)
+        batch = in_equal_rounds(own[0], products_at_a_time(self.code))
+        piece = int(batch / max(own[0], 1) * code)
         vector = int(share * self.layout.size * self.dtype.itemsize)
         return self.storage.step_bytes(vector, code, piece, platform)
 
@@ -442,7 +461,8 @@ class CompressedOutputRows(BlockRows):
 
     def _map(self, function: Callable[..., Array], *tiles: Any) -> Array:
         """``function`` of all tiles, some of each device at a time."""
-        at_a_time = functools.partial(map_tiles, function, products_at_a_time(self.code))
+        batch, in_place = products_at_a_time(self.code), self.storage.is_read_in_place
+        at_a_time = functools.partial(map_tiles, function, batch, in_place=in_place)
         mapped: Array = self.on_each_device(at_a_time, *tiles)
         return mapped
 

@@ -79,6 +79,10 @@ class TopK(Compressed):
     def most_columns(self) -> int:
         return self.block
 
+    @property
+    def is_read_in_place(self) -> bool:
+        return True
+
     def step_bytes(self, vector: int, code: int, piece: int, platform: str) -> int:
         usual = super().step_bytes(vector, code, piece, platform)
         # A CPU computes with stored entries in float32, and with their places in 32 bits.

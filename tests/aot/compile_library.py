@@ -47,8 +47,8 @@ def on(sharding, tree):
     )
 
 
-def compile_update(sharding, m, storage=DENSE, size=D):
-    tx = mfac_precondition(m, storage=storage)
+def compile_update(sharding, m, storage=DENSE, size=D, blocks=None):
+    tx = mfac_precondition(m, storage=storage, blocks=blocks)
     params = {"w": jax.ShapeDtypeStruct((size,), jnp.float32)}
     state = jax.eval_shape(tx.init, params)
     update = jax.jit(tx.update, donate_argnums=1)
@@ -67,12 +67,21 @@ def test_a_step_of_the_optimizer_runs_the_kernels_in_place(devices, dtype):
 
 
 @pytest.mark.parametrize(
-    "storage",
-    [Dense(), Dense(jnp.bfloat16), Dense(packing="leaf"), Int8(), TopK(0.01)],
-    ids=["float32", "bfloat16", "leaf", "int8", "topk"],
+    ("storage", "blocks"),
+    [
+        (Dense(), None),
+        (Dense(), "leaf"),
+        (Dense(jnp.bfloat16), None),
+        (Dense(packing="leaf"), None),
+        (Dense(packing="leaf"), "leaf"),
+        (Int8(), None),
+        (TopK(0.01), None),
+    ],
+    ids=["float32", "by leaf", "bfloat16", "leaf", "leaf by leaf", "int8", "topk"],
 )
-def test_a_step_takes_what_is_planned(devices, storage):
-    memory = compile_update(SingleDeviceSharding(devices[0]), 64, storage).memory_analysis()
+def test_a_step_takes_what_is_planned(devices, storage, blocks):
+    device = SingleDeviceSharding(devices[0])
+    memory = compile_update(device, 64, storage, blocks=blocks).memory_analysis()
     actual = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -81,7 +90,7 @@ def test_a_step_takes_what_is_planned(devices, storage):
     )
     platform = "tpu" if devices[0].platform == "tpu" else "gpu"
     params = {"w": jax.ShapeDtypeStruct((D,), jnp.float32)}
-    made = plan(params, 64, storage=storage, platform=platform)
+    made = plan(params, 64, storage=storage, blocks=blocks, platform=platform)
     assert made.device_bytes == pytest.approx(actual, rel=0.1)
 
 
