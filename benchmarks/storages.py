@@ -6,12 +6,11 @@
 Accuracy: windows of the last gradients of a training run (the digits and the network of the
 quickstart). Rounding: ways to round such gradients to 8 bits. Time: one push and one direction, in
 turn with dense float32. Static: an inverse and one product with it, likewise. Sums: the diagonal of
-a block-wise inverse, likewise. Disk: the scans of
-files of more bytes than this machine has memory, beside a plain read of them. Writes
-``results/storages.json``, or ``storages-DEVICE.json`` on an accelerator, after every answer, and
-the tables of ``docs/storages.md``; ``--render`` only writes the tables. ``--storage`` measures one
-storage once more, on the machine and the day of the others. Takes more than half an
-hour on two CPU cores, 13 GB of memory, and more disk than memory.
+a block-wise inverse, likewise. Disk: the scans of files of more bytes than this machine has memory,
+beside a plain read of them. Writes ``results/storages.json``, or ``storages-DEVICE.json`` on an
+accelerator, after every answer, and the tables of ``docs/storages.md``; ``--render`` only writes
+the tables. ``--storage`` measures one storage once more, on the machine and the day of the others.
+Takes more than half an hour on two CPU cores, 13 GB of memory, and more disk than memory.
 """
 
 from __future__ import annotations

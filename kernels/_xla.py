@@ -25,6 +25,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 # (measured on two CPU cores: 2,048 to 8,192 within 5 %).
 MAX_TILE = 8192
 
+# XLA for a CPU, before jax 0.11, widens a whole block for a product of matrices: it moves the
+# widening of a tile out of the loop over tiles.
+WIDENS_WHOLE_BLOCKS = jax.__version_info__ < (0, 11)
+
 # A triangular product is cut into at most four panels of rows, which takes 10/16 of the operations.
 # A symmetric product is cut into halves. Fewer rows than _MIN_ROWS leave a matrix unit idle.
 _PANELS = 4

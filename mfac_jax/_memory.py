@@ -127,12 +127,13 @@ def on_mesh(params: PyTree, mesh: Mesh | AbstractMesh | None = None) -> PyTree:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
     structs = jax.tree.map(struct, params)
-    if mesh is not None and not _meshes(structs):
+    meshes = _meshes(structs)
+    if mesh is not None and not meshes:
         raise ValueError(
             "a mesh is for parameters with a NamedSharding, which says along which axes it cuts "
             "them; got none."
         )
-    if len(meshes := _meshes(structs)) > 1:
+    if len(meshes) > 1:
         shapes = sorted(str(dict(own.shape)) for own in meshes)
         raise ValueError(
             f"the leaves of params must be on one mesh, got meshes of {', '.join(shapes)}."

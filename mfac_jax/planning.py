@@ -412,12 +412,12 @@ def fitting(
 def _all_possible(
     best: Callable[[Storage], Choice], storages: Sequence[Storage]
 ) -> tuple[Choice, ...]:
-    """The choices of the storages that do not raise an error; if all do, the first error."""
+    """The choices of the storages that are for the options; if none is, the first error."""
     choices, refused = [], []
     for storage in storages:
         try:
             choices.append(best(storage))
-        except (TypeError, ValueError) as error:
+        except TypeError as error:
             refused.append(error)
     if not choices:
         raise refused[0]

@@ -14,6 +14,7 @@ from kernel_cases import as_matrix
 from mfac_jax import kernels
 from mfac_jax.inverse import _block_products
 from mfac_jax.kernels._xla import MAX_TILE as TILE
+from mfac_jax.kernels._xla import WIDENS_WHOLE_BLOCKS
 
 row_shape = kernel_cases.columns
 
@@ -141,7 +142,7 @@ def test_rows_out_of_range_are_the_nearest(row, written):
 
 
 OLD_XLA = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="XLA moves the widening of a tile out of the loop"
+    WIDENS_WHOLE_BLOCKS, reason="XLA moves the widening of a tile out of the loop"
 )
 
 

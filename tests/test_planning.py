@@ -20,6 +20,7 @@ from mfac_jax import (
     planning,
     window,
 )
+from mfac_jax.kernels._xla import WIDENS_WHOLE_BLOCKS
 from mfac_jax.optimizer import SecondMoments
 from mfac_jax.pruning import Gradients, prune
 from mfac_jax.rows import Dense, Files, InBlocks, Int8, Paged, Storage, TopK, as_rows
@@ -195,12 +196,16 @@ def test_a_step_by_output_takes_no_more_than_planned(storage):
     [Dense(jnp.bfloat16), Paged(dtype=jnp.bfloat16)],
     ids=["dense", "paged"],
 )
-def test_a_cpu_widens_all_rows_for_products_of_matrices(storage):
+def test_products_of_narrow_rows_take_what_xla_says(storage):
     params = jax.ShapeDtypeStruct((300_000,), DTYPE)
     rows = jax.eval_shape(lambda: storage.empty(jnp.zeros(300_000), 32))
     gram = jax.jit(lambda rows: rows.gram()).lower(rows).compile()
     temporary = gram.memory_analysis().temp_size_in_bytes
-    assert storage.scan_bytes(params, 32, "cpu")["device"] == pytest.approx(temporary, rel=0.1)
+    planned = storage.scan_bytes(params, 32, "cpu")["device"]
+    if WIDENS_WHOLE_BLOCKS:
+        assert planned == pytest.approx(temporary, rel=0.1)
+    else:  # some tiles, of which other products take more
+        assert temporary <= planned <= 5 * temporary
 
 
 def test_the_inverse():

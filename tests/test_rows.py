@@ -479,6 +479,22 @@ def test_write_rows(writable, jit):
     assert_columns(all_columns(got), matrix)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("count", "batch"), [(1, 1), (9, 9), (7, 2), (8, 3), (5, 4), (20, 2)])
+def test_tiles_in_rounds(count, batch, in_place):
+    """One round, a short last one, and more than a program states one after another."""
+    sizes = []
+
+    def function(a, b):
+        sizes.append(len(a))
+        return jnp.sum(a, axis=1) * b
+
+    a, b = jnp.arange(3.0 * count).reshape(count, 3), jnp.arange(2.0, count + 2)
+    got = _compressed.map_tiles(function, batch, a, b, in_place=in_place)
+    np.testing.assert_array_equal(got, a.sum(axis=1) * b)
+    assert max(sizes) <= batch
+
+
 @pytest.mark.parametrize("storage", [Int8(4), TopK(0.5, block=4)], ids=["int8", "largest"])
 def test_compressed_rows_that_are_read_in_pieces(storage, monkeypatch):
     """As rows of many parameters are; the last piece is a short one."""

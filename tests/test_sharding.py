@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mfac_jax import collect_gradients, fisher_inverse, mfac_precondition, mfacw
 from mfac_jax.optimizer import SecondMoments
 from mfac_jax.pruning import Gradients, prune
-from mfac_jax.rows import Dense, Int8, Paged, TopK, _dense, _int8, as_rows
+from mfac_jax.rows import Dense, Int8, Paged, TopK, _compressed, _dense, _int8, as_rows
 
 NAMES = "all-reduce|all-gather|all-to-all|collective-permute"
 SPECS = {"kernel": PartitionSpec("x", "y"), "bias": PartitionSpec("y"), "scale": PartitionSpec()}
@@ -210,7 +210,8 @@ def test_compressed_rows_by_output_follow_the_sharding_of_the_outputs(
     shardings, storage, monkeypatch
 ):
     """Outputs on all devices or on pairs of them, and parameters that are on every device."""
-    monkeypatch.setattr(_int8, "_ENTRIES_AT_A_TIME", 32)  # a loop over tiles
+    for module in (_compressed, _int8):
+        monkeypatch.setattr(module, "_ENTRIES_AT_A_TIME", 32)  # a loop over tiles
     mesh, outputs = shardings["bias"].mesh, {"kernel": ("x", "y"), "conv": "y", "same": None}
     shapes = {"kernel": (48, 12), "conv": (5, 8, 6), "bias": (12,), "same": (60, 4)}
     specs = {"kernel": (None, outputs["kernel"]), "conv": (None, None, "y"), "bias": (), "same": ()}

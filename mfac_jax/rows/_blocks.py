@@ -82,8 +82,8 @@ class WholeRows(BlockRows):
     def put(
         self, row: Int[Array, ""], gradient: Float[Array, "..."], accepted: Bool[Array, ""]
     ) -> tuple[WholeRows, Float[Array, "1 m"]]:
-        # Storage of few bits may reject a gradient that is finite, and zeros stay in its place. To
-        # clear the row afterwards, XLA would copy all rows.
+        # Storage of few bits may reject a gradient that is finite. Zeros then stay in its place. If
+        # the row were cleared afterwards, XLA would copy all rows.
         rows = self.rows.clear(jnp.where(accepted, row, self.rows.num_rows))
         bad = jnp.full_like(gradient, jnp.nan)
         rows, dots, stored = rows.put(row, jnp.where(accepted, gradient, bad))

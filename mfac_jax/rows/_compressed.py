@@ -33,7 +33,7 @@ _ENTRIES_AT_A_TIME = 2**24
 # As many numbers are decoded at a time; 16 MiB in float32.
 _DECODED_AT_A_TIME = 2**22
 
-# A CPU takes half as long again for a loop of a few rounds as for the rounds themselves (measured).
+# A CPU takes half as long again for a loop of two rounds as for the rounds themselves (measured).
 _MOST_ROUNDS = 8
 
 # The code of some tiles: arrays (t, m, ...) for m rows, or (t, ...) for one gradient.
@@ -300,10 +300,7 @@ class CompressedRows(WritableRows, ColumnRows):
         return function(*tiles)
 
     def step_bytes(self, platform: str) -> int:
-        code = sum(part.size * part.dtype.itemsize for part in self.code)
-        share = in_equal_rounds(self.num_tiles, products_at_a_time(self.code)) / self.num_tiles
-        vector = self.layout.size * self.dtype.itemsize
-        return self.storage.step_bytes(vector, code, int(share * code), platform)
+        return _step_bytes(self, self.num_tiles, platform)
 
     def _tiles(self, flat: Array) -> Array:
         """A vector of all coordinates, cut into tiles."""
@@ -311,13 +308,8 @@ class CompressedRows(WritableRows, ColumnRows):
         return padded.reshape(self.num_tiles, self.width)
 
     def _dots(self, vector: Float[Array, "t k"]) -> Float[Array, " m"]:
-        parts = self._map(self.storage.dots, self.code, vector)
+        parts = _multiplied(self, self.storage.dots, self.code, vector)
         return jnp.sum(parts, axis=0)
-
-    def _map(self, function: Callable[..., Array], *tiles: Any) -> Array:
-        """``function`` of all tiles, some at a time, so that intermediate results stay small."""
-        in_place = self.storage.is_read_in_place
-        return map_tiles(function, products_at_a_time(self.code), *tiles, in_place=in_place)
 
     @property
     def _tiles_at_a_time(self) -> int:
@@ -328,12 +320,7 @@ class CompressedRows(WritableRows, ColumnRows):
         return self.storage.decode(code, self.width, self.dtype)
 
 
-def products_at_a_time(code: PyTree) -> int:
-    """The number of tiles that are multiplied at a time."""
-    return max(_ENTRIES_AT_A_TIME // max(sum(math.prod(x.shape[1:]) for x in code), 1), 1)
-
-
-def in_equal_rounds(count: int, batch: int) -> int:
+def _in_equal_rounds(count: int, batch: int) -> int:
     """The number of tiles of a round, at most ``batch``, if all rounds are about as large."""
     rounds = max(-(-count // batch), 1)
     return -(-count // rounds)
@@ -353,7 +340,7 @@ def map_tiles(
     count = len(jax.tree.leaves(tiles)[0])
     if batch >= count:
         return function(*tiles)
-    batch = in_equal_rounds(count, batch)
+    batch = _in_equal_rounds(count, batch)
     rounds = -(-count // batch)
     if in_place and rounds <= _MOST_ROUNDS:
         return _map_rounds(function, batch, tiles)
@@ -416,14 +403,9 @@ class CompressedOutputRows(BlockRows):
         return self.storage.tiling(self.layout.size // max(shape[self.axis], 1))[1]
 
     def step_bytes(self, platform: str) -> int:
-        whole = self.code[0].shape
-        own = whole if self.sharding is None else self.sharding.shard_shape(whole)
-        share = own[0] / max(whole[0], 1)
-        code = int(share * sum(part.size * part.dtype.itemsize for part in self.code))
-        batch = in_equal_rounds(own[0], products_at_a_time(self.code))
-        piece = int(batch / max(own[0], 1) * code)
-        vector = int(share * self.layout.size * self.dtype.itemsize)
-        return self.storage.step_bytes(vector, code, piece, platform)
+        shape = self.code[0].shape
+        own = shape if self.sharding is None else self.sharding.shard_shape(shape)
+        return _step_bytes(self, own[0], platform)
 
     def put(
         self, row: Int[Array, ""], gradient: Float[Array, "..."], accepted: Bool[Array, ""]
@@ -441,7 +423,7 @@ class CompressedOutputRows(BlockRows):
             lambda x: jnp.where(fits, x, jnp.zeros_like(x)), (tiles, self.error)
         )
         rows = _written(replace(self, error=error), row, tiles, accepted)
-        dots = self._map(self.storage.dots, rows.code, _row(rows, row))
+        dots = _multiplied(self, self.storage.dots, rows.code, _row(rows, row))
         return rows, jnp.sum(dots.reshape(self.num_blocks, -1, dots.shape[1]), axis=1)
 
     def combine(self, coefficients: Float[Array, "k m"]) -> Float[Array, "..."]:
@@ -454,17 +436,10 @@ class CompressedOutputRows(BlockRows):
         def combine(code: Code, weights: Float[Array, "t m"]) -> Float[Array, "t k"]:
             return self.storage.combine(code, weights, self.width)
 
-        combined = self._map(combine, self.code, weights)
+        combined = _multiplied(self, combine, self.code, weights)
         rest = [length for i, length in enumerate(shape) if i != self.axis]
         outputs = combined.reshape(shape[self.axis], -1)[:, : math.prod(rest)]
         return jnp.moveaxis(outputs.reshape(shape[self.axis], *rest), 0, self.axis)
-
-    def _map(self, function: Callable[..., Array], *tiles: Any) -> Array:
-        """``function`` of all tiles, some of each device at a time."""
-        batch, in_place = products_at_a_time(self.code), self.storage.is_read_in_place
-        at_a_time = functools.partial(map_tiles, function, batch, in_place=in_place)
-        mapped: Array = self.on_each_device(at_a_time, *tiles)
-        return mapped
 
     def on_each_device(self, function: Callable[..., Any], *tiles: Any) -> Any:
         """``function`` of the tiles of each device.
@@ -490,6 +465,32 @@ def _is_storable(tiles: Float[Array, "t k"], num_rows: int) -> Bool[Array, ""]:
 
 
 Coded = TypeVar("Coded", CompressedRows, CompressedOutputRows)
+
+
+def _products_at_a_time(code: PyTree) -> int:
+    """The number of tiles that are multiplied at a time."""
+    return max(_ENTRIES_AT_A_TIME // max(sum(math.prod(x.shape[1:]) for x in code), 1), 1)
+
+
+def _multiplied(rows: Coded, function: Callable[..., Array], *tiles: Any) -> Array:
+    """``function`` of all tiles, some of each device at a time.
+
+    So intermediate results stay small.
+    """
+    batch, in_place = _products_at_a_time(rows.code), rows.storage.is_read_in_place
+    some = functools.partial(map_tiles, function, batch, in_place=in_place)
+    found: Array = rows.on_each_device(some, *tiles)
+    return found
+
+
+def _step_bytes(rows: Coded, num_tiles: int, platform: str) -> int:
+    """See :meth:`GradientRows.step_bytes`, for a device that has so many of the tiles."""
+    share = num_tiles / max(rows.code[0].shape[0], 1)
+    code = share * sum(part.size * part.dtype.itemsize for part in rows.code)
+    batch = _in_equal_rounds(num_tiles, _products_at_a_time(rows.code))
+    piece = batch / max(num_tiles, 1) * code
+    vector = share * rows.layout.size * rows.dtype.itemsize
+    return rows.storage.step_bytes(int(vector), int(code), int(piece), platform)
 
 
 def _written(
@@ -530,7 +531,7 @@ def _compiled_combine(
     def of_tiles(code: Code, weights: Float[Array, "t m"]) -> Float[Array, "t k"]:
         return rows.storage.combine(code, weights, rows.width)
 
-    out = rows._map(of_tiles, rows.code, weights).reshape(-1)[: rows.layout.size]
+    out = _multiplied(rows, of_tiles, rows.code, weights).reshape(-1)[: rows.layout.size]
     out = out if vector is None else vector - out
     return out if scale is None else scale.astype(out.dtype) * out
 

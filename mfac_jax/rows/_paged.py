@@ -18,7 +18,12 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mfac_jax import _checks, kernels
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.kernels._xla import accumulation_dtype, combine_in_one_loop, dots_in_one_loop
+from mfac_jax.kernels._xla import (
+    WIDENS_WHOLE_BLOCKS,
+    accumulation_dtype,
+    combine_in_one_loop,
+    dots_in_one_loop,
+)
 from mfac_jax.rows._base import GradientRows, is_small_enough
 from mfac_jax.rows._pages import OfPage, PageRows, are_alike, page_shape, scan_bytes
 from mfac_jax.rows._storage import Storage, check_dtype, dtype_for
@@ -86,8 +91,7 @@ class Paged(Storage):
         layout, mesh = Layout(params), _mesh_of(params)
         (count, tiles, m, width), dtype = self._pages(layout, num_rows, mesh)
         own = count, tiles, m, width // _num_devices(mesh)
-        if platform == "cpu" and dtype != layout.dtype:
-            # XLA for a CPU widens all pages before it begins.
+        if platform == "cpu" and dtype == jnp.bfloat16 and WIDENS_WHOLE_BLOCKS:
             return {"device": math.prod(own) * layout.dtype.itemsize}
         return {"device": scan_bytes(own, layout.dtype.itemsize, platform)}
 
@@ -162,20 +166,9 @@ class PagedRows(PageRows):
     def _dots(self, flat: Float[Array, " d"]) -> Float[Array, " m"]:
         return lax.platform_dependent(self, flat, cpu=_dots_at_once, default=PageRows._dots)
 
-    def _combine(
-        self,
-        pieces: Float[Array, "p t w"] | None,
-        coefficients: Float[Array, " m"],
-        scale: Float[Array, ""] | None,
-    ) -> Float[Array, "p t w"]:
-        return lax.platform_dependent(
-            self,
-            pieces,
-            coefficients,
-            scale,
-            cpu=_combine_at_once,
-            default=PageRows._combine,
-        )
+    def _combine(self, pieces: Any, constants: tuple[Any, ...]) -> Float[Array, "p t w"]:
+        arrays = self, pieces, constants
+        return lax.platform_dependent(*arrays, cpu=_combine_at_once, default=PageRows._combine)
 
     def _total(
         self,
@@ -262,7 +255,7 @@ def _fetch(pages: tuple[Array, ...], place: _Place) -> tuple[Array, ...]:
 
 
 def _tile_by_tile(function: Callable[..., Array], pages: tuple[Array, ...], start: Array) -> Array:
-    """For a CPU, where there is no bus, and for functions that multiply matrices.
+    """For a CPU, where there is no bus.
 
     XLA copies what it takes out of the window, and a tile's copy stays in the cache. It would copy
     the whole window for a loop that looks ahead.
@@ -290,8 +283,8 @@ def _looking_ahead(function: Callable[..., Array], pages: tuple[Array, ...], sta
     return function(total, last, *here)
 
 
-# A copy of the pages would take a CPU longer than to read them once. One fused loop makes none,
-# whatever the dtype and the sharding.
+# These two read the pages once, and a copy of the pages would take a CPU longer. One fused loop
+# makes no copy, whatever the dtype and the sharding.
 
 
 @jax.jit
@@ -303,15 +296,13 @@ def _dots_at_once(rows: PagedRows, flat: Float[Array, " d"]) -> Float[Array, " m
 
 @jax.jit
 def _combine_at_once(
-    rows: PagedRows,
-    pieces: Float[Array, "p t w"] | None,
-    coefficients: Float[Array, " m"],
-    scale: Float[Array, ""] | None,
+    rows: PagedRows, pieces: Any, constants: tuple[Any, ...]
 ) -> Float[Array, "p t w"]:
     """See :meth:`PageRows._combine`; for a CPU."""
+    coefficients, scale = constants
     pages, weights = _on_device(rows.pages), coefficients.astype(rows.dtype)
     if 1 in pages.shape[:2] and pages.dtype == rows.dtype:
-        # XLA would take up to 100 times as long for a batch of one (measured).
+        # XLA would take up to 50 times as long for a batch of one (measured).
         flat = combine_in_one_loop(pages.reshape(-1, *pages.shape[2:]), weights)
         out = flat.reshape(*pages.shape[:2], -1)
     else:

@@ -104,7 +104,7 @@ class PageRows(WritableRows, ColumnRows):
     ) -> PyTree:
         flat = None if vector is None else self.layout.flatten(vector, self.dtype, "vector")
         pieces = None if flat is None else self._cut(flat)
-        return self._tree(self._combine(pieces, coefficients, scale))
+        return self._tree(self._combine(pieces, (coefficients, scale)))
 
     def gram(self, mask: PyTree | None = None) -> Float[Array, "m m"]:
         return self._total(_gram, (self.num_rows,) * 2, (self._cut_mask(mask),))
@@ -131,14 +131,14 @@ class PageRows(WritableRows, ColumnRows):
     def _dots(self, flat: Float[Array, " d"]) -> Float[Array, " m"]:
         return self._total(_dots, (self.num_rows,), (self._cut(flat),))
 
-    def _combine(
-        self,
-        pieces: Float[Array, "p t w"] | None,
-        coefficients: Float[Array, " m"],
-        scale: Float[Array, ""] | None,
-    ) -> Float[Array, "p t w"]:
-        """``G^T c``, or ``(v - G^T c) scale`` for the pieces of ``v``."""
-        return self._columns(_combined, (pieces,), (coefficients, scale))
+    def _combine(self, pieces: Any, constants: tuple[Any, ...]) -> Float[Array, "p t w"]:
+        """``G^T c``, or ``(v - G^T c) scale``.
+
+        Args:
+            pieces: ``v``, cut like the pages, or None.
+            constants: ``c``, and the scale or None.
+        """
+        return self._columns(_combined, (pieces,), constants)
 
     def _cut(self, flat: Shaped[Array, " d"]) -> Shaped[Array, "p t w"]:
         """A vector of all coordinates, cut like the pages."""

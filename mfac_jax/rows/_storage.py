@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from mfac_jax import _checks, _memory
 from mfac_jax._layout import Layout, PyTree
-from mfac_jax.kernels._xla import MAX_TILE
+from mfac_jax.kernels._xla import MAX_TILE, WIDENS_WHOLE_BLOCKS
 from mfac_jax.kernels.backends import check_implementation
 from mfac_jax.rows._base import ROWS_AT_A_TIME, GradientRows, WritableRows, check_writable
 from mfac_jax.rows._blocks import BlockRows, OutputRows, number_of_blocks, output_axis
@@ -319,12 +319,11 @@ class Dense(Storage):
         whole = num_rows * itemsize * layout.size
         if platform != "cpu":
             return whole // 8
-        # XLA for a CPU widens all rows at once. Those of leaves it copies.
         is_narrow = dtype_for(layout, self.dtype) == jnp.bfloat16
-        if self.packing == "leaf":
+        if self.packing == "leaf":  # XLA copies them.
             return 5 * whole // 2 if is_narrow else whole
         tile = min(num_rows * MAX_TILE * itemsize, whole)
-        return whole + tile if is_narrow else 4 * tile
+        return whole + tile if is_narrow and WIDENS_WHOLE_BLOCKS else 4 * tile
 
     def by_output(self, leaf: Any, num_rows: int, axis: int) -> OutputRows:
         """``num_rows`` zero rows for gradients of one parameter, in blocks of its outputs.
