@@ -17,8 +17,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import report
+from flax import nnx
+
+from mfac_jax import mfacw
+from mfac_jax.rows import Dense, Storage, TopK
 
 sys.path.insert(0, str(report.ROOT / "examples"))
 
@@ -26,6 +32,7 @@ import directions
 import natural_gradients
 import optimizer_tables
 from optimizer_tables import TITLES, chosen, finals, trained
+from optimizer_tasks import CharacterTransformer
 
 PAGE = report.ROOT / "docs" / "choosing.md"
 ASSETS = report.ROOT / "docs" / "assets"
@@ -33,8 +40,12 @@ NAMES = ("optimizers", "natural_gradients", "directions")
 FIGURES = {"optimizers": "learning_rates.png", "natural_gradients": "natural_gradients.png"}
 NOT_YET = "*Not measured yet.*"
 # Wanted: the ratio of the ranges of good learning rates, and the points of test error of the
-# paper's form above SGD.
+# paper's form above SGD; and the bytes of state for storages.
 WIDER, POINTS = 2.0, 1.0
+STATES = (
+    ("bfloat16", Dense(jnp.bfloat16), 134),
+    ("the largest 1 %", TopK(0.01, error_bits=4), 10),
+)
 OTHERS = ("SGD + momentum", "AdamW", "NAdamW", "Muon")
 
 
@@ -89,7 +100,22 @@ def bars(results: dict[str, Any]) -> str:
         for what, wanted, measured, is_met in _bars_of(found, task):
             verdict = "met" if is_met else "not met"
             lines.append(f"| {what} | {title} | {wanted} | {measured} | {verdict} |")
+    for name, storage, most in STATES:
+        size = state_size(storage)
+        what, verdict = f"state, m = 64, by leaf, {name}", "met" if size <= most else "not met"
+        cells = (what, TITLES["characters"], f"<= {most} bytes a parameter", f"{size:.1f}", verdict)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def state_size(storage: Storage) -> float:
+    """The bytes a parameter of the state of ``mfacw`` on the character transformer."""
+    model = CharacterTransformer(65, 64, 128, 2, nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    tx = mfacw(1e-3, window_size=64, blocks="leaf", storage=storage)
+    state = jax.eval_shape(tx.init, params)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return size / sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _bars_of(found: list[Any], task: str) -> list[tuple[str, str, str, bool]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ METHODS = (
     "empirical Fisher of examples",
     "improved Fisher of examples",
 )
+# The key of a run: task, optimizer (there may be commas in its name), rate, decay, seed, length.
+KEY = re.compile(r"(\w+), (.+), ([^,]+), ([^,]+), seed (\d+)(?:, (short|long))?")
 WIDE = 1.05  # a learning rate is good if its loss is at most this times the best
 
 
@@ -55,11 +58,11 @@ def trained(results: dict[str, Any], task: str) -> list[Trained]:
     """All runs of a task."""
     found = []
     for key, run in results["runs"].items():
-        name, method, rate, decay, seed, *length = key.split(", ")
+        match = KEY.fullmatch(key)
+        assert match is not None
+        name, method, rate, decay, seed, length = match.groups("")
         if name == task:
-            setting = (float(rate), float(decay))
-            number = int(seed.removeprefix("seed "))
-            found.append(Trained(method, setting, number, "".join(length), run))
+            found.append(Trained(method, (float(rate), float(decay)), int(seed), length, run))
     return found
 
 
@@ -101,25 +104,24 @@ def _table(found: list[Trained], length: str = "") -> str:
             names.append(("mfacw", adamw, "mfacw at AdamW's setting", length))
         if not length:
             names.append(("mfacw", chosen(found, "mfacw"), "mfacw, fewer steps", "short"))
-    goal = _mean(finals(found, "AdamW", adamw, length), "train") if adamw else None
+    theirs = finals(found, "AdamW", adamw, length)
+    goal = float(_smooth(theirs)[0][-1]) if theirs else None
     for method, setting, label, share in names:
         runs = finals(found, method, setting, share)
         if not runs:
             continue
         cells = [label, f"{setting[0]:g}, {setting[1]:g}"]
         cells += [_with_error(runs, "validation"), _with_error(runs, "test")]
-        if runs[0]["has_accuracy"]:
-            cells.append(_with_error(runs, "test_error", "{:.1f}"))
+        cells.append(_with_error(runs, "test_error", "{:.1f}"))
         cells.append(f"{_mean(runs, 'train'):.3f}")
         cells.append(f"{runs[0]['steps']}")
         ms = min((run["ms"] for run in runs if run["device"] == device), default=None)
         cells.append(_steps_to(runs, goal, ms))
         cells.append("" if ms is None else f"{ms:.0f}")
-        cells.append(f"{runs[0]['state_bytes'] / runs[0]['parameters']:.0f}")
+        size = runs[0]["state_bytes"]
+        cells.append(f"{size / runs[0]['parameters']:.0f} ({size / 2**20:.1f} MiB)")
         lines.append(cells)
-    has_accuracy = found[0].run["has_accuracy"]
-    head = ["optimizer", "rate, decay", "validation loss", "test loss"]
-    head += ["test error, %"] * has_accuracy
+    head = ["optimizer", "rate, decay", "validation loss", "test loss", "test error, %"]
     head += ["training loss", "steps", "steps to AdamW's", "ms a step", "state, bytes a parameter"]
     return _markdown([head, *lines])
 
@@ -139,17 +141,24 @@ def finals(
 
 
 def _steps_to(runs: list[dict[str, Any]], goal: float | None, ms: float | None) -> str:
-    """The steps after which the mean training loss is below the goal, and their time."""
+    """The steps after which the training loss is first below the goal, and their time."""
     if not all(np.isfinite(run["train"]) for run in runs):
         return "diverged"
+    smooth, width = _smooth(runs)
+    if goal is None or smooth[-1] > goal:
+        return "not reached"
+    share = (np.flatnonzero(smooth <= goal)[0] + width) / (len(smooth) + width - 1)
+    steps = round(share * runs[0]["steps"])
+    return f"{steps}" if ms is None else f"{steps} ({1e-3 * ms * steps:.0f} s)"
+
+
+def _smooth(runs: list[dict[str, Any]]) -> tuple[np.ndarray, int]:
+    """The mean training loss of the runs, over the last eighth of a training; and its points."""
     curves = [run["curve"] for run in runs]
     length = min(map(len, curves))
     mean = np.mean([curve[:length] for curve in curves], axis=0)
-    below = np.flatnonzero(mean <= goal) if goal is not None else []
-    if not len(below):
-        return "not reached"
-    steps = round((below[0] + 1) / length * runs[0]["steps"])
-    return f"{steps}" if ms is None else f"{steps} ({1e-3 * ms * steps:.0f} s)"
+    width = max(length // 8, 1)
+    return np.convolve(mean, np.full(width, 1 / width), "valid"), width
 
 
 def _ranges(results: dict[str, Any], tasks: list[str]) -> str:

@@ -44,7 +44,6 @@ class Task:
         train: the data to train on.
         validation: the data to choose on.
         test: the data of the last table.
-        has_accuracy: whether errors are shown beside losses.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Task:
     train: Split
     validation: Split
     test: Split
-    has_accuracy = True
 
     def network(self, rngs: nnx.Rngs) -> nnx.Module:
         """A new network."""
@@ -170,7 +168,6 @@ class Characters(Task):
     """Two layers of width 128 on the works of Shakespeare."""
 
     name = "character transformer"
-    has_accuracy = False
     length = 64
 
     def __init__(self, data_dir: Path | None, smoke: bool = False):

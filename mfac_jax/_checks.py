@@ -74,7 +74,10 @@ def decay(value: Any, name: str) -> None:
 def static_decay(value: Any, name: str) -> None:
     """Checks for a Python number in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}.")
+        raise TypeError(
+            f"{name} must be a Python number, got {type(value).__name__}. Under "
+            f"optax.inject_hyperparams, name {name} in static_args."
+        )
     decay(value, name)
 
 

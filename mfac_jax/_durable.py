@@ -179,7 +179,9 @@ def _compare(content: bytes, path: Path, wanted: Mapping[str, Any]) -> None:
     try:
         found = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read: {error}. Use another folder, or empty it."
+        ) from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} cannot be read: expected a JSON object, got {found!r:.40}.")
     for name, value in wanted.items():

@@ -17,8 +17,9 @@ Descent", NeurIPS 2024 (arXiv 2406.06420), section 5.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,9 @@ class Gauge(NamedTuple):
         slope: ``D^T g``, the decrease of the loss per unit step along ``-D``; scalar.
         curvature: ``D^T F D``; scalar.
         best_step: ``D^T g / D^T F D``, the step with the best decrease; negative if ``-D`` goes
-            uphill. Scalar.
-        best_decrease: ``(D^T g)^2 / (2 D^T F D)``, in units of the loss; scalar.
+            uphill; 0 if ``D^T g`` is 0. Scalar.
+        best_decrease: ``(D^T g)^2 / (2 D^T F D)``, in units of the loss; 0 if ``D^T g`` is 0.
+            Scalar.
     """
 
     gauge: Float[Array, ""]
@@ -90,18 +92,28 @@ def gauge(
     """
     leaves = Layout(params).check(direction, "direction")
     pairs = zip(jax.tree.leaves(params), leaves, strict=True)
-    cast = [jnp.asarray(x).astype(jnp.result_type(leaf)) for leaf, x in pairs]
+    size = _largest(leaves)
+    cast = [(jnp.asarray(x) / size).astype(jnp.result_type(leaf)) for leaf, x in pairs]
     tangent = jax.tree.unflatten(jax.tree.structure(params), cast)
     outputs, change = jax.jvp(outputs_fn, (params,), (tangent,))
     slopes, bent = jax.jvp(jax.grad(loss_fn), (outputs,), (change,))
-    slope, curvature = _inner(change, slopes), _inner(change, bent)
+    slope, curvature = _inner(change, slopes), jnp.maximum(_inner(change, bent), 0)
+    is_level = slope == 0
+    step = jnp.where(is_level, 0, slope / curvature)
     return Gauge(
-        gauge=jnp.sqrt(curvature) / jnp.abs(slope),
-        slope=slope,
-        curvature=curvature,
-        best_step=slope / curvature,
-        best_decrease=slope**2 / (2 * curvature),
+        gauge=jnp.where(is_level, jnp.inf, jnp.sqrt(curvature) / jnp.abs(slope)),
+        slope=slope * size,
+        curvature=curvature * size**2,
+        best_step=step / size,
+        best_decrease=step * slope / 2,
     )
+
+
+def _largest(leaves: Sequence[Any]) -> Float[Array, ""]:
+    """The largest magnitude of all entries; 1 if they are all 0."""
+    sizes = [jnp.max(jnp.abs(jnp.asarray(x).astype(jnp.float32))) for x in leaves if jnp.size(x)]
+    size = functools.reduce(jnp.maximum, sizes, jnp.zeros((), jnp.float32))
+    return jnp.where(size > 0, size, 1)
 
 
 def _inner(a: PyTree, b: PyTree) -> Float[Array, ""]:

@@ -238,7 +238,8 @@ def plan_pruning(
         params: as in :func:`plan`.
         steps: the number of steps.
         gradients: as in :func:`mfac_jax.pruning.prune`. Sums in blocks are planned if ``in_blocks``
-            is true; None counts as false.
+            is true; None counts as false. What scans of other storages than ``Dense()`` take is
+            an upper bound.
         blocks: the blocks of the setting with the largest ones.
         mesh: as in :func:`plan`.
         platform: as in :func:`plan`.
@@ -271,17 +272,21 @@ def plan_pruning(
         # The square roots of the sums stand for as many gradients as a block has coordinates.
         storage, parts, kept = InBlocks(blocks, storage), 1, max(cut.sizes.tolist(), default=0)
     rows = _rows_bytes(storage, params, count)
-    pieces = wide * piece_entries(kept, cut)
+    pieces, scan = wide * piece_entries(kept, cut), {}
     if gradients.in_blocks:
         # The buffer, in which gradients wait for the sums, is free by then. The allocator reuses
         # about half of it (benchmarks/plan.py measures that).
         buffer = rows["device"] - wide * sum(size**2 for size in cut.sizes.tolist())
         pieces = max(pieces - buffer // 2, 0)
+    else:
+        # The gradients of all steps are read together.
+        scan = storage.scan_bytes(params, count, platform)
+        scan = {place: kept // count * nbytes for place, nbytes in scan.items()}
     sizes = {
         "gradients": {place: parts * nbytes for place, nbytes in rows.items()},
         "Gram matrices": {"device": 0 if gradients.in_blocks else 4 * wide * kept**2},
         "vectors": {"device": _VECTORS_OF_PRUNING * vector_bytes(params)},
-        "pieces of gradients": {"device": pieces},
+        "pieces of gradients": scan | {"device": max(pieces, scan.get("device", 0))},
     }
     kept_as = "sums in blocks" if gradients.in_blocks else spelled(gradients.storage)
     title = f"pruning with {count} gradients a step, {kept_as}"
@@ -372,6 +377,8 @@ def fitting(
             "make must plan a number of gradients: expected plan, plan_inverse or plan_pruning, "
             "got plan_optimizer."
         )
+    if make is plan_pruning and options.get("gradients", Gradients()).given is not None:
+        raise ValueError("gradients must not be given: fitting looks for their number.")
     given = {"budget": budget, "host_budget": host_budget, "disk_budget": disk_budget}
     for name, value in given.items():
         if value is not None:

@@ -1,5 +1,6 @@
 """Metrics, momentum, powers, lengths, weights and blocks against dense float64 matrices."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -21,6 +22,7 @@ from mfac_jax.optimizer import (
     Metric,
     SecondMoments,
     UnitNorm,
+    Weights,
 )
 from mfac_jax.rows import Dense, Int8, TopK
 
@@ -245,6 +247,62 @@ def test_one_outlier_does_not_own_the_window():
     assert np.linalg.norm(flat(last_direction(plain, g)[0])) < usual / 100
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1e7, 1e15])
+def test_unit_norms_do_not_depend_on_the_scale_while_the_window_fills(scale):
+    """Empty slots and a zero gradient do not count."""
+    tx = mfac_precondition(M, direction=Direction(momentum=0.9, weights=UnitNorm()))
+    g = gradients_of("independent", M - 2)
+    g[1] = 0
+    want = flat(last_direction(tx, g)[0])
+    got = flat(last_direction(tx, g * np.float32(scale))[0])
+    np.testing.assert_allclose(got * scale, want, rtol=1e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfHeld(Weights):
+    """Weights that are NaN, infinite or very large in empty slots."""
+
+    empty: float
+
+    def __call__(self, held):
+        weights = jnp.where(held.is_held, 2.0, self.empty)
+        return weights, weights
+
+
+@pytest.mark.parametrize("empty", [np.nan, np.inf, 1e30])
+def test_weights_of_empty_slots_do_not_count(empty):
+    g = gradients_of("independent", M - 2)
+    tx, other = (
+        mfac_precondition(M, direction=Direction(momentum=0.9, weights=OfHeld(x)))
+        for x in (empty, 2.0)
+    )
+    np.testing.assert_array_equal(flat(last_direction(tx, g)[0]), flat(last_direction(other, g)[0]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_bad_value_changes_nothing(value):
+    tx = mfac_precondition(M, metric=SecondMoments(), direction=Direction(weights=ByValue()))
+    g = gradients_of("independent", 3)
+    _, before = last_direction(tx, g, np.ones(3))
+    direction, after = jax.jit(tx.update)(tree_of(jnp.asarray(g[0])), before, value=value)
+    assert not flat(direction).any()
+    assert after.window.rejected == 1
+    for part in ("metric", "values"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(before, part))
+    with pytest.raises(ValueError, match=r"value must be a scalar, got shape \(3,\)"):
+        tx.update(tree_of(jnp.asarray(g[0])), before, value=jnp.ones(3))
+
+
+def test_values_of_both_signs_do_not_lengthen_a_direction():
+    tx = mfac_precondition(M, direction=Direction(momentum=0.9, weights=ByValue()))
+    g = gradients_of("independent", 4)
+    lengths = [
+        np.linalg.norm(flat(last_direction(tx, g, np.array(values))[0]))
+        for values in ([1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 1.0, -1.0001])
+    ]
+    assert lengths[1] < 10 * lengths[0]
+
+
 @pytest.mark.parametrize("blocks", LEAVES)
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_parameters_without_gradients_stay_and_harm_no_other(power, blocks):
@@ -309,6 +367,16 @@ def test_a_metric_of_ones_own():
         (lambda: SecondMoments(decay=1.0), ValueError, r"decay must lie in \[0, 1\)"),
         (lambda: SecondMoments(eps=0.0), ValueError, "eps must be finite and greater than 0"),
         (lambda: Diagonal({"b": jnp.arange(3)}), TypeError, "values.*floating-point"),
+        (
+            lambda: Diagonal({"b": jnp.array([1.0, 0.0])}),
+            ValueError,
+            r"values\['b'\] must be positive, got 0.0",
+        ),
+        (
+            lambda: Diagonal(jnp.ones(3)).init(tree_of(jnp.zeros(D))),
+            ValueError,
+            "values does not have the structure of the parameters",
+        ),
         (
             lambda: mfac_precondition(blocks=8),
             ValueError,

@@ -66,6 +66,30 @@ def test_the_natural_gradient_is_best_and_the_length_does_not_count():
     np.testing.assert_allclose(best.best_step, 1.0, rtol=0.05)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e18])
+def test_directions_of_any_length(scale):
+    one = gauge(logits, loss, PARAMS, direction(0))
+    other = gauge(logits, loss, PARAMS, jax.tree.map(lambda x: x * scale, direction(0)))
+    np.testing.assert_allclose(other.gauge, one.gauge, rtol=1e-4)
+    np.testing.assert_allclose(other.best_decrease, one.best_decrease, rtol=1e-4)
+    np.testing.assert_allclose(float(other.best_step) * scale, one.best_step, rtol=1e-4)
+
+
+def test_a_direction_of_zeros():
+    found = gauge(logits, loss, PARAMS, jax.tree.map(jnp.zeros_like, PARAMS))
+    assert found.gauge == np.inf
+    assert tuple(found)[1:] == (0, 0, 0, 0)
+
+
+def test_a_direction_that_changes_nothing():
+    """All logits shift alike; what is left is rounding."""
+    shift = {"v": jnp.ones((5, 3)), "w": jnp.zeros((4, 5))}
+    found = gauge(logits, loss, PARAMS, shift)
+    assert found.curvature >= 0
+    assert found.best_decrease >= 0
+    assert not np.isnan(found.gauge)
+
+
 def test_many_directions_at_once():
     several = jax.tree.map(lambda *x: jnp.stack(x), *[direction(seed) for seed in range(3)])
     found = jax.vmap(lambda d: gauge(logits, loss, PARAMS, d))(several)

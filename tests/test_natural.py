@@ -48,6 +48,21 @@ def trace(g, center):
     return np.sum((g - g.mean(0)) ** 2 if center else g**2) / len(g)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_rows_are_centered_before_they_are_multiplied(momentum):
+    """A mean of 10,000 times the spread; a Gram matrix would lose all of the spread."""
+    tx = natural_gradient(relative_damping=0.01, momentum=momentum, center=True)
+    rng = np.random.default_rng(0)
+    shift = rng.integers(-4, 5, D) * 2.0**13
+    state, previous = tx.init(PARAMS), np.zeros(D)
+    for g, r in stream("independent"):
+        shifted = (g.round(3) + shift).astype(np.float32)
+        found, state = tx.update(rows_of(shifted), state, PARAMS, residuals=r)
+        lam = 0.01 * trace(shifted, True)
+        previous = dense(shifted, r, lam, previous, momentum, True)
+        np.testing.assert_allclose(flat(found), previous, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("kind", ["independent", "repeated", "correlated", "tiny"])

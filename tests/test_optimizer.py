@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 from oracles import assert_close, relative_error
 
-from mfac_jax import mfac, mfac_precondition, window
+from mfac_jax import mfac, mfac_precondition, mfacw, window
 from mfac_jax.rows import Dense, Int8, Paged, TopK
 
 SHAPES = {"b": (4,), "w": (2, 3)}
@@ -292,7 +292,7 @@ def test_a_mask_restricts_gradients_and_directions(as_function):
     vectors = make_vectors(7).astype("float32")
     # A weight that is dead may have any gradient.
     vectors[2, 0] = np.nan
-    tx = mfac_precondition(3, 0.1, mask=(lambda params: mask) if as_function else mask)
+    tx = mfac_precondition(3, 0.1, alive=(lambda params: mask) if as_function else mask)
     directions, state = run(tx, tree_of(vectors))
     expected, condition = dense_directions(np.where(keep, vectors, 0).astype("float64"), 3, 0.1)
     got = vector_of(directions, (7,))
@@ -304,7 +304,7 @@ def test_a_mask_restricts_gradients_and_directions(as_function):
 
 def test_masked_weights_get_no_weight_decay_and_no_momentum():
     # The mask is where the parameters are not zero, and loses a weight on the way.
-    tx = mfac(0.1, 2, 1.0, weight_decay=0.5, momentum=0.9, mask=lambda p: {"w": p["w"] != 0})
+    tx = mfac(0.1, 2, 1.0, weight_decay=0.5, momentum=0.9, alive=lambda p: {"w": p["w"] != 0})
     params = {"w": jnp.array([1.0, 1.0, 1.0, 0.0])}
     update = jax.jit(tx.update)
     updates, state = update({"w": jnp.ones(4)}, tx.init(params), params)
@@ -313,6 +313,29 @@ def test_masked_weights_get_no_weight_decay_and_no_momentum():
     params = {"w": jnp.array([1.0, 1.0, 0.0, 0.0])}
     updates, state = update({"w": jnp.zeros(4)}, state, params)
     np.testing.assert_allclose(updates["w"], [-0.0725, -0.0725, 0.0, 0.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [mfac, mfacw])
+def test_the_mask_says_which_weights_decay(make):
+    """As that of optax.adamw does; all weights are trained."""
+    params = {"b": jnp.ones(3), "w": jnp.ones((3, 2))}
+
+    def matrices(params):
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    steps = []
+    for decay in (0.0, 0.5):
+        tx = make(1e-2, weight_decay=decay, mask=matrices if decay else None)
+        steps.append(tx.update(params, tx.init(params), params)[0])
+    without, with_decay = steps
+    assert (without["b"] < 0).all()
+    np.testing.assert_array_equal(with_decay["b"], without["b"])
+    np.testing.assert_allclose(with_decay["w"], without["w"] - 5e-3, rtol=1e-5)
+
+
+def test_a_mask_without_a_decay():
+    with pytest.raises(ValueError, match="which weights decay, but weight_decay is 0; alive"):
+        mfac(0.1, mask={"w": True})
 
 
 def test_mfac_is_precondition_momentum_decay_and_learning_rate():
@@ -430,21 +453,21 @@ def test_gradients_that_do_not_fit_are_named(gradient, error, message, storage):
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [
-        ({"b": jnp.ones(4, bool)}, ValueError, "mask does not have the structure"),
-        ({"w": jnp.ones(3, bool)}, ValueError, r"mask\['w'\] has the wrong shape"),
-        ({"w": jnp.ones(4)}, TypeError, r"mask\['w'\] must be boolean, got float32"),
+        ({"b": jnp.ones(4, bool)}, ValueError, "alive does not have the structure"),
+        ({"w": jnp.ones(3, bool)}, ValueError, r"alive\['w'\] has the wrong shape"),
+        ({"w": jnp.ones(4)}, TypeError, r"alive\['w'\] must be boolean, got float32"),
     ],
 )
 def test_masks_that_do_not_fit_are_named(mask, error, message):
     params = {"w": jnp.ones(4)}
-    tx = mfac_precondition(2, mask=mask)
+    tx = mfac_precondition(2, alive=mask)
     with pytest.raises(error, match=message):
         tx.update(params, tx.init(params), params)
 
 
 def test_a_mask_function_needs_the_parameters():
     params = {"w": jnp.ones(4)}
-    tx = mfac_precondition(2, mask=lambda p: {"w": p["w"] != 0})
+    tx = mfac_precondition(2, alive=lambda p: {"w": p["w"] != 0})
     with pytest.raises(ValueError, match=r"update\(updates, state, params\)"):
         tx.update(params, tx.init(params))
 

@@ -17,7 +17,7 @@ import pytest
 from jax import lax
 
 from mfac_jax import mfac, mfac_precondition, mfacw
-from mfac_jax.optimizer import BlockWindows, ByAge, Direction, SecondMoments, UnitNorm
+from mfac_jax.optimizer import BlockWindows, ByAge, Diagonal, Direction, SecondMoments, UnitNorm
 from mfac_jax.rows import Dense, Int8, Paged, TopK
 from mfac_jax.window import Window
 
@@ -42,10 +42,13 @@ TRANSFORMS = {
     "defaults": mfac_precondition(M),
     "damping": mfac_precondition(M, 0.1, relative_damping=0.1, normalize_by="window_size"),
     "schedule": mfac_precondition(M, schedule, storage=Dense(jnp.bfloat16)),
-    "leaf": mfac_precondition(M, 0.1, storage=Dense(packing="leaf"), mask=alive),
+    "leaf": mfac_precondition(M, 0.1, storage=Dense(packing="leaf"), alive=alive),
     "outside": mfac_precondition(M, 0.1, storage=outside.Half()),
     "metric": mfac_precondition(
         M, metric=SecondMoments(), direction=Direction(momentum=0.9, length=0.2, weights=UnitNorm())
+    ),
+    "diagonal": mfac_precondition(
+        M, 0.1, metric=Diagonal(jax.tree.map(lambda p: jnp.full(p.shape, 2.0, p.dtype), PARAMS))
     ),
     "root by leaf": mfac_precondition(
         M, blocks="leaf", direction=Direction(power=0.5, weights=ByAge(0.9)), storage=outside.Half()
@@ -62,16 +65,16 @@ TRANSFORMS = {
     "mfacw, paged": mfacw(0.1, 0.1, window_size=M, storage=Paged(), blocks=None),
     "mfacw, int8": mfacw(0.1, 0.1, window_size=M, storage=Int8()),
     "mfacw, largest": mfacw(0.1, 0.1, window_size=M, storage=TopK(0.5), blocks="leaf"),
-    "mfacw": mfacw(schedule, 0.1, window_size=M, mask=alive),
+    "mfacw": mfacw(schedule, 0.1, window_size=M, alive=alive),
     "mfac": mfac(
         schedule,
         M,
         relative_damping=schedule,
         momentum=0.9,
         weight_decay=0.1,
-        weight_decay_mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
         storage=Dense(packing="leaf"),
-        mask=alive,
+        alive=alive,
     ),
 }
 

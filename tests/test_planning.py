@@ -75,7 +75,7 @@ def test_the_state_is_planned_to_the_byte(storage, options):
 
 def test_any_transformation_is_planned():
     # The inverse of the m x m matrix, a momentum, and a mask that is a function of the values.
-    tx = mfac(0.1, 64, momentum=0.9, mask=lambda p: jax.tree.map(lambda x: x == 0, p))
+    tx = mfac(0.1, 64, momentum=0.9, alive=lambda p: jax.tree.map(lambda x: x == 0, p))
     assert of_state(planning.plan_optimizer(tx, zeros())) == nbytes(tx.init(zeros()))
     adam = optax.adam(1e-3)
     made = planning.plan_optimizer(adam, zeros())

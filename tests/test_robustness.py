@@ -143,8 +143,8 @@ def test_the_factory_looks_at_its_options():
         mfac_precondition(3, storage="disk")
     with pytest.raises(TypeError, match=r"dtype must be one of .* got 'garbage'"):
         Dense("garbage")
-    with pytest.raises(ValueError, match="mask does not have the structure"):
-        mfac_precondition(3, mask={"a": True}).init(jnp.zeros(3))
+    with pytest.raises(ValueError, match="alive does not have the structure"):
+        mfac_precondition(3, alive={"a": True}).init(jnp.zeros(3))
 
 
 @pytest.mark.wrong_types

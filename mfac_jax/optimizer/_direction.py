@@ -111,7 +111,9 @@ class Direction:
             the gradients held with weights ``beta^age``. This is Adam's bias-corrected momentum,
             cut off after m gradients.
         nesterov: whether the newest gradient counts once more, as in NAdam.
-        power: 1 for ``F^-1 v``, or 0.5 for ``F^-1/2 v``, a full-matrix Adagrad over the window.
+        power: 1 for ``F^-1 v``, or 0.5 for ``F^-1/2 v``, a full-matrix Adagrad over the window. The
+            root has an error of about the rounding error times the largest ``|g_i|^2`` over
+            ``lambda``: with a relative damping that is small.
         length: ``"natural"`` leaves the length as it is. ``"graft"`` gives the direction the
             length that ``D^-1 v``, the direction without the window, has in the metric: then the
             learning rate means what it means to SGD or, with
@@ -217,7 +219,8 @@ class ByValue(Weights):
     """Gradients count in the right-hand side by the ``value`` that ``update`` received with them.
 
     With losses as values this is the improved empirical Fisher for mini-batches: a batch that the
-    network already fits does not ask for the same decrease of the loss as the others.
+    network already fits does not ask for the same decrease of the loss as the others. The weights
+    are the values over the mean of their magnitudes.
 
     Reference: Wu et al., "An Improved Empirical Fisher Approximation for Natural Gradient
     Descent", NeurIPS 2024.
@@ -227,7 +230,7 @@ class ByValue(Weights):
 
     def __call__(self, held: Held) -> tuple[Array, Array]:
         values = jnp.where(held.is_held, held.values, jnp.zeros_like(held.values))
-        mean = jnp.sum(values) / jnp.maximum(jnp.sum(held.is_held, dtype=values.dtype), 1)
+        mean = jnp.sum(jnp.abs(values)) / jnp.maximum(jnp.sum(held.is_held, dtype=values.dtype), 1)
         return jnp.ones_like(values), values / jnp.where(mean == 0, jnp.ones_like(mean), mean)
 
 
@@ -264,10 +267,13 @@ def system(
         return System(gram, a, jnp.ones_like(a))
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
     values = jnp.full_like(norms, jnp.nan) if values is None else values
-    in_fisher, in_vector = direction.weights(Held(norms, _ages(stamps)[0], values))
-    in_fisher = jnp.asarray(in_fisher).astype(gram.dtype)
+    weights = direction.weights(Held(norms, _ages(stamps)[0], values))
+    # Empty slots may have any weight, and zero gradients do not count.
+    in_fisher, in_vector = (
+        jnp.where(norms > 0, jnp.asarray(w).astype(gram.dtype), 0) for w in weights
+    )
     root = jnp.sqrt(jnp.maximum(in_fisher, _LEAST_WEIGHT * jnp.max(in_fisher)))
-    a = a * jnp.asarray(in_vector).astype(gram.dtype) / root
+    a = a * in_vector / jnp.where(root > 0, root, 1)
     return System(gram * root[:, None] * root[None, :], a, root)
 
 

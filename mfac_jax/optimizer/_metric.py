@@ -119,14 +119,24 @@ class Diagonal(Metric):
 
     Raises:
         TypeError: a leaf is not real floating point.
+        ValueError: an entry is not positive; or, in ``init``, ``values`` do not fit the parameters.
     """
 
     values: PyTree
 
     def __post_init__(self) -> None:
         Layout(self.values, "values")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.values):
+            is_known = not isinstance(leaf, jax.core.Tracer)
+            if is_known and not bool(jnp.all(jnp.asarray(leaf) > 0)):
+                where = f"values{jax.tree_util.keystr(path)}"
+                raise ValueError(f"{where} must be positive, got {jnp.min(jnp.asarray(leaf))}.")
 
     def init(self, params: PyTree) -> PyTree:
+        if not jax.tree.leaves(params):  # a placeholder, from optax.tree.map_params
+            return params
+        Layout(params).leaves(self.values, "values")
+
         def root(path: Any, leaf: Array, value: Array) -> Array:
             if jnp.shape(value) not in ((), jnp.shape(leaf)):
                 raise ValueError(

@@ -74,7 +74,7 @@ def mfac_precondition(
     relative_damping: ScalarOrSchedule | None = None,
     normalize_by: str = "count",
     storage: Storage = Dense(),  # noqa: B008  (immutable)
-    mask: Mask | None = None,
+    alive: Mask | None = None,
     metric: Metric | None = None,
     blocks: str | None = None,
     direction: Direction = Direction(),  # noqa: B008  (immutable)
@@ -90,9 +90,9 @@ def mfac_precondition(
     parameters. If neither damping is given, ``relative_damping`` is 0.01; the page "Defaults"
     of the documentation says how it was found.
 
-    A gradient with NaN or Inf in it is rejected: the window does not change, the direction is
-    zero, and the count ``rejected`` of the window rises. Directions have the structure and the
-    dtypes of the gradients.
+    A gradient with NaN or Inf in it, or whose ``value`` is NaN or Inf, is rejected: the window does
+    not change, the direction is zero, and the count ``rejected`` of the window rises. Directions
+    have the structure and the dtypes of the gradients.
 
     Args:
         window_size: ``m``, the number of gradients in a full window; at least 1. The window
@@ -107,9 +107,9 @@ def mfac_precondition(
         storage: how the window's gradients are stored; see :class:`mfac_jax.rows.Dense`.
             ``Dense(jnp.bfloat16)`` halves the memory; ``Dense(packing="leaf")`` follows the
             sharding of the parameters.
-        mask: which weights are alive: a tree of booleans with the structure of the
+        alive: which weights are alive: a tree of booleans with the structure of the
             parameters, or a function from the parameters to such a tree. Gradients in the
-            window and directions are zero elsewhere. If the mask loses weights during training,
+            window and directions are zero elsewhere. If weights leave it during training,
             :func:`mfac_jax.window.restrict` removes them from the gradients already held (of one
             window of all parameters; in blocks they leave with their gradients).
         metric: the diagonal ``D`` in ``F = lambda D + G^T G / n``, such as
@@ -172,7 +172,7 @@ def mfac_precondition(
         damping=functools.partial(damping_at, damping, relative_damping),
         denominator=m if normalize_by == "window_size" else None,
         storage=storage,
-        mask=mask,
+        alive=alive,
         metric=metric,
         blocks=blocks,
         direction=direction,
@@ -189,7 +189,7 @@ class _Preconditioner:
         damping: ``lambda`` from the number of updates and the trace of the undamped Fisher.
         denominator: the divisor of the sum of outer products; None for the number of gradients.
         storage: how gradients are stored.
-        mask: which weights are alive.
+        alive: which weights are alive.
         metric: the diagonal ``D``; None for the identity.
         blocks: None, ``"leaf"``, ``"output"`` or ``"output_first"``.
         direction: what the direction is.
@@ -199,7 +199,7 @@ class _Preconditioner:
     damping: Callable[[Int[Array, ""], Float[Array, ""]], Float[Array, ""]]
     denominator: int | None
     storage: Storage
-    mask: Mask | None
+    alive: Mask | None
     metric: Metric | None
     blocks: str | None
     direction: Direction
@@ -225,7 +225,7 @@ class _Preconditioner:
         )
         if isinstance(params, _PLACEHOLDER):
             return _prefix_of_states(state)
-        mask_leaves(self.mask, params, _windows.layout_of(held))
+        mask_leaves(self.alive, params, _windows.layout_of(held))
         return state
 
     def update(
@@ -238,15 +238,20 @@ class _Preconditioner:
     ) -> tuple[PyTree, MfacState]:
         """The direction for a gradient, and the state after it."""
         layout = _windows.layout_of(state.window)
-        alive = mask_leaves(self.mask, params, layout)
+        alive = mask_leaves(self.alive, params, layout)
         gradient, moments, scale = masked(updates, alive), state.metric, None
+        if state.values is not None:
+            value = self._checked(value).astype(state.values.dtype)
+            gradient = _or_nan(gradient, jnp.isfinite(value))
         if self.metric is not None:
             gradient, moments, scale = self._in_metric(gradient, state, layout)
         held, info = _windows.push(state.window, gradient)
         moments = jax.tree.map(
             lambda new, old: jnp.where(info.accepted, new, old), moments, state.metric
         )
-        values = self._values(state.values, value, info)
+        values = state.values
+        if values is not None:
+            values = jnp.where(info.accepted, values.at[info.slot].set(value), values)
         lam = functools.partial(self.damping, state.count)
         step, inverse = self._direction(held, lam, values, state.inverse)
         if scale is not None:
@@ -266,26 +271,18 @@ class _Preconditioner:
         accepted = _windows.is_storable(leaves, state.window.gram.dtype, self.window_size)
         moments = self.metric.update(state.metric, gradient)
         scale = self.metric.scale(moments)
-        row = _times(scale, gradient, layout)
-        row = jax.tree.map(lambda g: jnp.where(accepted, g, jnp.full_like(g, jnp.nan)), row)
-        return row, moments, scale
+        return _or_nan(_times(scale, gradient, layout), accepted), moments, scale
 
-    def _values(
-        self,
-        values: Float[Array, " m"] | None,
-        value: ArrayLike | None,
-        info: window.PushInfo,
-    ) -> Float[Array, " m"] | None:
-        """The values of the gradients held, with that of the newest."""
-        if values is None:
-            return None
+    def _checked(self, value: ArrayLike | None) -> Array:
+        """The value of a gradient, which is a scalar."""
+        what = f"{self.direction.weights!r} needs the value of each gradient, for example its loss"
         if value is None:
             raise ValueError(
-                f"{self.direction.weights!r} needs the value of each gradient, for example its "
-                "loss: call update(updates, state, params, value=loss), got value=None."
+                f"{what}: call update(updates, state, params, value=loss), got value=None."
             )
-        new = values.at[info.slot].set(jnp.asarray(value).astype(values.dtype))
-        return jnp.where(info.accepted, new, values)
+        if jnp.shape(value) != ():
+            raise ValueError(f"{what}: value must be a scalar, got shape {jnp.shape(value)}.")
+        return jnp.asarray(value)
 
     def _direction(
         self,
@@ -374,6 +371,11 @@ def _times(scale: PyTree, tree: PyTree, layout: Layout) -> PyTree:
     return jax.tree.unflatten(layout.treedef, [s * x.astype(s.dtype) for s, x in pairs])
 
 
+def _or_nan(tree: PyTree, accepted: Bool[Array, ""]) -> PyTree:
+    """The tree, with NaN everywhere if it is not accepted, so that the window rejects it."""
+    return jax.tree.map(lambda x: jnp.where(accepted, x, jnp.full_like(x, jnp.nan)), tree)
+
+
 def _of_rms(tree: PyTree, rms: float) -> PyTree:
     """The tree with the given root mean square of all entries."""
     count = max(optax.tree.size(tree), 1)
@@ -417,18 +419,18 @@ def _as_updates(direction: PyTree, updates: PyTree, accepted: Bool[Array, ""]) -
     return jax.tree.unflatten(treedef, steps)
 
 
-def mask_leaves(mask: Mask | None, params: PyTree | None, layout: Layout) -> list[Array] | None:
-    """The leaves of the mask for these parameters, checked."""
-    if mask is None:
+def mask_leaves(alive: Mask | None, params: PyTree | None, layout: Layout) -> list[Array] | None:
+    """The leaves of the mask of alive weights for these parameters, checked."""
+    if alive is None:
         return None
-    if callable(mask):
+    if callable(alive):
         if params is None:
             raise ValueError(
-                "mask is a function of the parameters: call update(updates, state, params), "
+                "alive is a function of the parameters: call update(updates, state, params), "
                 "got params=None."
             )
-        mask = mask(params)
-    return layout.check_mask(mask)
+        alive = alive(params)
+    return layout.check_mask(alive, "alive")
 
 
 def masked(tree: PyTree, alive: list[Array] | None) -> PyTree:

@@ -27,10 +27,10 @@ def mfac(
     relative_damping: ScalarOrSchedule | None = None,
     momentum: ArrayLike | None = None,
     weight_decay: ArrayLike = 0.0,
-    weight_decay_mask: Mask | None = None,
+    mask: Mask | None = None,
     normalize_by: str = "count",
     storage: Storage = Dense(),  # noqa: B008  (immutable)
-    mask: Mask | None = None,
+    alive: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SGD with M-FAC directions: precondition, momentum, weight decay, learning rate.
 
@@ -42,10 +42,10 @@ def mfac(
         momentum: decay of a heavy-ball sum of the directions; no momentum by default.
         weight_decay: decoupled weight decay: ``weight_decay * w`` is added to the
             preconditioned direction, and the learning rate scales their sum.
-        weight_decay_mask: which weights decay, as in ``optax.add_decayed_weights``.
+        mask: which weights decay, as in ``optax.adamw``.
         normalize_by: see :func:`mfac_precondition`.
         storage: see :func:`mfac_precondition`.
-        mask: see :func:`mfac_precondition`. The updates of weights that are not alive are
+        alive: see :func:`mfac_precondition`. The updates of weights that are not alive are
             zero: neither weight decay nor an earlier momentum moves them.
 
     Returns:
@@ -53,7 +53,7 @@ def mfac(
 
     Raises:
         TypeError: as :func:`mfac_precondition`.
-        ValueError: as :func:`mfac_precondition`.
+        ValueError: as :func:`mfac_precondition`; or there is a ``mask`` and no weight decay.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -64,6 +64,11 @@ def mfac(
         >>> updates["w"].shape
         (3,)
     """
+    is_decaying = not (isinstance(weight_decay, int | float) and weight_decay == 0)
+    if mask is not None and not is_decaying:
+        raise ValueError(
+            "mask says which weights decay, but weight_decay is 0; alive says which are alive."
+        )
     parts = [
         mfac_precondition(
             window_size,
@@ -71,15 +76,15 @@ def mfac(
             relative_damping=relative_damping,
             normalize_by=normalize_by,
             storage=storage,
-            mask=mask,
+            alive=alive,
         )
     ]
     if momentum is not None:
         parts.append(optax.trace(decay=momentum))
-    if not (isinstance(weight_decay, int | float) and weight_decay == 0):
-        parts.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))
-    if mask is not None:
-        parts.append(_restrict(mask))
+    if is_decaying:
+        parts.append(optax.add_decayed_weights(weight_decay, mask))
+    if alive is not None:
+        parts.append(_restrict(alive))
     parts.append(optax.scale_by_learning_rate(learning_rate))
     return optax.chain(*parts)
 
@@ -95,7 +100,7 @@ def mfacw(
     blocks: str | None = "output",
     storage: Storage = Dense(),  # noqa: B008  (immutable)
     mask: Mask | None = None,
-    weight_decay_mask: Mask | None = None,
+    alive: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """M-FAC in the place of ``optax.adamw``: the same two numbers mean the same.
 
@@ -125,8 +130,8 @@ def mfacw(
         relative_damping: see :func:`mfac_precondition`.
         blocks: see :func:`mfac_precondition`; ``"output_first"`` for kernels shaped as in PyTorch.
         storage: see :func:`mfac_precondition`.
-        mask: see :func:`mfac_precondition`; updates are zero where a weight is not alive.
-        weight_decay_mask: which weights decay, as in ``optax.adamw``.
+        mask: which weights decay, as in ``optax.adamw``.
+        alive: see :func:`mfac_precondition`; updates are zero where a weight is not alive.
 
     Returns:
         The optimizer.
@@ -149,23 +154,23 @@ def mfacw(
             window_size,
             relative_damping=relative_damping,
             storage=storage,
-            mask=mask,
+            alive=alive,
             metric=metric,
             blocks=blocks,
             direction=Direction(momentum=momentum, nesterov=True, length="graft"),
         ),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.add_decayed_weights(weight_decay, mask),
     ]
-    if mask is not None:
-        parts.append(_restrict(mask))
+    if alive is not None:
+        parts.append(_restrict(alive))
     parts.append(optax.scale_by_learning_rate(learning_rate))
     return optax.chain(*parts)
 
 
-def _restrict(mask: Mask) -> optax.GradientTransformation:
+def _restrict(alive: Mask) -> optax.GradientTransformation:
     """Sets the updates of weights that are not alive to zero."""
 
     def update(updates: PyTree, params: PyTree | None) -> PyTree:
-        return masked(updates, mask_leaves(mask, params, Layout(updates, "updates")))
+        return masked(updates, mask_leaves(alive, params, Layout(updates, "updates")))
 
     return optax.stateless(update)

@@ -101,7 +101,9 @@ class Record:
                     for i, leaf in enumerate(leaves)
                 ]
         except (ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+            raise ValueError(
+                f"{path} cannot be read: {error}. Use another folder, or empty it."
+            ) from error
         # A mask is on no device in particular, so that it follows the parameters.
         placed = [
             jax.device_put(array, leaf.sharding if leaf.committed else None)

@@ -29,8 +29,8 @@ class Int8(Compressed):
     follow the sharding of the outputs.
 
     Attributes:
-        tile: the number of neighbouring entries that share a scale, a power of two from 2 to
-            32,768. Gradients of fewer entries have smaller tiles.
+        tile: the largest number of neighbouring entries that share a scale, a power of two from 2
+            to 32,768. All tiles of a gradient, or of an output, are about as large.
 
     Raises:
         TypeError: ``tile`` is not an int.
@@ -51,6 +51,11 @@ class Int8(Compressed):
     @property
     def most_columns(self) -> int:
         return self.tile
+
+    def tiling(self, size: int) -> tuple[int, int]:
+        # All tiles are about as wide, so that little is padded.
+        count = max(-(-size // self.tile), 1)
+        return count, max(-(-size // count), 1)
 
     def step_bytes(self, vector: int, code: int, piece: int, platform: str) -> int:
         # XLA for a GPU copies the window.
