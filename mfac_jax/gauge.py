@@ -93,7 +93,7 @@ def gauge(
     leaves = Layout(params).check(direction, "direction")
     pairs = zip(jax.tree.leaves(params), leaves, strict=True)
     size = _largest(leaves)
-    cast = [(jnp.asarray(x) / size).astype(jnp.result_type(leaf)) for leaf, x in pairs]
+    cast = [_over(x, size).astype(jnp.result_type(leaf)) for leaf, x in pairs]
     tangent = jax.tree.unflatten(jax.tree.structure(params), cast)
     outputs, change = jax.jvp(outputs_fn, (params,), (tangent,))
     slopes, bent = jax.jvp(jax.grad(loss_fn), (outputs,), (change,))
@@ -107,6 +107,12 @@ def gauge(
         best_step=step / size,
         best_decrease=step * slope / 2,
     )
+
+
+def _over(x: Any, size: Float[Array, ""]) -> Array:
+    """A quotient in float32 at least."""
+    wide = np.promote_types(jnp.result_type(x), np.float32)
+    return jnp.asarray(x).astype(wide) / size.astype(wide)
 
 
 def _largest(leaves: Sequence[Any]) -> Float[Array, ""]:

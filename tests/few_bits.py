@@ -19,11 +19,8 @@ def rounded(x, dtype):
     return np.asarray(x, np.float32).astype(dtype).astype(np.float32)
 
 
-def tiles_of(gradient, most):
+def tiles_of(gradient, width):
     """The gradient in float32, padded and cut into tiles."""
-    width = 2
-    while width < min(most, len(gradient)):
-        width *= 2
     tiles = np.zeros((max(-(-len(gradient) // width), 1), width), np.float32)
     tiles.reshape(-1)[: len(gradient)] = gradient
     return tiles
@@ -48,7 +45,9 @@ class Model:
 
     def integers(self, gradient):
         """Every number as a multiple of the largest of its tile, over 127."""
-        tiles = tiles_of(gradient, self.storage.tile)
+        tile = self.storage.tile
+        # As few tiles as possible, all about as wide.
+        tiles = tiles_of(gradient, math.ceil(len(gradient) / math.ceil(len(gradient) / tile)))
         scale = np.abs(tiles).max(axis=1, keepdims=True) * np.float32(1 / 127)
         with np.errstate(invalid="ignore"):
             levels = np.nan_to_num(np.rint(tiles / scale))
@@ -56,7 +55,10 @@ class Model:
 
     def largest(self, gradient):
         """The largest numbers of each block, with the errors of earlier gradients."""
-        tiles = tiles_of(gradient, self.storage.block) + np.float32(self.errors)
+        width = 2
+        while width < min(self.storage.block, len(gradient)):
+            width *= 2
+        tiles = tiles_of(gradient, width) + np.float32(self.errors)
         stored = np.zeros_like(tiles)
         kept = max(math.ceil(self.storage.density * tiles.shape[1]), 1)
         for block, out in zip(tiles, stored, strict=True):

@@ -375,7 +375,7 @@ def test_a_metric_of_ones_own():
         (
             lambda: Diagonal(jnp.ones(3)).init(tree_of(jnp.zeros(D))),
             ValueError,
-            "values does not have the structure of the parameters",
+            r"values have no leaf \['b'\], got",
         ),
         (
             lambda: mfac_precondition(blocks=8),

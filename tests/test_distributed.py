@@ -60,8 +60,8 @@ def alone():
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(tmp_path):
-    *_, got = ended(start(tmp_path, 2, 2))
+def test_four_processes_find_what_one_does(tmp_path):
+    *_, got = ended(start(tmp_path, 4, 1))
     assert json.loads(got) == pytest.approx(alone(), rel=1e-3)
 
 

@@ -115,7 +115,8 @@ class Diagonal(Metric):
     """A diagonal ``D`` that the caller gives and that does not change.
 
     Attributes:
-        values: ``D``, a tree like the parameters, or with scalars for whole leaves; positive.
+        values: ``D``, a tree like the parameters, or with scalars for whole leaves; positive. Under
+            ``optax.masked`` and ``optax.partition`` it may be the tree of all parameters.
 
     Raises:
         TypeError: a leaf is not real floating point.
@@ -133,20 +134,23 @@ class Diagonal(Metric):
                 raise ValueError(f"{where} must be positive, got {jnp.min(jnp.asarray(leaf))}.")
 
     def init(self, params: PyTree) -> PyTree:
-        if not jax.tree.leaves(params):  # a placeholder, from optax.tree.map_params
+        leaves, treedef = jax.tree.flatten(params)
+        if not leaves:  # a placeholder, from optax.tree.map_params
             return params
-        Layout(params).leaves(self.values, "values")
-
-        def root(path: Any, leaf: Array, value: Array) -> Array:
-            if jnp.shape(value) not in ((), jnp.shape(leaf)):
+        known = dict(zip(Layout(self.values).paths, jax.tree.leaves(self.values), strict=True))
+        roots = []
+        for path, leaf in zip(Layout(params).paths, leaves, strict=True):
+            if path not in known:
+                raise ValueError(f"values have no leaf {path or 'alone'}, got {sorted(known)}.")
+            value = jnp.asarray(known[path])
+            if value.shape not in ((), jnp.shape(leaf)):
                 raise ValueError(
-                    f"values{jax.tree_util.keystr(path)} has the wrong shape: expected "
-                    f"{jnp.shape(leaf)} or (), got {jnp.shape(value)}."
+                    f"values{path} has the wrong shape: expected {jnp.shape(leaf)} or (), "
+                    f"got {value.shape}."
                 )
             wide = _wide_zeros(leaf)
-            return jax.lax.rsqrt(jnp.asarray(value).astype(wide.dtype)) + wide
-
-        return jax.tree_util.tree_map_with_path(root, params, self.values)
+            roots.append(jax.lax.rsqrt(value.astype(wide.dtype)) + wide)
+        return jax.tree.unflatten(treedef, roots)
 
     def update(self, state: PyTree, gradient: PyTree) -> PyTree:
         del gradient

@@ -131,7 +131,7 @@ def natural_gradient(
         del extra_args
         # A stacked tree is stored without a copy.
         rows = as_rows(updates, params, storage=Dense(packing="leaf"))
-        by_gram = center and isinstance(updates, GradientRows)
+        by_gram = center and rows is updates
         if center and not by_gram:
             rows = as_rows(_centered(updates), params, storage=Dense(packing="leaf"))
         r, pull = _as_residuals(residuals, rows), None
