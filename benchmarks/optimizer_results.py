@@ -110,7 +110,7 @@ def bars(results: dict[str, Any]) -> str:
 
 def state_size(storage: Storage) -> float:
     """The bytes a parameter of the state of ``mfacw`` on the character transformer."""
-    model = CharacterTransformer(65, 64, 128, 2, nnx.Rngs(0))
+    model = CharacterTransformer(65, 64, 128, 2, nnx.Rngs(0))  # as in the task, without its data
     params = nnx.state(model, nnx.Param)
     tx = mfacw(1e-3, window_size=64, blocks="leaf", storage=storage)
     state = jax.eval_shape(tx.init, params)

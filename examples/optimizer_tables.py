@@ -153,7 +153,11 @@ def _steps_to(runs: list[dict[str, Any]], goal: float | None, ms: float | None) 
 
 
 def _smooth(runs: list[dict[str, Any]]) -> tuple[np.ndarray, int]:
-    """The mean training loss of the runs, over the last eighth of a training; and its points."""
+    """The training loss, as a mean over the runs and over an eighth of a training.
+
+    Returns:
+        The loss at the end of each such eighth, and the number of points of a curve in it.
+    """
     curves = [run["curve"] for run in runs]
     length = min(map(len, curves))
     mean = np.mean([curve[:length] for curve in curves], axis=0)

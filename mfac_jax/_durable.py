@@ -178,12 +178,12 @@ def _is_same(found: Any, wanted: Any) -> bool:
 def _compare(content: bytes, path: Path, wanted: Mapping[str, Any]) -> None:
     try:
         found = json.loads(content)
+        if not isinstance(found, dict):
+            raise ValueError(f"expected a JSON object, got {found!r:.40}")
     except ValueError as error:
         raise ValueError(
             f"{path} cannot be read: {error}. Use another folder, or empty it."
         ) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} cannot be read: expected a JSON object, got {found!r:.40}.")
     for name, value in wanted.items():
         if not _is_same(found.get(name), value):
             raise ValueError(

@@ -276,7 +276,8 @@ def test_weights_of_empty_slots_do_not_count(empty):
         mfac_precondition(M, direction=Direction(momentum=0.9, weights=OfHeld(x)))
         for x in (empty, 2.0)
     )
-    np.testing.assert_array_equal(flat(last_direction(tx, g)[0]), flat(last_direction(other, g)[0]))
+    got, want = (flat(last_direction(t, g)[0]) for t in (tx, other))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -375,7 +376,7 @@ def test_a_metric_of_ones_own():
         (
             lambda: Diagonal(jnp.ones(3)).init(tree_of(jnp.zeros(D))),
             ValueError,
-            r"values have no leaf \['b'\], got",
+            r"values\['b'\] is missing: values has only",
         ),
         (
             lambda: mfac_precondition(blocks=8),

@@ -50,10 +50,10 @@ def trace(g, center):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_rows_are_centered_before_they_are_multiplied(momentum):
-    """A mean of 10,000 times the spread; a Gram matrix would lose all of the spread."""
+    """A mean of 1,000 times the spread; a Gram matrix would lose half of the direction."""
     tx = natural_gradient(relative_damping=0.01, momentum=momentum, center=True)
     rng = np.random.default_rng(0)
-    shift = rng.integers(-4, 5, D) * 2.0**13
+    shift = rng.integers(-4, 5, D) * 2.0**10
     state, previous = tx.init(PARAMS), np.zeros(D)
     for g, r in stream("independent"):
         shifted = (g.round(3) + shift).astype(np.float32)

@@ -55,3 +55,26 @@ def test_directions(tmp_path):
     assert "| gradient | 1.00 (1.00) |" in directions.table(results)
     again = directions.main(["--smoke", "--out", str(tmp_path), "--only", "mlp"])
     assert again == results
+
+
+def test_the_key_of_every_run_is_read_again():
+    """The names of variants have commas in them."""
+    for name in [*optimizers.CONTENDERS, *optimizers.VARIANTS]:
+        for share, length in ((1.0, ""), (optimizers.SHORT, "short"), (optimizers.LONG, "long")):
+            run = optimizers.Run("mlp", name, 1e-3, 0.1, 7, share)
+            (found,) = optimizer_tables.trained({"runs": {run.key: {}}}, "mlp")
+            assert found == (name, (1e-3, 0.1), 7, length, {})
+
+
+@pytest.mark.parametrize(
+    ("curve", "want"),
+    [
+        ([2.0] * 8 + [1.0] * 8, "90"),  # the mean of two points is first at the goal there
+        ([2.0] * 4 + [0.9] + [2.0] * 11, "not reached"),  # one lucky point
+        ([1.0] * 8 + [2.0] * 8, "not reached"),  # it does not end there
+    ],
+)
+def test_steps_to_a_loss(curve, want):
+    run = {"train": curve[-1], "curve": curve, "steps": 144}
+    assert optimizer_tables._steps_to([run], 1.0, None) == want
+    assert optimizer_tables._steps_to([run | {"train": np.inf}], 1.0, None) == "diverged"

@@ -208,6 +208,28 @@ def test_products_of_narrow_rows_take_what_xla_says(storage):
         assert temporary <= planned <= 5 * temporary
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_pruning_with_files_needs_their_buffers(platform, tmp_path):
+    """Those of the step and of the step before, which are read together."""
+    params, storage = jax.ShapeDtypeStruct((300_000,), DTYPE), Files(tmp_path)
+    made = planning.plan_pruning(
+        params, steps=2, gradients=Gradients(64, storage=storage), platform=platform
+    )
+    scan = storage.scan_bytes(params, 64, platform)
+    assert made.nbytes("host") == 2 * scan["host"] > 0
+    assert made.device_bytes > 2 * scan["device"]
+    with pytest.raises(ValueError, match="takes memory of the host: give host_budget"):
+        planning.fitting(
+            2**30, params, make=planning.plan_pruning, storages=[storage], disk_budget=2**30
+        )
+
+
+def test_fitting_looks_for_the_number_of_gradients():
+    given = Gradients(given=as_rows(jnp.ones((3, 8))))
+    with pytest.raises(ValueError, match="must not be given: fitting looks for their number"):
+        planning.fitting(2**30, jnp.zeros(8), make=planning.plan_pruning, gradients=given)
+
+
 def test_the_inverse():
     rows = as_rows(jnp.ones((6, 80)))
     params = jax.ShapeDtypeStruct((80,), DTYPE)

@@ -141,7 +141,7 @@ class Diagonal(Metric):
         roots = []
         for path, leaf in zip(Layout(params).paths, leaves, strict=True):
             if path not in known:
-                raise ValueError(f"values have no leaf {path or 'alone'}, got {sorted(known)}.")
+                raise ValueError(f"values{path} is missing: values has only {sorted(known)}.")
             value = jnp.asarray(known[path])
             if value.shape not in ((), jnp.shape(leaf)):
                 raise ValueError(

@@ -241,7 +241,7 @@ class _Preconditioner:
         alive = mask_leaves(self.alive, params, layout)
         gradient, moments, scale = masked(updates, alive), state.metric, None
         if state.values is not None:
-            value = self._checked(value).astype(state.values.dtype)
+            value = self._checked_value(value).astype(state.values.dtype)
             gradient = _or_nan(gradient, jnp.isfinite(value))
         if self.metric is not None:
             gradient, moments, scale = self._in_metric(gradient, state, layout)
@@ -273,7 +273,7 @@ class _Preconditioner:
         scale = self.metric.scale(moments)
         return _or_nan(_times(scale, gradient, layout), accepted), moments, scale
 
-    def _checked(self, value: ArrayLike | None) -> Array:
+    def _checked_value(self, value: ArrayLike | None) -> Array:
         """The value of a gradient, which is a scalar."""
         what = f"{self.direction.weights!r} needs the value of each gradient, for example its loss"
         if value is None:
