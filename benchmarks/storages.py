@@ -340,7 +340,8 @@ def tables(results: dict[str, Any], on_accelerators: Sequence[dict[str, Any]]) -
         for r in results.get("accuracy", [])
     ]
     found = {"storages-accuracy": "\n".join(lines), "storages-bytes": bytes_table()}
-    found["storages-memory"] = memory_table()
+    if "memory" in results:
+        found["storages-memory"] = memory_table(results["memory"], results["memory environment"])
     found["storages-bars"] = bars_table(results)
     if "rounding" in results:
         found["storages-rounding"] = rounding_table(results["rounding"])
@@ -377,25 +378,36 @@ def bytes_table() -> str:
     return "\n".join(lines)
 
 
-def memory_table() -> str:
+def memory() -> Iterator[dict[str, Any]]:
     """What a step and a static inverse take on a CPU, from their plans."""
-    storages = TIMED | {"Files(...)": Files(tempfile.gettempdir())}
+
+    def taken(made: planning.Plan) -> int:
+        return made.device_bytes + made.host_bytes
+
+    for (size, d), m in CASES:
+        shapes = jax.ShapeDtypeStruct((d,), jnp.float32)
+        for name, storage in (TIMED | {"Files(...)": Files(tempfile.gettempdir())}).items():
+            options: dict[str, Any] = {"storage": storage, "platform": "cpu"}
+            on_disk = isinstance(storage, Files)
+            step = None if on_disk else taken(planning.plan(shapes, m, **options))
+            inverse = taken(planning.plan_inverse(shapes, m, **options))
+            yield {"size": size, "m": m, "storage": name, "step": step, "inverse": inverse}
+
+
+def memory_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> str:
+    """MiB of a step and of a static inverse."""
+    storages = list(dict.fromkeys(r["storage"] for r in results))
+    cases: dict[tuple[str, int], list[str]] = {}
+    for r in results:
+        step = "-" if r["step"] is None else f"{r['step'] / 2**20:,.0f}"
+        cell = f"{step} / {r['inverse'] / 2**20:,.0f}"
+        cases.setdefault((r["size"], r["m"]), []).append(cell)
     lines = [
         "| parameters | m | " + " | ".join(f"`{s}`" for s in storages) + " |",
         "| --- " * (2 + len(storages)) + "|",
     ]
-
-    def taken(made: planning.Plan) -> str:
-        return f"{(made.device_bytes + made.host_bytes) / 2**20:,.0f}"
-
-    for (size, d), m in CASES:
-        cells, shapes = [], jax.ShapeDtypeStruct((d,), jnp.float32)
-        for storage in storages.values():
-            on_disk, options = isinstance(storage, Files), {"storage": storage, "platform": "cpu"}
-            step = "-" if on_disk else taken(planning.plan(shapes, m, **options))
-            cells.append(f"{step} / {taken(planning.plan_inverse(shapes, m, **options))}")
-        lines.append(f"| {size} | {m} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines += [f"| {size} | {m} | {' | '.join(cells)} |" for (size, m), cells in cases.items()]
+    return "\n".join([*lines, "\n" + report.where(environment)])
 
 
 def time_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> str:
@@ -476,6 +488,7 @@ MEASURES: dict[str, Callable[..., Iterable[dict[str, Any]]]] = {
     "time": times,
     "static": static,
     "sums": sums,
+    "memory": memory,
     "disk": disk,
 }
 
