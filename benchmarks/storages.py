@@ -407,7 +407,10 @@ def memory_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> 
         "| --- " * (2 + len(storages)) + "|",
     ]
     lines += [f"| {size} | {m} | {' | '.join(cells)} |" for (size, m), cells in cases.items()]
-    return "\n".join([*lines, "\n" + report.where(environment)])
+    # A plan does not depend on the machine.
+    version = f"Planned with jax {environment['jax']}, {environment['date']}."
+    newer = "XLA of jax 0.11 and newer needs less for an inverse of `Dense(bfloat16)`."
+    return "\n".join([*lines, f"\n{version} {newer}"])
 
 
 def time_table(results: list[dict[str, Any]], environment: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ import defaults
 import demo
 import devices
 import first_call
+import jax
 import launches
 import optimizer_results
 import plan
@@ -60,6 +61,14 @@ def test_tables_of_the_storages_are_those_of_the_result_file():
     for name, table in storages.tables(report.load("storages"), storages.accelerators()).items():
         page = storages.PAGES.get(name, storages.PAGE)
         assert report.read_table(page, name) == table.strip()
+
+
+def test_plans_of_the_storages_are_those_of_the_library():
+    results = report.load("storages")
+    measured_with = results["memory environment"]["jax"]
+    if jax.__version__ != measured_with:
+        pytest.skip(f"the table is of jax {measured_with}, and plans differ between versions")
+    assert list(storages.memory()) == results["memory"]
 
 
 def test_plans_are_within_a_tenth_of_what_xla_and_the_process_report():
