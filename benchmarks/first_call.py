@@ -124,7 +124,8 @@ def resnet20() -> dict[str, dict[str, float]]:
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
     data = network.made_up()
-    images, labels = jnp.asarray(network.normalize(data.train)), jnp.asarray(data.train_labels)
+    images = jnp.asarray(network.normalize(data.train, network.MFAC_MEAN, network.MFAC_STD))
+    labels = jnp.asarray(data.train_labels)
     batches = [(images[i : i + 2], labels[i : i + 2]) for i in range(0, 64, 2)]
     jax.block_until_ready((params, batches))
     found: dict[str, dict[str, float]] = {}

@@ -31,8 +31,8 @@ from mfac_jax.pruning._scope import select
 
 sys.path.insert(0, str(report.ROOT / "examples"))
 
-import prune_resnet20
-from resnet20 import WEIGHTS, is_pruned
+import pruning_tasks
+from resnet20 import is_pruned
 
 PAGE = report.ROOT / "docs" / "pruning-results.md"
 SPARSITIES = (0.5, 0.8)
@@ -81,8 +81,8 @@ class Block:
 
 def measure(data_dir: Path) -> dict[str, Any]:
     """The results before and after swaps, by sparsity."""
-    setup = prune_resnet20.Setup(False, data_dir, data_dir / WEIGHTS, data_dir)
-    network = prune_resnet20.experiments(setup).network
+    files = pruning_tasks.Files(data_dir, {}, None, data_dir)  # nothing is trained
+    network = pruning_tasks.network("resnet20", files)
     params = network.params
     selection = select(SCOPE, params)
     runs = cut_into_blocks(BLOCKS, selection).runs
@@ -101,7 +101,7 @@ def measure(data_dir: Path) -> dict[str, Any]:
 
     def judge(tree: Any, predicted: float, seconds: float) -> dict[str, float]:
         losses = [float(network.loss(tree, batch)) for batch in network.calibration]
-        accuracy = network.accuracy(tree)
+        accuracy = network.accuracy(tree, "test")
         return {
             "predicted": predicted,
             "loss": float(np.mean(losses)),

@@ -62,8 +62,11 @@ def open_results(path: Path, environment: dict[str, Any]) -> dict[str, Any]:
     results: dict[str, Any] = json.loads(path.read_text())
     there = results["environment"] | {key: environment[key] for key in ("device", "cores")}
     there = {key: there.get(key) for key in environment}
-    if there != json.loads(json.dumps(environment)):
-        sys.exit(f"{path} comes from elsewhere: expected {environment}, got {there}.")
+    here = json.loads(json.dumps(environment))
+    differ = [key for key in here if there[key] != here[key]]
+    if differ:
+        expected, got = ({key: of[key] for key in differ} for of in (here, there))
+        sys.exit(f"{path} comes from elsewhere: expected {expected}, got {got}.")
     return results
 
 

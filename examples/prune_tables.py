@@ -1,168 +1,326 @@
-"""Tables and the figure of ``prune_resnet20.py``, from its results.
+"""Tables and the figure of ``prune_networks.py``, from its results.
 
-Other programs import this module.
+A run has a key of seven parts: experiment, network, method, steps, sparsity, set of gradients, and
+what else distinguishes it. Other programs import this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-DEFAULT = "default (calibrated)"
-# The settings of the paper's code.
-REFERENCES = ("reference, whole", "reference, blocks")
-# The sparsities of the patterns.
-PATTERNS = {"2:4": 0.5, "1:4": 0.75, "1 x 4": 0.8}
+MAGNITUDE, OBD = "magnitude", "OBD"
+# The settings of the paper's code; the second is also WoodFisher's.
+REFERENCE, REFERENCE_BLOCKS = "reference, whole", "reference, blocks"
+CHITA, CHITA_BLOCKS = "CHITA, whole", "CHITA, blocks"
+DEFAULT = "default"
+# The dampings to choose from, relative to the mean of the diagonal of the Fisher.
+GRIDS = {
+    REFERENCE_BLOCKS: (0.03, 0.3, 3.0, 30.0),
+    CHITA: (10.0, 100.0, 1000.0),
+    CHITA_BLOCKS: (10.0, 100.0, 1000.0),
+}
+TITLES = {
+    "resnet20": "ResNet-20 of the M-FAC paper, CIFAR-10",
+    "akamaster": "ResNet-20 of akamaster, CIFAR-10",
+    "squeezenet": "SqueezeNet, CIFAR-10",
+    "mlp": "MLP, MNIST",
+    "characters": "character transformer, Shakespeare",
+    "minilm": "MiniLM-L6, SST-2",
+}
+_SEPARATOR = " | "
+
+
+class Key(NamedTuple):
+    """The parts of a run's key."""
+
+    part: str
+    network: str
+    method: str
+    steps: int
+    sparsity: float
+    seed: int
+    what: str
+
+
+def key_of(
+    part: str, network: str, method: str, steps: int, sparsity: float, seed: int, what: str
+) -> str:
+    """The key of a run."""
+    texts = (part, network, method, str(steps), f"{sparsity:g}", str(seed), what)
+    return _SEPARATOR.join(texts)
+
+
+def parsed(key: str) -> Key:
+    """The parts of a key."""
+    part, network, method, steps, sparsity, seed, what = key.split(_SEPARATOR)
+    return Key(part, network, method, int(steps), float(sparsity), int(seed), what)
+
+
+def of_part(runs: dict[str, Any], part: str, network: str | None = None) -> dict[Key, Any]:
+    """The runs of an experiment, of all networks or of one."""
+    found = {parsed(key): run for key, run in runs.items()}
+    return {
+        key: run
+        for key, run in found.items()
+        if key.part == part and network in (None, key.network)
+    }
+
+
+def chosen_damping(runs: dict[str, Any], network: str, method: str, steps: int) -> float:
+    """The damping with the best validation accuracy.
+
+    It is that of the same network and number of steps. Where none was tried, it is that of the
+    network with any other number of steps, and then that of the paper's ResNet-20. Accuracies are
+    those with recalibrated statistics if there are any, as a user of the method would have it.
+
+    Raises:
+        LookupError: nothing was tried, or not every damping.
+    """
+    for of_network, of_steps in ((network, steps), (network, None), ("resnet20", steps)):
+        tried: dict[float, float] = {}
+        for key, run in of_part(runs, "dampings", of_network).items():
+            matches = of_steps is None or key.steps == of_steps
+            if key.method == method and matches:
+                damping = float(key.what.split()[-1])
+                tried[damping] = max(tried.get(damping, 0.0), _accuracy(run))
+        if set(tried) >= set(GRIDS[method]):
+            return max(tried, key=tried.__getitem__)
+    raise LookupError(f"no damping of {method} was chosen for {network} with {steps} steps")
+
+
+def _accuracy(run: dict[str, Any]) -> float:
+    return run.get("recalibrated", run["accuracy"])
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
-    """A Markdown table for each experiment that has been run."""
-    makers = {
+    """A Markdown table for each experiment with each network that has been run."""
+    runs, made = results["runs"], {"networks": _networks(results)}
+    makers: dict[str, Callable[[dict[Key, Any]], str]] = {
         "one_shot": _one_shot,
         "recomputation": _recomputation,
+        "authors": _authors,
         "patterns": _patterns,
         "gradual": _gradual,
-        "influence": _influence,
     }
-    made = {name: make(results[name]) for name, make in makers.items() if results.get(name)}
-    if any(key.endswith(" 0 greedy, blocks") for key in results.get("recomputation", {})):
-        made["gains"] = _gains(results["recomputation"])
+    for network in results["dense"]:
+        for part, make in makers.items():
+            found = of_part(runs, part, network)
+            if found:
+                made[f"{network}-{part}"] = make(found)
+    for part, choose in (("choices", _choices), ("dampings", _dampings), ("rates", _rates)):
+        found = of_part(runs, part)
+        if found:
+            made[part] = choose(found)
     return made
 
 
-# Accuracies by method, by sparsity and number of steps, and by set of gradients.
-Cells = dict[str, dict[tuple[float, int], dict[int, float]]]
+def _networks(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            TITLES[name],
+            f"{dense['weights']:,}",
+            f"{dense['validation']:.2f}",
+            f"{dense['test']:.2f}",
+        ]
+        for name, dense in results["dense"].items()
+    ]
+    return table(["network", "weights to prune", "validation", "test"], rows)
 
 
-def one_shot_cells(found: dict[str, Any]) -> Cells:
-    """The cells of one-shot pruning."""
+class Cell(NamedTuple):
+    """The accuracies of one method in one column, by set of gradients."""
+
+    stored: dict[int, float]
+    recalibrated: dict[int, float]
+
+    @property
+    def best(self) -> dict[int, float]:
+        """With recalibrated statistics if there are any."""
+        return self.recalibrated or self.stored
+
+
+Column = tuple[float, int]  # sparsity and number of steps
+Cells = dict[str, dict[Column, Cell]]
+
+
+def cells_of(runs: dict[str, Any], network: str) -> Cells:
+    """The accuracies of one-shot pruning and of pruning with recomputation."""
     cells: Cells = {}
-    for key, run in found.items():
-        seed, method = key.split(" ", 1)
-        for sparsity, outcome in run.items():
-            if isinstance(outcome, dict):  # not the times, the machine or the date of the run
-                row = cells.setdefault(method, {}).setdefault((float(sparsity), 1), {})
-                row[int(seed)] = outcome["accuracy"]
+
+    def put(method: str, column: Column, seed: int, run: dict[str, Any]) -> None:
+        cell = cells.setdefault(method, {}).setdefault(column, Cell({}, {}))
+        cell.stored[seed] = run["accuracy"]
+        if "recalibrated" in run:
+            cell.recalibrated[seed] = run["recalibrated"]
+
+    for key, run in of_part(runs, "one_shot", network).items():
+        for sparsity, found in run.items():
+            if isinstance(found, dict):  # not the times, the machine or the date of the run
+                put(key.method, (float(sparsity), 1), key.seed, found)
+    for key, run in of_part(runs, "recomputation", network).items():
+        put(key.method, (key.sparsity, key.steps), key.seed, run)
     return cells
 
 
-def recomputation_cells(found: dict[str, Any]) -> Cells:
-    """The cells of pruning in several steps."""
-    cells: Cells = {}
-    for key, run in found.items():
-        steps, sparsity, seed, method = key.split(" ", 3)
-        row = cells.setdefault(method, {}).setdefault((float(sparsity), int(steps)), {})
-        row[int(seed)] = run["accuracy"]
-    return cells
+def _one_shot(found: dict[Key, Any]) -> str:
+    return _grid("one-shot", found, lambda column: f"{column[0]:.0%}")
 
 
-def _one_shot(found: dict[str, Any]) -> str:
-    return _grid("one-shot", one_shot_cells(found), lambda column: f"{column[0]:.0%}")
+def _recomputation(found: dict[Key, Any]) -> str:
+    return _grid("recomputations", found, lambda column: f"{column[0]:.0%}, {column[1]} x")
 
 
-def _recomputation(found: dict[str, Any]) -> str:
-    cells = recomputation_cells(found)
-    whole = {method: row for method, row in cells.items() if not method.startswith("default, ")}
-    return _grid("recomputations", whole, lambda column: f"{column[0]:.0%}, {column[1]} x")
-
-
-def _gains(found: dict[str, Any]) -> str:
-    """The gain and the cost of each part of the default, where all parts were tried."""
-    end = " 0 greedy, blocks"
-    columns = sorted(key.removesuffix(end) for key in found if key.endswith(end))
-    methods = {key.split(" ", 3)[3]: None for key in found if key.startswith(f"{columns[-1]} 0 ")}
-    rows = []
-    for method in methods:
-        mine = [found.get(f"{column} 0 {method}") for column in columns]
-        # The first steps compile; a step is timed without its gradients.
-        seconds = np.median([second for run in mine if run for second in run["step_seconds"][2:]])
-        cells = [f"{run['accuracy']:.1f}" if run else "" for run in mine]
-        rows.append([method, *cells, f"{seconds:.1f} s"])
-    head = [f"{float(c.split()[1]):.0%}, {c.split()[0]} x" for c in columns]
-    return _table(["one set of gradients", *head, "a step"], rows)
-
-
-def _patterns(found: dict[str, Any]) -> str:
-    rows = []
-    for name in PATTERNS:
-        pair = [found.get(f"{name} {method}") for method in ("magnitude", DEFAULT)]
-        if all(pair):
-            cells = [f"{run['accuracy']:.1f}" for run in pair]
-            steps = len(pair[0]["chosen"])
-            rows.append([f"{name}, {steps} x", f"{pair[0]['sparsity']:.1%}", *cells])
-    return _table(["pattern", "sparsity", "magnitude", DEFAULT], rows)
-
-
-def _gradual(found: dict[str, Any]) -> str:
-    cells: Cells = {}
-    for key, run in found.items():
-        sparsity, method = key.split(" ", 1)
-        cells.setdefault(method, {})[float(sparsity), 1] = {0: run["accuracy"]}
-    steps = next(iter(found.values()))["training_steps"]
-    return _grid(f"gradual, {steps} training steps", cells, lambda column: f"{column[0]:.1%}")
-
-
-def _influence(found: dict[str, Any]) -> str:
-    rows = []
-    for key, run in found.items():
-        n, kind, damping, block = key.split(" ")
-        kind = "per example" if kind == "example" else "mini-batches"
-        accuracies = [f"{run[s]:.1f}" for s in ("0.8", "0.9")]
-        rows.append([kind, n, damping, block, *accuracies])
-    rows.sort(key=lambda row: (row[0], int(row[1]), float(row[2]), int(row[3])))
-    return _table(["gradients", "n", "damping", "block", "80%", "90%"], rows)
-
-
-def _grid(title: str, cells: Cells, head: Callable[[tuple[float, int]], str]) -> str:
+def _grid(title: str, found: dict[Key, Any], head: Callable[[Column], str]) -> str:
+    runs = {_SEPARATOR.join(map(_text, key)): run for key, run in found.items()}
+    network = next(iter(found)).network
+    cells = cells_of(runs, network)
     columns = sorted({column for row in cells.values() for column in row})
     rows = [
-        [name, *[spread([*row[c].values()]) if c in row else "" for c in columns]]
-        for name, row in cells.items()
+        [method, *[both(row[c]) if c in row else "" for c in columns], *_seconds(found, method)]
+        for method, row in cells.items()
     ]
-    return _table([title, *map(head, columns)], rows)
+    seconds = ["a step"] if any(key.part == "recomputation" for key in found) else []
+    return table([title, *map(head, columns), *seconds], rows)
 
 
-def spread(values: list[float]) -> str:
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _seconds(found: dict[Key, Any], method: str) -> list[str]:
+    """The median time of a step beside its gradients, without the first two, which compile."""
+    runs = [
+        run for key, run in found.items() if (key.method, key.part) == (method, "recomputation")
+    ]
+    seconds = [second for run in runs for second in run["step_seconds"][2:]]
+    if not runs:
+        return []
+    return [f"{np.median(seconds):.1f} s" if seconds else ""]
+
+
+def both(cell: Cell) -> str:
+    """With stored statistics, and after a slash with recalibrated ones."""
+    texts = [spread([*values.values()]) for values in cell if values]
+    return " / ".join(texts)
+
+
+def _pair(run: dict[str, Any]) -> str:
+    return both(
+        Cell({0: run["accuracy"]}, {0: run["recalibrated"]} if "recalibrated" in run else {})
+    )
+
+
+def _authors(found: dict[Key, Any]) -> str:
+    rows = [
+        [key.method, f"{key.sparsity:.0%}, {key.steps} x", _pair(run), f"{run['seconds']:.0f} s"]
+        for key, run in found.items()
+    ]
+    return table(["at the setting of CHITA's authors", "sparsity", "accuracy", "time"], rows)
+
+
+def _patterns(found: dict[Key, Any]) -> str:
+    rows = []
+    for name in dict.fromkeys(key.what for key in found):
+        of_name = {key.method: (key, run) for key, run in found.items() if key.what == name}
+        key, run = next(iter(of_name.values()))
+        cells = [_pair(of_name[m][1]) if m in of_name else "" for m in (MAGNITUDE, DEFAULT)]
+        rows.append([f"{name}, {key.steps} x", f"{run['sparsity']:.1%}", *cells])
+    return table(["pattern", "sparsity", MAGNITUDE, DEFAULT], rows)
+
+
+def _gradual(found: dict[Key, Any]) -> str:
+    columns = sorted({key.sparsity for key in found})
+    rows = []
+    for method, what in dict.fromkeys((key.method, key.what) for key in found):
+        of_row = {k.sparsity: r for k, r in found.items() if (k.method, k.what) == (method, what)}
+        cells = [f"{of_row[c]['accuracy']:.2f}" if c in of_row else "" for c in columns]
+        rows.append([f"{method}, trained by {what}", *cells])
+    epochs = next(iter(found.values()))["training"]
+    return table([f"gradual, {epochs:.2g} epochs in all", *[f"{c:.0%}" for c in columns]], rows)
+
+
+def _choices(found: dict[Key, Any]) -> str:
+    networks = list(dict.fromkeys(key.network for key in found))
+    rows = []
+    for kind in dict.fromkeys(key.method for key in found):
+        of_kind = {key.network: run for key, run in found.items() if key.method == kind}
+        cells = [_pair(of_kind[n]) if n in of_kind else "" for n in networks]
+        rows.append([kind, *cells])
+    heads = []
+    for network in networks:
+        key = next(key for key in found if key.network == network)
+        heads.append(f"{network}, {key.sparsity:.0%}, {key.steps} x")
+    return table(["validation accuracy", *heads], rows)
+
+
+def _dampings(found: dict[Key, Any]) -> str:
+    grid = sorted({float(key.what.split()[-1]) for key in found})
+    rows = {}
+    for key, run in found.items():
+        authors = ", authors' setting" if key.what.startswith("authors") else ""
+        name = (key.network, key.method, f"{key.sparsity:.0%}, {key.steps} x{authors}")
+        rows.setdefault(name, {})[float(key.what.split()[-1])] = _pair(run)
+    lines = [[*name, *[of.get(damping, "") for damping in grid]] for name, of in rows.items()]
+    return table(["network", "method", "sparsity", *[f"{x:g}" for x in grid]], lines)
+
+
+def _rates(found: dict[Key, Any]) -> str:
+    rows = [
+        [key.network, *key.what.split(), f"{run['accuracy']:.2f}"] for key, run in found.items()
+    ]
+    return table(["network", "optimizer", "learning rate", "validation accuracy"], rows)
+
+
+def spread(values: Iterable[float]) -> str:
     """The mean, with the lowest and the highest of several values."""
+    values = list(values)
     mean = f"{np.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f}-{max(values):.1f})"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """One-shot pruning and recomputation as curves."""
+    """For each network, the accuracies over sparsity: one-shot, and with recomputation."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    single = one_shot_cells(results.get("one_shot", {}))
-    several = recomputation_cells(results.get("recomputation", {}))
-    colors = {name: f"C{i}" for i, name in enumerate({**single, **several})}
-    for name, row in single.items():
-        sparsities = [100 * sparsity for sparsity, _ in row]
-        values = [[*of_sets.values()] for of_sets in row.values()]
-        means = [np.mean(v) for v in values]
-        left.plot(sparsities, means, "o-", color=colors[name], label=name, markersize=3)
-        low, high = [min(v) for v in values], [max(v) for v in values]
-        left.fill_between(sparsities, low, high, color=colors[name], alpha=0.15, linewidth=0)
-    left.set(title="one-shot", xlabel="sparsity (%)", ylabel="test accuracy (%)")
-    styles = {0.8: "o-", 0.9: "s--"}
-    for method, row in several.items():
-        for sparsity, style in styles.items():
-            steps = sorted(k for s, k in row if s == sparsity)
-            if len(steps) > 1:
-                means = [np.mean([*row[sparsity, k].values()]) for k in steps]
-                label = f"{method}, {sparsity:.0%}"
-                right.plot(steps, means, style, color=colors[method], label=label, markersize=3)
-    right.set(title="with recomputation", xlabel="recomputations", ylabel="test accuracy (%)")
-    for axes in (left, right):
-        axes.axhline(results["dense"], color="black", linewidth=0.8, linestyle=":", label="dense")
-        axes.legend(fontsize=6)
+    names = list(results["dense"])
+    figure = Figure(figsize=(4.2 * min(len(names), 3), 3.6 * -(-len(names) // 3)))
+    figure.set_layout_engine("constrained")
+    grid = figure.subplots(-(-len(names) // 3), min(len(names), 3), squeeze=False).ravel()
+    methods = [MAGNITUDE, OBD, REFERENCE, REFERENCE_BLOCKS, CHITA, CHITA_BLOCKS, DEFAULT]
+    for axes, name in zip(grid, names, strict=False):
+        cells = cells_of(results["runs"], name)
+        for method in (m for m in methods if m in cells):
+            row, color = cells[method], f"C{methods.index(method)}"
+            for steps, style in ((1, "o-"), (_usual(row), "s:")):
+                points = sorted(
+                    (100 * sparsity, np.mean([*cell.best.values()]))
+                    for (sparsity, count), cell in row.items()
+                    if count == steps
+                )
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=color, ms=3)
+        axes.axhline(results["dense"][name]["test"], color="black", lw=0.8, ls="--")
+        axes.set(title=TITLES[name], xlabel="sparsity (%)", ylabel="test accuracy (%)")
+        axes.title.set_fontsize(9)
+    for axes in grid[len(names) :]:
+        axes.set_axis_off()
+    for i, method in enumerate(methods):
+        grid[0].plot([], [], "o-", color=f"C{i}", label=method, ms=3)
+    grid[0].legend(fontsize=6)
     figure.savefig(path, dpi=150)
+
+
+def _usual(row: dict[Column, Cell]) -> int:
+    """The number of recomputations with the most columns."""
+    steps = [count for _, count in row if count > 1]
+    return max(set(steps), key=steps.count, default=0)

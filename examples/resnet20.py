@@ -1,6 +1,7 @@
-"""ResNet-20 in Flax, CIFAR-10, and the weights of the M-FAC paper's pretrained network.
+"""ResNet-20 in Flax with either kind of shortcut, pretrained weights for it, and CIFAR-10.
 
-``prune_resnet20.py`` imports this module.
+Two pretrained networks are public: that of the M-FAC paper, whose shortcuts are 1 x 1
+convolutions, and that of akamaster's repository, whose shortcuts have no parameters.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import itertools
 import pickle
 import tarfile
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +23,31 @@ from flax import nnx
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
 CACHE = Path.home() / ".cache" / "mfac_jax" / "cifar-10-python.tar.gz"
-WEIGHTS = "resnet20/mfac_resnet20.npz"
+
+Colors = float | tuple[float, float, float]
+Shortcut = Literal["conv", "pad"]
+
+# The mean and the deviation of the colours by which each pretrained network normalizes.
+MFAC_MEAN: Colors = 0.5
+MFAC_STD: Colors = 0.5
+AKAMASTER_MEAN: Colors = (0.485, 0.456, 0.406)
+AKAMASTER_STD: Colors = (0.229, 0.224, 0.225)
 
 
 class Residual(nnx.Module):
-    """Two 3 x 3 convolutions beside an identity or a 1 x 1 convolution."""
+    """Two 3 x 3 convolutions beside a shortcut.
 
-    def __init__(self, width_in: int, width: int, rngs: nnx.Rngs):
+    The shortcut is the identity, unless the width changes: then it is a 1 x 1 convolution
+    (``conv``), or every second pixel with channels of zeros around its own (``pad``).
+    """
+
+    def __init__(self, width_in: int, width: int, rngs: nnx.Rngs, shortcut: Shortcut = "conv"):
         strides = 1 if width_in == width else 2
         self.conv1 = _conv(width_in, width, 3, strides, rngs)
         self.norm1 = _norm(width, rngs)
         self.conv2 = _conv(width, width, 3, 1, rngs)
         self.norm2 = _norm(width, rngs)
-        if width_in == width:
+        if width_in == width or shortcut == "pad":
             self.shortcut = None
         else:
             self.shortcut = _conv(width_in, width, 1, strides, rngs)
@@ -42,17 +56,34 @@ class Residual(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         out = nnx.relu(self.norm1(self.conv1(x)))
         out = self.norm2(self.conv2(out))
-        return nnx.relu(out + (x if self.shortcut is None else self.norm3(self.shortcut(x))))
+        if self.shortcut is not None:
+            x = self.norm3(self.shortcut(x))
+        elif x.shape != out.shape:
+            added = out.shape[-1] - x.shape[-1]
+            margins = ((0, 0), (0, 0), (0, 0), (added // 2, added - added // 2))
+            x = jnp.pad(x[:, ::2, ::2], margins)
+        return nnx.relu(out + x)
 
 
 class ResNet(nnx.Module):
-    """Three stages of ``depth`` residual blocks; ResNet-20 by default."""
+    """Three stages of ``depth`` residual blocks; ResNet-20 by default.
 
-    def __init__(self, rngs: nnx.Rngs, width: int = 16, depth: int = 3):
+    Args:
+        rngs: the source of the initial parameters.
+        width: the channels of the first stage; each later stage doubles them.
+        depth: the residual blocks of a stage.
+        shortcut: what stands where the width changes, see :class:`Residual`.
+    """
+
+    def __init__(
+        self, rngs: nnx.Rngs, width: int = 16, depth: int = 3, shortcut: Shortcut = "conv"
+    ):
+        if shortcut not in ("conv", "pad"):
+            raise ValueError(f"expected shortcut conv or pad, got {shortcut!r}.")
         self.conv = _conv(3, width, 3, 1, rngs)
         self.norm = _norm(width, rngs)
         widths = [width, *[w for w in (width, 2 * width, 4 * width) for _ in range(depth)]]
-        blocks = [Residual(a, b, rngs) for a, b in itertools.pairwise(widths)]
+        blocks = [Residual(a, b, rngs, shortcut) for a, b in itertools.pairwise(widths)]
         self.blocks = nnx.Sequential(*blocks)
         self.dense = nnx.Linear(4 * width, 10, rngs=rngs)
 
@@ -77,37 +108,77 @@ def _norm(width: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
     return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, rngs=rngs)
 
 
-def load_weights(model: ResNet, path: Path) -> None:
-    """Puts the paper's weights, with PyTorch's names and axes, into the model."""
-    with np.load(path) as file:
-        arrays = dict(file)
+class _Place(NamedTuple):
+    """Where an array goes: a variable, and the array's axes in the order of the variable's."""
 
-    def put(variable: nnx.Variable, name: str, axes: tuple[int, ...] | None = None) -> None:
-        array = jnp.asarray(arrays[name])
-        variable.set_value(array if axes is None else jnp.transpose(array, axes))
+    variable: nnx.Variable
+    axes: tuple[int, ...]
 
-    def conv(module: nnx.Conv, name: str) -> None:
-        put(module.kernel, f"{name}.weight", (2, 3, 1, 0))
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array in PyTorch's order."""
+        return tuple(self.variable.shape[i] for i in np.argsort(self.axes))
 
-    def norm(module: nnx.BatchNorm, name: str) -> None:
-        put(module.scale, f"{name}.weight")
-        put(module.bias, f"{name}.bias")
-        put(module.mean, f"{name}.running_mean")
-        put(module.var, f"{name}.running_var")
 
-    conv(model.conv, "conv1")
-    norm(model.norm, "bn1")
+def _places(model: ResNet, head: str) -> dict[str, _Place]:
+    """The place of every array, by PyTorch's name."""
+    places = {
+        f"{head}.weight": _Place(model.dense.kernel, (1, 0)),
+        f"{head}.bias": _Place(model.dense.bias, (0,)),
+    }
+
+    def add(name: str, conv: nnx.Conv, name_of_norm: str, norm: nnx.BatchNorm) -> None:
+        places[f"{name}.weight"] = _Place(conv.kernel, (2, 3, 1, 0))
+        fields = (norm.scale, norm.bias, norm.mean, norm.var)
+        for field, variable in zip(
+            ("weight", "bias", "running_mean", "running_var"), fields, strict=True
+        ):
+            places[f"{name_of_norm}.{field}"] = _Place(variable, (0,))
+
+    add("conv1", model.conv, "bn1", model.norm)
+    depth = len(model.blocks.layers) // 3
     for i, block in enumerate(model.blocks.layers):
-        name = f"layer{i // 3 + 1}.{i % 3}"
-        conv(block.conv1, f"{name}.conv1")
-        norm(block.norm1, f"{name}.bn1")
-        conv(block.conv2, f"{name}.conv2")
-        norm(block.norm2, f"{name}.bn2")
+        name = f"layer{i // depth + 1}.{i % depth}"
+        add(f"{name}.conv1", block.conv1, f"{name}.bn1", block.norm1)
+        add(f"{name}.conv2", block.conv2, f"{name}.bn2", block.norm2)
         if block.shortcut is not None:
-            conv(block.shortcut, f"{name}.downsample.0")
-            norm(block.norm3, f"{name}.downsample.1")
-    put(model.dense.kernel, "fc.weight", (1, 0))
-    put(model.dense.bias, "fc.bias")
+            add(f"{name}.downsample.0", block.shortcut, f"{name}.downsample.1", block.norm3)
+    return places
+
+
+def load_weights(model: ResNet, arrays: Mapping[str, np.ndarray]) -> None:
+    """Puts arrays with PyTorch's names and axes into the model.
+
+    Args:
+        model: the network, of either kind of shortcut.
+        arrays: the arrays by name, as ``checkpoints.read`` returns them. The last layer may be
+            named ``fc``, as in the M-FAC paper's network, or ``linear``, as in akamaster's.
+
+    Raises:
+        ValueError: the arrays are those of another architecture. The model is unchanged then.
+    """
+    places = _places(model, "linear" if "linear.weight" in arrays else "fc")
+    differ = [
+        f"{name} (expected {place.shape}, got {arrays[name].shape})"
+        for name, place in places.items()
+        if name in arrays and arrays[name].shape != place.shape
+    ]
+    problems = {
+        "missing": [name for name in places if name not in arrays],
+        "not known": [name for name in arrays if name not in places],
+        "of another shape": differ,
+    }
+    found = [f"{what}: {_some(names)}" for what, names in problems.items() if names]
+    if found:
+        raise ValueError(f"the weights are those of another architecture; {'; '.join(found)}.")
+    for name, (variable, axes) in places.items():
+        array = jnp.asarray(arrays[name], variable.dtype)
+        variable.set_value(jnp.transpose(array, axes))
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def is_pruned(path: str, leaf: Any) -> bool:
@@ -125,9 +196,10 @@ class Data(NamedTuple):
     test_labels: np.ndarray
 
 
-def normalize(images: np.ndarray) -> np.ndarray:
-    """Normalizes bytes for the paper's network: mean and deviation 0.5."""
-    return (images.astype(np.float32) / 255.0 - 0.5) / 0.5
+def normalize(images: np.ndarray, mean: Colors, std: Colors) -> np.ndarray:
+    """Bytes as float32 between 0 and 1, less the mean, over the deviation of each colour."""
+    scaled = images.astype(np.float32) / 255.0
+    return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
 def augment(rng: np.random.Generator, images: np.ndarray) -> np.ndarray:

@@ -55,8 +55,11 @@ __all__ = [
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 
-# The vectors of a pruning step: parameters, changes, scores and masks.
-_VECTORS_OF_PRUNING = 10
+# The vectors of a pruning step: parameters, changes, scores and masks of all settings, and the
+# copies that sort them.
+_VECTORS_OF_PRUNING = 28
+# The matrices of a block during greedy removal: the Fisher, its factor and its inverse.
+_MATRICES_OF_PRUNING = 3
 
 
 def plan(
@@ -272,7 +275,7 @@ def plan_pruning(
         # The square roots of the sums stand for as many gradients as a block has coordinates.
         storage, parts, kept = InBlocks(blocks, storage), 1, max(cut.sizes.tolist(), default=0)
     rows = _rows_bytes(storage, params, count)
-    pieces, scan = wide * piece_entries(kept, cut), {}
+    pieces, scan = wide * piece_entries(kept, cut, _MATRICES_OF_PRUNING), {}
     if gradients.in_blocks:
         # The buffer, in which gradients wait for the sums, is free by then. The allocator reuses
         # about half of it (benchmarks/plan.py measures that).

@@ -69,6 +69,33 @@ def test_records_are_those_of_removal_one_by_one(kind, size, quota, n):
     np.testing.assert_allclose(np.asarray(got)[finite], want[finite], rtol=2e-3)
 
 
+def test_scores_do_not_depend_on_the_batch_or_the_order_of_the_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    blocks, side = 7, 40  # more removals than the inverse waits for
+    g = rng.normal(size=(blocks, 60, side))
+    alive = rng.random((blocks, side)) < np.linspace(0, 1, blocks)[:, None]  # none in the first
+    g = g * alive[:, None]
+    fisher = 0.1 * np.eye(side) + np.einsum("bni,bnj->bij", g, g) / 60
+    inverse, w = np.linalg.inv(fisher), rng.normal(size=(blocks, side))
+    arrays = [inverse, w, alive, 1 / np.diagonal(fisher, axis1=1, axis2=2)]
+    arrays = [jnp.asarray(x, bool if x.dtype == bool else jnp.float32) for x in arrays]
+    want = _greedy.greedy_scores(*arrays)
+    naive_scores = np.stack([naive(*block) for block in zip(inverse, w, alive, strict=True)])
+    np.testing.assert_allclose(want, naive_scores, rtol=2e-3)
+    monkeypatch.setattr(_greedy, "_ENTRIES", 2 * side**2)  # two blocks at a time
+    order = rng.permutation(blocks)
+    got = _greedy.greedy_scores(*(x[order] for x in arrays))
+    np.testing.assert_allclose(got, np.asarray(want)[order], rtol=1e-5)
+
+
+def test_a_score_that_is_not_finite_is_not_hidden():
+    inverse = jnp.stack([jnp.eye(4), jnp.eye(4).at[1, 1].set(jnp.nan)])
+    ones = jnp.ones((2, 4))
+    scores = np.asarray(_greedy.greedy_scores(inverse, ones, ones > 0, ones))
+    assert np.isfinite(scores[0]).all()
+    assert np.isnan(scores[1]).any()
+
+
 def test_a_block_is_done_in_the_order_of_its_scores_even_if_costs_fall():
     # The third removal is nearly free once the first two are made.
     fisher = np.array([[1.0, 0.9, 0.9], [0.9, 1.0, 0.9], [0.9, 0.9, 1.0]])

@@ -9,7 +9,7 @@ import oracles
 import pytest
 
 from mfac_jax import collect_gradients, pruning, rows
-from mfac_jax.pruning import Gradients, Scope, Search, _prune
+from mfac_jax.pruning import Gradients, Scope, Search, _prune, _trials
 from mfac_jax.pruning._gradients import History
 
 X = jax.random.normal(jax.random.key(0), (128, 12))
@@ -83,8 +83,8 @@ def test_every_step_takes_the_setting_of_least_measured_loss(params):
     assert len(report.steps) == 3
     for step in report.steps:
         assert len(step.tried) == 4
-        losses = [trial.loss for trial in step.tried]
-        assert step.loss_after == min(losses) == losses[step.chosen]
+        losses = [trial.loss for trial in step.tried if trial.num_batches == len(BATCHES)]
+        assert step.loss_after == min(losses) == step.tried[step.chosen].loss
         assert 0 < step.degrees_of_freedom <= 32
         assert step.seconds > step.gradient_seconds > 0
         assert step.peak_memory is None or step.peak_memory > 2**20
@@ -94,6 +94,91 @@ def test_every_step_takes_the_setting_of_least_measured_loss(params):
         round(240 * s) for s in pruning.sparsity_schedule(0.6, 3)
     ]
     assert sum(layer.num_pruned for layer in report.layers) == report.steps[-1].num_pruned
+
+
+def test_the_worse_trials_end_after_a_quarter_of_the_batches(params):
+    descents = [pruning.Descent(0.02, rate) for rate in (1e-3, 1e-2, 1e2, 1e3)]
+    step = run(params, steps=1, search=among(descents=descents)).report.steps[0]
+    updates, moved = step.tried[:4], step.tried[4:]
+    assert sorted(trial.num_batches for trial in updates) == [2, 2, 8, 8]
+    assert [trial.num_batches for trial in moved] == [8, 8, 2, 2]
+    # What a trial that ends says is its loss on the batches that it saw.
+    magnitude = run(params, steps=1, search=among(SETTINGS[2]))
+    on_first = np.mean([float(loss_fn(magnitude.params, batch)) for batch in BATCHES[:2]])
+    assert updates[3].setting == SETTINGS[2]
+    assert updates[3].num_batches == 2
+    assert updates[3].loss == pytest.approx(on_first, rel=1e-5)
+    one_batch = run(params, steps=1, search=among(num_calibration=1)).report.steps[0]
+    assert {trial.num_batches for trial in one_batch.tried} == {1}
+
+
+def test_a_trial_that_is_not_finite_sees_no_batch(params):
+    far = pruning.Descent(1e-3, 1e38)
+    step = run(params, steps=1, search=among(descents=[far])).report.steps[0]
+    assert np.isnan(step.tried[-1].loss)
+    assert step.tried[-1].num_batches == 0
+
+
+def test_score_and_update_may_have_their_own_dampings(params, monkeypatch):
+    setting = pruning.Setting("mfac", "joint", None, 0.3, score_damping=1e-4)
+    search = among(setting, calibration=BATCHES[:1], num_calibration=1)
+    pruned = run(params, steps=1, search=search)
+    g = collect_gradients(loss_fn, params, BATCHES, 32, progress=False)
+    alive = pruning.initial_mask(params)
+    _, mask, _ = pruning.prune_step(params, alive, g, 0.6, damping=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, pruned.mask, mask)
+    prunable = jax.tree.map(lambda w: jnp.full(w.shape, w.ndim > 1), params)
+    kept = jax.tree.map(jnp.logical_and, mask, prunable)
+    delta = pruning.joint_update(params, g, 0.3, prunable, kept)
+    want = jax.tree.map(lambda w, d, m: jnp.where(m, w + d, 0), params, delta, mask)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), pruned.params, want
+    )
+    made = []
+    new_mask = _trials.new_mask
+
+    def counted(*args, **options):
+        made.append(args)
+        return new_mask(*args, **options)
+
+    monkeypatch.setattr(_trials, "new_mask", counted)
+    same = [setting, setting._replace(damping=1e-4, score_damping=None)]
+    step = run(params, steps=1, search=among(*same)).report.steps[0]
+    assert len(made) == 1
+    assert "damping 0.3 (score: 0.0001), scale" in str(step.tried[0])
+    assert "damping 0.0001, scale" in str(step.tried[1])
+    with pytest.raises(ValueError, match="score_damping must be finite and greater than 0, got 0"):
+        among(setting._replace(score_damping=0.0))
+
+
+@pytest.mark.parametrize(
+    ("tune", "words"),
+    [
+        (lambda p: {"a": p["a"]}, "from fine_tune does not have the structure of the parameters"),
+        (
+            lambda p: p | {"b": {"kernel": p["b"]["kernel"][:4]}},
+            "wrong shape: expected \\(16, 3\\)",
+        ),
+        (
+            lambda p: jax.tree.map(lambda w: w.astype(jnp.bfloat16), p),
+            "another dtype: expected float32, got bfloat16",
+        ),
+    ],
+)
+def test_parameters_of_fine_tune_that_do_not_fit(params, tmp_path, tune, words):
+    made = []
+
+    def fine_tune(params, mask):
+        made.append(mask)
+        return params if len(made) == 1 else tune(params)
+
+    with pytest.raises(ValueError, match=words):
+        run(params, fine_tune=fine_tune, checkpoint=tmp_path / "run")
+    # The first step is not lost.
+    made.clear()
+    again = run(params, fine_tune=lambda p, m: made.append(m) or p, checkpoint=tmp_path / "run")
+    assert len(made) == 2
+    assert len(again.report.steps) == 3
 
 
 def test_a_step_is_that_of_prune_step(params):

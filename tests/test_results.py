@@ -34,11 +34,11 @@ def test_table_is_that_of_the_result_file(page, name, render):
     assert report.read_table(ROOT / page, name) == render(report.load(name)).strip()
 
 
-def test_tables_of_the_pruned_network_are_those_of_the_result_file():
+def test_tables_of_the_pruned_networks_are_those_of_the_result_file():
     results = report.load(pruning_results.NAME)
     for name, table in pruning_results.tables(results).items():
         assert report.read_table(pruning_results.PAGE, name) == table.strip()
-    assert report.read_table(ROOT / "README.md", "resnet20") == pruning_results.summary(results)
+    assert report.read_table(ROOT / "README.md", "pruning") == pruning_results.summary(results)
     assert pruning_results.FIGURE.read_bytes().startswith(b"\x89PNG")
 
 

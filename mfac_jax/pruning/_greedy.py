@@ -10,6 +10,10 @@ weights compensate for it exactly, and the inverse loses its row and column:
 until the block is empty. The score of a weight is the cost of its removal. The mask then cuts the
 scores of all blocks at one level. O(d B^2).
 
+A removal needs one row and the diagonal of the inverse. So the products ``u u^T`` with
+``u = F^-1 e_q / sqrt([F^-1]_qq)`` of several removals are kept, a row is corrected by them when it
+is read, and the inverse changes once for all of them, by one matrix product.
+
 Unlike the saliency of single weights, this score depends on the earlier removals. In a block,
 scores never fall from one removal to the next, so a cut keeps the order.
 """
@@ -19,6 +23,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -28,14 +33,18 @@ from mfac_jax.inverse import GroupBlocks
 # The inverses of the blocks in one batch hold this many numbers: 4 MiB, which stay in the cache of
 # a CPU during the removals.
 _ENTRIES = 2**20
+# The inverse changes once for this many removals of a weight. A removal reads as many vectors.
+_DELAY = 16
 
 
 class _Block(NamedTuple):
     """A block from which weights go one by one.
 
     Attributes:
-        inverse: ``F^-1`` of the remaining weights; near 0 in the rows and columns of removed
-            weights.
+        inverse: ``F^-1`` of the remaining weights, before the removals in ``panel``.
+        panel: ``u`` of the removals since then; 0 where there is none.
+        diagonal: the blocks along the diagonal of ``F^-1`` after all removals; a block for each
+            group. Near 0 for removed weights.
         weights: the updated weights.
         left: which weights can still go.
         scores: the cost of each removal; inf for weights that are not removed.
@@ -43,6 +52,8 @@ class _Block(NamedTuple):
     """
 
     inverse: Float[Array, "B B"]
+    panel: Float[Array, "k B"]
+    diagonal: Float[Array, "B/g g g"]
     weights: Float[Array, " B"]
     left: Bool[Array, " B"]
     scores: Float[Array, " B"]
@@ -73,84 +84,147 @@ def greedy_scores(
         The scores; inf for weights that may not go.
     """
     weights = jnp.where(alive, weights, jnp.zeros_like(weights))
+    count, side = weights.shape
+    chunk = max(min(_ENTRIES // (side * side), count), 1)
+    # Blocks with equally many weights are done together, in as many rounds as they need.
+    order = jnp.argsort(-jnp.sum(alive, axis=1))
+    padded = jnp.pad(order, (0, -count % chunk), constant_values=count).reshape(-1, chunk)
     remove = functools.partial(_remove_all, size=size, quota=quota)
-    side = weights.shape[1]
-    chunk = max(min(_ENTRIES // (side * side), weights.shape[0]), 1)
-    return lax.map(lambda block: remove(*block), (inverse, weights, alive, floor), batch_size=chunk)
+
+    def scores_of(chosen: Int[Array, " c"]) -> Float[Array, "c B"]:
+        def take(part: Array) -> Array:
+            return part.at[chosen].get(mode="fill", fill_value=0)
+
+        return remove(*map(take, (inverse, weights, alive, floor)))
+
+    found = lax.map(scores_of, padded).reshape(-1, side)[:count]
+    return jnp.zeros_like(found).at[order].set(found)
 
 
 def _remove_all(
-    inverse: Float[Array, "B B"],
-    weights: Float[Array, " B"],
-    alive: Bool[Array, " B"],
+    inverse: Float[Array, "c B B"],
+    weights: Float[Array, "c B"],
+    alive: Bool[Array, "c B"],
+    floor: Float[Array, "c B"],
+    *,
+    size: int,
+    quota: int | None,
+) -> Float[Array, "c B"]:
+    whole = quota is None and size > 1
+    # Each time the inverse changes, this many groups or weights have gone.
+    delay = max(_DELAY // size, 1) if whole else _DELAY
+    top = jnp.full_like(weights, jnp.inf)
+    side = weights.shape[1]
+    blocks = _Block(
+        inverse,
+        jnp.zeros((len(weights), delay * (size if whole else 1), side), weights.dtype),
+        jax.vmap(functools.partial(_diagonal_blocks, size=size if whole else 1))(inverse),
+        weights,
+        alive,
+        jnp.where(alive, top, jnp.zeros_like(top)),
+        jnp.zeros_like(weights[:, 0]),
+    )
+    remove = (
+        functools.partial(_remove_group, size=size)
+        if whole
+        else functools.partial(_remove_weight, size=size, quota=quota)
+    )
+
+    def round_of_removals(_: Int[Array, ""], blocks: _Block) -> _Block:
+        def one(i: Int[Array, ""], blocks: _Block) -> _Block:
+            return jax.vmap(lambda block, bound: remove(i, block, bound))(blocks, floor)
+
+        blocks = lax.fori_loop(0, delay, one, blocks)
+        gone = jnp.einsum("cki,ckj->cij", blocks.panel, blocks.panel, precision="highest")
+        return blocks._replace(inverse=blocks.inverse - gone, panel=jnp.zeros_like(blocks.panel))
+
+    there = alive.reshape(len(alive), -1, size)
+    if whole:
+        removals = jnp.sum(jnp.any(there, axis=2), axis=1)
+    else:
+        removals = jnp.sum(jnp.minimum(jnp.sum(there, axis=2), size if quota is None else quota), 1)
+    rounds = (jnp.max(removals) + delay - 1) // delay
+    return lax.fori_loop(0, rounds, round_of_removals, blocks).scores
+
+
+def _remove_weight(
+    i: Int[Array, ""],
+    block: _Block,
     floor: Float[Array, " B"],
     *,
     size: int,
     quota: int | None,
-) -> Float[Array, " B"]:
-    whole = quota is None and size > 1
-    top = jnp.full_like(weights, jnp.inf)
-    start = _Block(
-        inverse,
-        weights,
-        alive,
-        jnp.where(alive, top, jnp.zeros_like(top)),
-        jnp.zeros_like(weights[0]),
+) -> _Block:
+    """Removes the cheapest weight, as number ``i`` since the inverse has changed."""
+    left = block.left
+    if quota is not None:
+        removed = jnp.sum(~left.reshape(-1, size), axis=1)
+        left = left & jnp.repeat(removed < quota, size)
+    pivots = jnp.maximum(block.diagonal[:, 0, 0], floor)
+    q, cost = _cheapest(block.weights**2 / (2 * pivots), left)
+    score = _at_least(cost, block.last)
+    own = (jnp.arange(len(floor)) == q) & left
+    return _eliminate(i, block, q, floor, left[q])._replace(
+        left=block.left & ~own,
+        scores=jnp.where(own, score, block.scores),
+        last=jnp.where(left[q], score, block.last),
     )
 
-    def remove_weight(_: Int[Array, ""], block: _Block) -> _Block:
-        left = block.left
-        if quota is not None:
-            removed = jnp.sum(~left.reshape(-1, size), axis=1)
-            left = left & jnp.repeat(removed < quota, size)
-        pivots = jnp.maximum(jnp.diagonal(block.inverse), floor)
-        costs = jnp.where(left, block.weights**2 / (2 * pivots), top)
-        q = jnp.argmin(costs)
-        score = _at_least(costs[q], block.last)
-        own = (jnp.arange(weights.shape[0]) == q) & left
-        block = _eliminate(block, q, floor, left[q])
-        return block._replace(
-            left=block.left & ~own,
-            scores=jnp.where(own, score, block.scores),
-            last=jnp.where(left[q], score, block.last),
-        )
 
-    def remove_group(_: Int[Array, ""], block: _Block) -> _Block:
-        left = block.left.reshape(-1, size)
-        groups = GroupBlocks(_diagonal_blocks(block.inverse, size), floor.reshape(-1, size))
-        costs = groups.inverse_quadratic_form(block.weights.reshape(-1, size)) / 2
-        there = jnp.any(left, axis=1)
-        costs = jnp.where(there, costs, jnp.full_like(costs, jnp.inf))
-        q = jnp.argmin(costs)
-        score = _at_least(costs[q], block.last)
-        own = jnp.repeat((jnp.arange(left.shape[0]) == q) & there, size)
-        for j in range(size):
-            block = _eliminate(block, q * size + j, floor, there[q])
-        return block._replace(
-            left=block.left & ~own,
-            scores=jnp.where(own, score, block.scores),
-            last=jnp.where(there[q], score, block.last),
-        )
-
-    count = weights.shape[0] // size
-    steps = count if whole else count * (size if quota is None else quota)
-    return lax.fori_loop(0, steps, remove_group if whole else remove_weight, start).scores
+def _remove_group(
+    i: Int[Array, ""], block: _Block, floor: Float[Array, " B"], *, size: int
+) -> _Block:
+    """Removes the cheapest group, as number ``i`` since the inverse has changed."""
+    left = block.left.reshape(-1, size)
+    groups = GroupBlocks(block.diagonal, floor.reshape(-1, size))
+    costs = groups.inverse_quadratic_form(block.weights.reshape(-1, size)) / 2
+    there = jnp.any(left, axis=1)
+    q, cost = _cheapest(costs, there)
+    score = _at_least(cost, block.last)
+    own = jnp.repeat((jnp.arange(len(left)) == q) & there, size)
+    for j in range(size):
+        block = _eliminate(i * size + j, block, q * size + j, floor, there[q])
+    return block._replace(
+        left=block.left & ~own,
+        scores=jnp.where(own, score, block.scores),
+        last=jnp.where(there[q], score, block.last),
+    )
 
 
 def _eliminate(
-    block: _Block, q: Int[Array, ""], floor: Float[Array, " B"], where: Bool[Array, ""]
+    i: Int[Array, ""],
+    block: _Block,
+    q: Int[Array, ""],
+    floor: Float[Array, " B"],
+    where: Bool[Array, ""],
 ) -> _Block:
     """Removes weight ``q`` if ``where`` is true; the other weights compensate for it."""
-    row = block.inverse[q]
+    row = block.inverse[q] - jnp.sum(block.panel[:, q, None] * block.panel, axis=0)
     pivot = jnp.maximum(row[q], floor[q])
-    column = jnp.where(where, row / pivot, jnp.zeros_like(row))
+    row = jnp.where(where, row, jnp.zeros_like(row))
+    vector = row * lax.rsqrt(pivot)
+    parts = vector.reshape(len(block.diagonal), -1)
     return block._replace(
-        inverse=block.inverse - column[:, None] * row[None, :],
-        weights=block.weights - column * block.weights[q],
+        panel=block.panel.at[i].set(vector),
+        diagonal=block.diagonal - parts[:, :, None] * parts[:, None, :],
+        weights=block.weights - row * (block.weights[q] / pivot),
     )
 
 
-def _diagonal_blocks(matrix: Float[Array, "B B"], size: int) -> Float[Array, "k g g"]:
+def _cheapest(
+    costs: Float[Array, " k"], left: Bool[Array, " k"]
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """The first of the cheapest that are left, and its cost; NaN if a cost is NaN.
+
+    XLA for a CPU does not vectorize ``argmin``; two minima take a sixth of its time.
+    """
+    costs = jnp.where(left, costs, jnp.full_like(costs, jnp.inf))
+    cost = jnp.min(costs)
+    places = jnp.where(left & ~(costs > cost), jnp.arange(len(costs)), len(costs) - 1)
+    return jnp.min(places), cost
+
+
+def _diagonal_blocks(matrix: Float[Array, "B B"], *, size: int) -> Float[Array, "k g g"]:
     """The ``g x g`` blocks along the diagonal."""
     count = len(matrix) // size
     blocks = matrix.reshape(count, size, count, size)

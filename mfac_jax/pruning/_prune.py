@@ -56,7 +56,7 @@ from mfac_jax.pruning._scope import Scope, Selection, check_scope, select
 from mfac_jax.pruning._search import Descent, Search, Setting
 from mfac_jax.pruning._step import column_readers
 from mfac_jax.pruning._targets import Start, Target, check_wanted, target_from
-from mfac_jax.pruning._trials import Searcher, Step, mean_loss
+from mfac_jax.pruning._trials import CalibrationLoss, Searcher, Step
 from mfac_jax.rows import GradientRows, Storage, WritableRows
 
 FineTune = Callable[[PyTree, PyTree], PyTree]
@@ -97,7 +97,8 @@ def prune(
     every setting of ``search`` and takes the one with the least loss on calibration batches.
     The quadratic model behind an update cannot decide this: with few gradients it oversteps and
     does not notice. Then the step tries descents, which move the remaining weights a short way
-    down the loss.
+    down the loss. The worse half of the trials ends after a quarter of the calibration batches,
+    and again after half of them.
 
     Args:
         params: the parameters, a tree of real floating-point arrays.
@@ -139,8 +140,9 @@ def prune(
             before any work.
         ValueError: as :func:`prune_step` and :func:`mfac_jax.collect_gradients`; or there are
             no calibration batches or settings, or ``in_blocks`` is true and the settings do not
-            share their blocks. A malformed batch raises when it is read; every other error comes
-            before any work.
+            share their blocks; or ``fine_tune`` returns parameters of another structure, shape or
+            dtype. That raises when it returns, and a malformed batch when it is read; every other
+            error comes before any work.
         FloatingPointError: a weight, the loss on the calibration batches, a gradient, every loss
             of a step, or the loss after ``fine_tune`` is not finite.
         OSError: the folder of ``checkpoint`` cannot be written, another process uses it, or the
@@ -169,10 +171,10 @@ def prune(
     stream = _Stream(batches)
     held_out = _first(stream if search.calibration is None else search.calibration, search)
     _agree(params, gradients, held_out, plan, _tried(settings, search.descents, fine_tune))
-    loss_of = functools.partial(mean_loss, loss_fn, batches=held_out)
-    loss = _finite(loss_of(params), "the loss of params on the calibration batches")
+    calibration = CalibrationLoss(loss_fn, held_out)
+    loss = _finite(calibration.mean(params), "the loss of params on the calibration batches")
 
-    run = _Run(plan, settings, search.descents, loss_of, fine_tune, curvature)
+    run = _Run(plan, settings, search.descents, calibration, fine_tune, curvature)
     state, record = State(params, alive, loss, [], stream.taken), None
     if checkpoint is not None:
         origin = run.origin(params, alive, gradients, loss)
@@ -313,9 +315,19 @@ class _Plan:
         return self.selection.tree(self.selection.leaves(alive), others)
 
     def fine_tuned(self, fine_tune: FineTune, params: PyTree, alive: PyTree) -> PyTree:
-        """The parameters that ``fine_tune`` returns, 0 where pruned."""
+        """The parameters that ``fine_tune`` returns, 0 where pruned.
+
+        Raises:
+            ValueError: they have another structure, shape or dtype.
+        """
         mask, layout = self.whole(alive), self.selection.layout
         leaves = layout.check(fine_tune(params, mask), "the parameters from fine_tune")
+        for path, leaf, before in zip(layout.paths, leaves, jax.tree.leaves(params), strict=True):
+            if leaf.dtype != before.dtype:
+                raise ValueError(
+                    f"the parameters from fine_tune{path} have another dtype: "
+                    f"expected {before.dtype}, got {leaf.dtype}."
+                )
         return _where(mask, jax.tree.unflatten(layout.treedef, leaves))
 
     def layers(self, alive: PyTree) -> tuple[LayerReport, ...]:
@@ -366,7 +378,7 @@ class _Run:
     plan: _Plan
     settings: Settings
     descents: Sequence[Descent]
-    loss_of: Callable[[PyTree], float]
+    loss: CalibrationLoss
     fine_tune: FineTune | None
     curvature: Curvature
 
@@ -398,13 +410,13 @@ class _Run:
         gradient_seconds = time.perf_counter() - began
         plan, selection = self.plan, self.plan.selection
         # The searcher is not kept: it holds the gradients.
-        step = Searcher(state.params, state.alive, self.curvature, selection, self.loss_of).step(
+        step = Searcher(state.params, state.alive, self.curvature, selection, self.loss).step(
             self.settings, self.descents, target, keep_layers=plan.keep_layers
         )
         params, alive, tuned = step.params, step.mask, None
         if self.fine_tune is not None:
             params = plan.fine_tuned(self.fine_tune, params, alive)
-            tuned = _finite(self.loss_of(params), "the loss after fine_tune")
+            tuned = _finite(self.loss.mean(params), "the loss after fine_tune")
         params = _placed(params, state.params)
         report = _report(step, selection, state.loss, tuned, gradient_seconds, began)
         loss = report.loss_after if tuned is None else tuned

@@ -28,7 +28,7 @@ from mfac_jax.pruning._report import StepReport
 from mfac_jax.pruning._search import Descent, Setting, Trial
 from mfac_jax.rows import FileRows, Files
 
-_VERSION = 1
+_VERSION = 2
 _RUN, _STEP, _GRADIENTS = "run.json", "step.npz", "gradients-"
 
 
@@ -143,6 +143,7 @@ class Record:
                 trial.scale,
                 trial.loss,
                 None if trial.descent is None else self._descents.index(trial.descent),
+                trial.num_batches,
             )
             for trial in report.tried
         ]
@@ -155,7 +156,8 @@ class Record:
                 scale,
                 loss,
                 None if descent is None else self._descents[descent],
+                num_batches,
             )
-            for setting, scale, loss, descent in described.pop("tried")
+            for setting, scale, loss, descent, num_batches in described.pop("tried")
         )
         return StepReport(tried=trials, **described)

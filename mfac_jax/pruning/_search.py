@@ -39,7 +39,9 @@ class Setting(NamedTuple):
         damping: ``lambda``; if ``relative`` is true, ``lambda`` is ``damping`` times the mean of
             the diagonal of ``G^T G / n``.
         scales: factors for the update; each is tried.
-        relative: whether ``damping`` is relative.
+        relative: whether the dampings are relative.
+        score_damping: ``lambda`` of the score; ``damping`` by default. Settings that differ only
+            in ``damping`` and share ``score_damping`` share a mask, which is computed once.
     """
 
     score: str | ScoreFn | Score
@@ -48,6 +50,7 @@ class Setting(NamedTuple):
     damping: float
     scales: tuple[float, ...] = (1.0,)
     relative: bool = False
+    score_damping: float | None = None
 
 
 class Descent(NamedTuple):
@@ -71,14 +74,17 @@ class Trial(NamedTuple):
     Attributes:
         setting: the setting.
         scale: the factor for its update.
-        loss: the loss after the trial; NaN if the step is not finite.
+        loss: the mean loss over the first ``num_batches`` batches; NaN if the step is not finite.
         descent: the descent after the update; None without a descent.
+        num_batches: the number of calibration batches until the trial was chosen or given up; 0 if
+            the step is not finite.
     """
 
     setting: Setting
     scale: float
     loss: float
     descent: Descent | None = None
+    num_batches: int = 0
 
     def __str__(self) -> str:
         setting = self.setting
@@ -88,9 +94,16 @@ class Trial(NamedTuple):
             blocks = f"blocks {setting.blocks}"
         return (
             f"{name_of(setting.score)} + {name_of(setting.update)}, {blocks}, "
-            f"damping {setting.damping:g}{' of the mean' if setting.relative else ''}, "
+            f"damping {_dampings(setting)}{' of the mean' if setting.relative else ''}, "
             f"scale {self.scale:g}" + (f", descent {self.descent[1]:g}" if self.descent else "")
         )
+
+
+def _dampings(setting: Setting) -> str:
+    own = f"{setting.damping:g}"
+    if setting.score_damping in (None, setting.damping):
+        return own
+    return f"{own} (score: {setting.score_damping:g})"
 
 
 # The setting of the paper's code with the whole Fisher, and magnitude without an update.
@@ -112,7 +125,7 @@ def default_settings(pattern: Pattern = Unstructured()) -> tuple[Setting, ...]: 
         pattern: the pattern to prune in.
 
     Returns:
-        Greedy masks and joint updates inside the blocks of outputs, at two dampings; the setting
+        A greedy mask inside the blocks of outputs, with joint updates at two dampings; the setting
         of the paper's code with the whole Fisher; and magnitude without an update. For patterns
         without a common group size, or with very large groups, joint updates in a block for
         each leaf replace the first two.
@@ -126,7 +139,8 @@ def default_settings(pattern: Pattern = Unstructured()) -> tuple[Setting, ...]: 
         joint = Setting("mfac", "joint", "leaf", _RELATIVE_DAMPING, (1.0, 0.5), relative=True)
         return joint, _REFERENCE, _NOTHING
     within = Setting("greedy", "joint", WithinOutputs(_BLOCK), _RELATIVE_DAMPING, relative=True)
-    return within, within._replace(damping=10 * _RELATIVE_DAMPING), _REFERENCE, _NOTHING
+    more = within._replace(damping=10 * _RELATIVE_DAMPING, score_damping=_RELATIVE_DAMPING)
+    return within, more, _REFERENCE, _NOTHING
 
 
 # Compared by identity: two arrays of a batch are not simply equal or different.
@@ -190,6 +204,8 @@ def _checked_settings(settings: Sequence[Setting]) -> tuple[Setting, ...]:
         as_update(setting.update)
         check_blocks(setting.blocks)
         _checks.positive_scalar(setting.damping, "damping")
+        if setting.score_damping is not None:
+            _checks.positive_scalar(setting.score_damping, "score_damping")
         if not isinstance(setting.scales, Sequence):
             raise TypeError(
                 f"scales must be a sequence of numbers, got {type(setting.scales).__name__}."
@@ -199,7 +215,11 @@ def _checked_settings(settings: Sequence[Setting]) -> tuple[Setting, ...]:
         for scale in setting.scales:
             _checks.positive_scalar(scale, "scales")
     return tuple(
-        setting._replace(damping=float(setting.damping), scales=tuple(map(float, setting.scales)))
+        setting._replace(
+            damping=float(setting.damping),
+            scales=tuple(map(float, setting.scales)),
+            score_damping=None if setting.score_damping is None else float(setting.score_damping),
+        )
         for setting in chosen
     )
 

@@ -1,7 +1,12 @@
-"""One pruning step of a search: tries every setting and descent, and the measured loss decides."""
+"""One pruning step of a search: tries every setting and descent, and the measured loss decides.
+
+The trials are in a race: after a quarter and after half of the calibration batches, the worse half
+of them is given up.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -23,6 +28,9 @@ from mfac_jax.pruning._search import Descent, Setting, Trial
 from mfac_jax.pruning._step import PruneInfo, info_of, move, new_mask
 from mfac_jax.pruning._targets import Target
 from mfac_jax.pruning._updates import as_update, delta_of
+
+# A race compares the trials on a quarter, half and all of the batches.
+_SHARES = (4, 2, 1)
 
 
 class Step(NamedTuple):
@@ -47,6 +55,27 @@ class Step(NamedTuple):
     freedom: float
 
 
+class CalibrationLoss:
+    """The losses of parameters on the calibration batches."""
+
+    def __init__(self, loss_fn: LossFn, batches: Sequence[PyTree]) -> None:
+        self._loss_fn, self._batches = loss_fn, batches
+
+    @property
+    def num_batches(self) -> int:
+        """The number of batches."""
+        return len(self._batches)
+
+    def on(self, params: PyTree, batches: slice) -> list[float]:
+        """The losses on some of the batches."""
+        losses = [_loss(self._loss_fn, params, batch) for batch in self._batches[batches]]
+        return [float(loss) for loss in jax.device_get(losses)]
+
+    def mean(self, params: PyTree) -> float:
+        """The mean loss over all batches, which count equally."""
+        return _mean(self.on(params, slice(None)))
+
+
 class Searcher:
     """Tries every setting of a step, and every descent after the best setting."""
 
@@ -56,17 +85,16 @@ class Searcher:
         mask: PyTree,
         curvature: Curvature,
         selection: Selection,
-        loss_of: Callable[[PyTree], float],
+        loss: CalibrationLoss,
     ) -> None:
         self._params, self._mask, self._selection = params, mask, selection
-        self._curvature, self._loss_of = curvature, loss_of
+        self._curvature, self._loss = curvature, loss
         self._dtype = curvature.rows.dtype
         num_alive = selection.num_weights - sum(pruned_of_leaves(selection.leaves(mask)))
         mean = curvature.trace(mask) / max(num_alive, 1)
         self._mean = _or_one(mean) / curvature.filled
         self._problems: dict[tuple[object, ...], Problem] = {}
         self._masks: dict[tuple[int, bool, int], tuple[PyTree, Array]] = {}
-        self._tried: list[Trial] = []
 
     def step(
         self,
@@ -87,54 +115,106 @@ class Searcher:
         Raises:
             FloatingPointError: all losses are NaN or Inf.
         """
-        best: _Found | None = None
-        for setting, blocks in settings:
-            found = self._try(setting, blocks, target, keep_layers)
-            best = min((f for f in (best, found) if f is not None), key=_loss_key, default=None)
-        if best is None:
+        found = [self._find(*pair, target, keep_layers) for pair in settings]
+        updates = [
+            _Candidate(setting, scale, None, self._scaled(moves, scale))
+            for (setting, _), moves in zip(settings, found, strict=True)
+            for scale in setting.scales
+        ]
+        of = [i for i, (setting, _) in enumerate(settings) for _ in setting.scales]
+        first = self._race(updates)
+        if first is None:
             raise FloatingPointError(
                 "no setting gives a finite loss on the calibration batches: "
-                f"tried {[str(trial) for trial in self._tried]}."
+                f"tried {[str(update.trial) for update in updates]}."
             )
+        best, start = found[of[first]], updates[first]
+        trials = [update.trial for update in updates]
+        del found, updates  # the updates of the others
         problem, filled = best.problem, self._curvature.filled
         info = jax.device_get(info_of(problem, self._selection, best.mask, best.delta))
         info = info._replace(
             predicted_loss_increase=info.predicted_loss_increase / filled,
             undamped_loss_increase=info.undamped_loss_increase / filled,
         )
-        params, chosen = self._descend(best, descents)
+        params, _ = start.moved()
+        steps = self._descents(start, params, best.mask, descents)
+        second = self._race(steps)
+        chosen = first
+        if second is not None and steps[second].loss < start.loss:
+            (params, _), chosen = steps[second].moved(), len(trials) + second
         return Step(
             params,
             best.mask,
             info,
-            tuple(self._tried),
+            (*trials, *(step.trial for step in steps)),
             chosen,
             float(problem.damping) / filled,
             self._curvature.freedom(problem),
         )
 
-    def _try(
+    def _find(
         self, setting: Setting, blocks: FisherBlocks, target: Target, keep_layers: bool
-    ) -> _Found | None:
-        """The best scale of a setting; None if no loss is finite."""
-        problem, selection = self._problem(setting, blocks), self._selection
+    ) -> _Found:
+        """The mask and the update of a setting."""
+        damping = setting.damping
+        of_score = damping if setting.score_damping is None else setting.score_damping
         score = as_score(setting.score)
+        judge = self._problem(setting._replace(damping=of_score), blocks)
         # Functions need not be hashable. The setting holds the function, so its id is not reused.
-        key = (id(score.function), score.of_groups, id(problem))
+        key = (id(score.function), score.of_groups, id(judge))
         if key not in self._masks:
-            self._masks[key] = new_mask(problem, selection, score, target, keep_layers=keep_layers)
+            self._masks[key] = new_mask(
+                judge, self._selection, score, target, keep_layers=keep_layers
+            )
         mask, good = self._masks[key]
-        delta = delta_of(as_update(setting.update), problem, mask)
-        best: _Found | None = None
-        for scale in setting.scales:
-            scaled = np.asarray(scale, self._dtype)
-            moved, finite = move(selection, self._params, mask, delta, scaled)
-            loss = self._loss_of(moved) if good and finite else math.nan
-            self._tried.append(Trial(setting, scale, loss))
-            found = _Found(moved, mask, delta, problem, loss, len(self._tried) - 1)
-            if math.isfinite(loss) and (best is None or loss < best.loss):
-                best = found
-        return best
+        problem = self._problem(setting, blocks)
+        return _Found(mask, good, delta_of(as_update(setting.update), problem, mask), problem)
+
+    def _scaled(self, found: _Found, scale: float) -> Callable[[], tuple[PyTree, bool]]:
+        """The parameters after an update, and whether they and the scores are finite."""
+
+        def moved() -> tuple[PyTree, bool]:
+            factor = np.asarray(scale, self._dtype)
+            params, finite = move(self._selection, self._params, found.mask, found.delta, factor)
+            return params, bool(found.good) and bool(finite)
+
+        return moved
+
+    def _descents(
+        self, start: _Candidate, params: PyTree, mask: PyTree, descents: Sequence[Descent]
+    ) -> list[_Candidate]:
+        """The candidates that go on from a start."""
+        directions: dict[float, PyTree] = {}
+
+        def moved(descent: Descent) -> tuple[PyTree, bool]:
+            rate = np.asarray(-descent.learning_rate, self._dtype)
+            direction = directions[descent.relative_damping]
+            new, finite = move(self._selection, params, mask, direction, rate)
+            return new, bool(finite)
+
+        for descent in descents:
+            damping = descent.relative_damping
+            if damping not in directions:
+                directions[damping] = self._direction(mask, damping)
+        return [
+            _Candidate(start.setting, start.scale, descent, functools.partial(moved, descent))
+            for descent in descents
+        ]
+
+    def _race(self, candidates: Sequence[_Candidate]) -> int | None:
+        """The index of the best candidate on all batches; None if no loss is finite."""
+        left = list(range(len(candidates)))
+        for share in _SHARES:
+            until = -(-self._loss.num_batches // share)
+            for i in left:
+                candidates[i].measure(self._loss, until)
+            left = [i for i in left if math.isfinite(candidates[i].loss)]
+            left.sort(key=lambda i: (candidates[i].loss, i))
+            if share > 1:
+                kept = max((len(left) + 1) // 2, 2)
+                left = left[:kept]
+        return left[0] if left else None
 
     def _problem(self, setting: Setting, blocks: FisherBlocks) -> Problem:
         key = (setting.damping, setting.relative, blocks)
@@ -152,23 +232,6 @@ class Searcher:
             )
         return self._problems[key]
 
-    def _descend(self, best: _Found, descents: Sequence[Descent]) -> tuple[PyTree, int]:
-        """The parameters after the best descent, or without one; and the index of that trial."""
-        params, chosen = best.params, best.trial
-        directions: dict[float, PyTree] = {}
-        for descent in descents:
-            damping = descent.relative_damping
-            if damping not in directions:
-                directions[damping] = self._direction(best.mask, damping)
-            rate = np.asarray(-descent.learning_rate, self._dtype)
-            moved, finite = move(self._selection, best.params, best.mask, directions[damping], rate)
-            loss = self._loss_of(moved) if finite else math.nan
-            if loss < self._tried[chosen].loss:
-                params, chosen = moved, len(self._tried)
-            setting, scale = self._tried[best.trial][:2]
-            self._tried.append(Trial(setting, scale, loss, descent))
-        return params, chosen
-
     def _direction(self, mask: PyTree, relative_damping: float) -> PyTree:
         """``F^-1 g`` over the weights that stay, for the mean ``g`` of the step's gradients.
 
@@ -180,27 +243,55 @@ class Searcher:
 
 
 class _Found(NamedTuple):
-    """The result of a setting.
+    """The mask and the update of a setting.
 
     Attributes:
-        params: the parameters after the step.
         mask: the mask after the step.
+        good: whether the scores of all weights that go are finite.
         delta: the update.
-        problem: the problem before the step.
-        loss: the loss on the calibration batches.
-        trial: the index of the trial.
+        problem: the problem of the update.
     """
 
-    params: PyTree
     mask: PyTree
+    good: Array
     delta: PyTree
     problem: Problem
-    loss: float
-    trial: int
 
 
-def _loss_key(found: _Found) -> tuple[float, int]:
-    return found.loss, found.trial
+@dataclasses.dataclass
+class _Candidate:
+    """A trial in a race.
+
+    Attributes:
+        setting: the setting.
+        scale: the factor for its update.
+        descent: the descent after the update, or None.
+        moved: makes the parameters, and says whether they are finite. They are made again when
+            they are needed, which takes less than to keep those of every candidate.
+        losses: the losses on the first batches.
+    """
+
+    setting: Setting
+    scale: float
+    descent: Descent | None
+    moved: Callable[[], tuple[PyTree, bool]]
+    losses: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def loss(self) -> float:
+        """The mean loss so far; NaN without any."""
+        return _mean(self.losses) if self.losses else math.nan
+
+    @property
+    def trial(self) -> Trial:
+        """The candidate for the report."""
+        return Trial(self.setting, self.scale, self.loss, self.descent, len(self.losses))
+
+    def measure(self, loss: CalibrationLoss, until: int) -> None:
+        """Measures the losses up to a number of batches."""
+        params, finite = self.moved()
+        if finite:
+            self.losses += loss.on(params, slice(len(self.losses), until))
 
 
 def _or_one(scale: float) -> float:
@@ -212,7 +303,5 @@ def _loss(loss_fn: LossFn, params: PyTree, batch: PyTree) -> Array:
     return check_scalar(loss_fn(params, batch))
 
 
-def mean_loss(loss_fn: LossFn, params: PyTree, *, batches: Sequence[PyTree]) -> float:
-    """The mean loss over the batches, which count equally."""
-    losses = jax.device_get([_loss(loss_fn, params, batch) for batch in batches])
+def _mean(losses: Sequence[float]) -> float:
     return float(np.mean(np.asarray(losses, np.float64)))

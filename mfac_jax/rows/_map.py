@@ -110,9 +110,14 @@ def _piece_size(num_rows: int, run: BlockRun) -> int:
     return min(max(part, fewest), most, run.count)
 
 
-def piece_entries(num_rows: int, partition: Partition) -> int:
-    """The numbers that a piece of blocks takes with its intermediate results, for plans."""
-    matrices = 5  # of the smaller side of each block
+def piece_entries(num_rows: int, partition: Partition, matrices: int = 5) -> int:
+    """The numbers that a piece of blocks takes with its intermediate results, for plans.
+
+    Args:
+        num_rows: the number of rows.
+        partition: the blocks.
+        matrices: the number of matrices of the smaller side of each block that exist at once.
+    """
     each = [
         _piece_size(num_rows, run) * (num_rows * run.size + matrices * min(num_rows, run.size) ** 2)
         for run in partition.runs

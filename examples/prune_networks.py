@@ -1,0 +1,311 @@
+"""Prune six networks by the methods of the library and by their rivals.
+
+    python examples/prune_networks.py --data-dir DIR
+
+DIR holds CIFAR-10, MNIST, SST-2 and the text of the character transformer, and below ``resnet20/``
+the weights of the two pretrained networks (``--weights NAME=FILE`` names others, PyTorch's files
+too). Networks without pretrained weights are trained first. MiniLM needs its package or
+``--minilm``. ``--networks`` and ``--only`` choose networks and experiments.
+
+Some experiments choose on validation data: the dampings of the rivals, the parts of the default,
+and the learning rates of fine-tuning. The others use test data. The program writes every finished
+run to ``results.json`` and resumes from it. Results of another version of the library are refused;
+give another ``--out`` then. Trained networks are kept in ``networks/`` and compiled programs in
+``compiled/`` beside the results; the latter may be deleted. ``--smoke`` runs everything with tiny
+networks on made-up data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chita
+import jax
+import optax
+import parallel
+import pruning_tasks
+from chita import Chita
+from prune_tables import CHITA, CHITA_BLOCKS, DEFAULT, MAGNITUDE, draw, tables
+from pruning_methods import CHOICES, PATTERNS, setting_of
+from pruning_runs import FULL, MFAC, PARTS, SMOKE, Run, Scale, filled, test_runs, validation_runs
+
+import mfac_jax
+from mfac_jax import collect_gradients, pruning
+from mfac_jax.pruning import Gradients, Scope, Search
+
+CHITA_BLOCK = 500  # its paper's
+
+
+class Setup(NamedTuple):
+    """Where everything is, as :class:`pruning_tasks.Files`; hashable."""
+
+    data_dir: Path | None
+    weights: tuple[tuple[str, Path], ...]
+    minilm: Path | None
+    networks: Path
+    smoke: bool
+
+    @property
+    def scales(self) -> dict[str, Scale]:
+        """The sizes of the experiments by network."""
+        return SMOKE if self.smoke else FULL
+
+
+@functools.cache
+def network_of(setup: Setup, name: str) -> pruning_tasks.Network:
+    """The network, loaded once in each process, which then compiles its programs once."""
+    files = pruning_tasks.Files(*setup._replace(weights=dict(setup.weights)))
+    return pruning_tasks.network(name, files)
+
+
+class Experiment:
+    """A run with its network."""
+
+    def __init__(self, setup: Setup, run: Run) -> None:
+        self.run, self.scale = run, setup.scales[run.network]
+        self.network = network_of(setup, run.network)
+        self.batch = run.batch or self.network.batch
+        self.part = "validation" if PARTS[run.part] is validation_runs else "test"
+
+    def measure(self) -> dict[str, Any]:
+        """What is written down of the run."""
+        run = self.run
+        if run.part == "one_shot":
+            return {f"{s:g}": self.pruned(s) for s in self.scale.one_shot}
+        if run.part in ("gradual", "rates"):
+            return self.tuned()
+        return self.pruned(run.sparsity)
+
+    def pruned(self, sparsity: float) -> dict[str, Any]:
+        """Prunes without fine-tuning."""
+        run = self.run
+        if run.method in (CHITA, CHITA_BLOCKS):
+            return self._by_chita(sparsity)
+        gradients, search, recalibrates = self._options()
+        scope = Scope(self.network.is_pruned)
+        if run.part == "patterns":
+            pattern, _, path_filter = PATTERNS[run.what]
+            scope = Scope(_divisible(getattr(self.network, path_filter), pattern), pattern)
+        tune = (lambda params, _: self.network.recalibrate(params)) if recalibrates else None
+        return self._prune(sparsity, run.steps, gradients, search, scope=scope, fine_tune=tune)
+
+    def tuned(self) -> dict[str, Any]:
+        """Prunes gradually, with training after each step."""
+        run = self.run
+        steps, training, size = self.scale.training
+        tx = optax.sgd(run.rate, momentum=0.9)
+        if run.what.startswith(MFAC):
+            tx = mfac_jax.mfacw(run.rate)
+        train = self.network.trainer(tx, 1, size)
+        gradients, search, _ = self._options()
+        schedule = pruning.sparsity_schedule(run.sparsity, steps, kind="cubic")
+        if run.part == "rates":  # one step of pruning, as much training as after one
+            schedule = [run.sparsity]
+        found = self._prune(
+            run.sparsity,
+            schedule,
+            gradients,
+            search,
+            scope=Scope(self.network.is_pruned),
+            fine_tune=lambda params, mask: train(params, mask, training),
+        )
+        return found | {"training": len(schedule) * training * size / len(self.network.train.y)}
+
+    def _options(self) -> tuple[dict[str, Any], dict[str, Any], bool]:
+        run = self.run
+        if run.part == "choices":
+            return CHOICES[run.method]()
+        if run.method == DEFAULT:
+            return {}, {}, False
+        # Only the method: no choice, no older gradients.
+        setting = setting_of(run.method, run.damping)
+        return {"history": 0}, {"settings": [setting], "descents": ()}, False
+
+    def _prune(
+        self,
+        sparsity: float,
+        steps: int | Sequence[float],
+        gradients: dict[str, Any],
+        search: dict[str, Any],
+        **options: Any,
+    ) -> dict[str, Any]:
+        network, run = self.network, self.run
+        count, given = (1, None) if run.method == MAGNITUDE else (run.count, None)
+        batches = network.batches(run.seed, self.batch)
+        if run.part == "one_shot" and run.method != MAGNITUDE:
+            given = self._gradients()
+        held_out = network.calibration
+        pruned = pruning.prune(
+            network.params,
+            network.loss,
+            batches,
+            sparsity,
+            steps=steps,
+            gradients=Gradients(count, given=given, **gradients),
+            search=Search(calibration=held_out, num_calibration=len(held_out), **search),
+            progress=False,
+            **options,
+        )
+        report = pruned.report.steps
+        return self._outcome(pruned.params) | {
+            "loss": report[-1].loss_after,
+            "chosen": [str(step.tried[step.chosen]) for step in report],
+            "step_seconds": [step.seconds - step.gradient_seconds for step in report],
+            "sparsity": report[-1].sparsity,
+        }
+
+    def _by_chita(self, sparsity: float) -> dict[str, Any]:
+        network, run = self.network, self.run
+        assert run.damping is not None
+        # The fractions after each stage, as prune has them by default.
+        stages = [1 - (1 - sparsity) ** ((i + 1) / run.steps) for i in range(run.steps)]
+        params, _, seconds = chita.prune(
+            network.params,
+            network.loss,
+            network.batches(run.seed, self.batch),
+            stages,
+            count=run.count,
+            batch=self.batch,
+            config=Chita(run.damping, CHITA_BLOCK if run.method == CHITA_BLOCKS else None),
+            is_pruned=network.is_pruned,
+            given=self._gradients() if run.part == "one_shot" else None,
+        )
+        return self._outcome(params) | {"step_seconds": seconds}
+
+    def _gradients(self) -> Any:
+        run = self.run
+        return _gradients(self.network, run.seed, self.batch, run.count)
+
+    def _outcome(self, params: Any) -> dict[str, Any]:
+        network = self.network
+        found = {"accuracy": network.accuracy(params, self.part)}
+        if network.has_statistics:
+            params = network.recalibrate(params)
+            found["recalibrated"] = network.accuracy(params, self.part)
+        return found
+
+
+def _divisible(chosen: Callable[[str, Any], bool], pattern: pruning.Pattern) -> Any:
+    """The leaves that a pattern divides. Three colours are not a multiple of four."""
+
+    def fits(path: str, leaf: Any) -> bool:
+        size = 1 if isinstance(pattern, pruning.Slices) else 4
+        return chosen(path, leaf) and leaf.shape[-2] % size == 0
+
+    return fits
+
+
+@functools.lru_cache(maxsize=1)
+def _gradients(network: Any, seed: int, batch: int, count: int) -> Any:
+    """The gradients of one-shot pruning, the same for all sparsities."""
+    batches = network.batches(seed, batch)
+    return collect_gradients(network.loss, network.params, batches, count, progress=False)
+
+
+def measure(setup: Setup, run: Run) -> dict[str, Any]:
+    """Performs a run."""
+    return Experiment(setup, run).measure()
+
+
+def code_hash() -> str:
+    """A digest of the library's code."""
+    folder = Path(mfac_jax.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def environment(setup: Setup) -> dict[str, Any]:
+    """The machine, the versions, and the sizes that the keys of the runs do not tell."""
+    return parallel.environment() | {
+        "mfac_jax": importlib.metadata.version("mfac_jax"),
+        "code": code_hash(),
+        "sizes": {name: scale.sizes for name, scale in setup.scales.items()},
+    }
+
+
+def load(setup: Setup, names: Iterable[str], results: dict[str, Any]) -> None:
+    """Loads the networks, trains those that need it, and notes their accuracies."""
+    for name in names:
+        if name not in results.setdefault("dense", {}):
+            network = network_of(setup, name)
+            results["dense"][name] = {
+                part: network.accuracy(network.params, part) for part in ("validation", "test")
+            } | {
+                "weights": sum(
+                    leaf.size
+                    for path, leaf in jax.tree_util.tree_flatten_with_path(network.params)[0]
+                    if network.is_pruned(
+                        jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+                    )
+                )
+            }
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Reads the command line, runs all experiments and writes the results."""
+    names = pruning_tasks.NETWORKS
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data-dir", type=Path, help="folder with the data and the weights")
+    parser.add_argument(
+        "--weights", nargs="+", default=[], metavar="NAME=FILE", help="files of pretrained weights"
+    )
+    parser.add_argument("--minilm", type=Path, help="folder of MiniLM's weights and tokenizer")
+    parser.add_argument("--out", type=Path, default=Path("prune_networks"), help="for the results")
+    parser.add_argument("--smoke", action="store_true", help="a quick try on made-up data")
+    parser.add_argument("--networks", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS], metavar="PART")
+    options = parser.parse_args(arguments)
+    pairs = dict(pair.partition("=")[::2] for pair in options.weights)
+    wrong = [name for name, file in pairs.items() if name not in names or not file]
+    if wrong:
+        parser.error(f"--weights takes NAME=FILE with a NAME of {', '.join(names)}; got {wrong}")
+    setup = Setup(
+        options.data_dir,
+        tuple((name, Path(file)) for name, file in sorted(pairs.items())),
+        options.minilm,
+        options.out / "networks",
+        options.smoke,
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / ("smoke.json" if options.smoke else "results.json")
+    results = parallel.open_results(path, environment(setup))
+    try:
+        load(setup, options.networks, results)
+    except (OSError, ImportError, ValueError) as error:
+        sys.exit(str(error))
+    workers = 1 if options.smoke else parallel.num_workers()
+
+    def perform(kind: Callable[[str, Scale], list[Run]]) -> list[str]:
+        """Performs the runs, and returns what is still to be chosen before others."""
+        todo, waiting = [], []
+        for name, scale in ((name, setup.scales[name]) for name in options.networks):
+            for run in kind(name, scale):
+                if run.part in options.only:
+                    try:
+                        todo.append(filled(run, results["runs"], scale))
+                    except LookupError as error:
+                        waiting.append(str(error))
+        todo.sort(key=lambda run: list(PARTS).index(run.part))
+        arguments = {run.key: (setup, run) for run in todo}
+        parallel.perform(measure, arguments, results, path, workers=workers)
+        return waiting
+
+    perform(validation_runs)
+    waiting = perform(test_runs)
+    for message in dict.fromkeys(waiting):
+        print(f"{message}: some runs wait for --only dampings rates.")
+    parallel.write_up(results, path, tables, draw, "accuracy.png")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""The runs of ``prune_networks.py``: which networks, methods, sparsities and sizes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pruning_tasks
+from prune_tables import (
+    CHITA,
+    CHITA_BLOCKS,
+    DEFAULT,
+    GRIDS,
+    MAGNITUDE,
+    OBD,
+    REFERENCE,
+    REFERENCE_BLOCKS,
+    chosen_damping,
+    key_of,
+)
+from pruning_methods import CHOICES, PATTERNS
+
+# The networks with batch normalisation.
+NORMALISED = ("resnet20", "akamaster", "squeezenet")
+SGD, MFAC = "SGD", "mfac"
+# The optimizers of fine-tuning, with their learning rates to choose from.
+RATES = {SGD: (0.003, 0.01, 0.03), MFAC: (0.001, 0.003, 0.01)}
+
+
+class Scale(NamedTuple):
+    """The sizes of the experiments with one network.
+
+    Attributes:
+        counts: the number of gradients for one-shot pruning, and for each of several steps.
+        one_shot: the sparsities of one-shot pruning.
+        sparsities: the sparsities with recomputation, of which the methods are tuned at ``middle``.
+        middle: the sparsity at which several sets of gradients and all methods are compared.
+        steps: the number of recomputations.
+        other_steps: other numbers of recomputations, at ``middle``.
+        seeds: the number of sets of gradients at ``middle``.
+        choices: the number of steps of the comparison of the default's parts; 0 for none.
+        patterns: the names of the patterns.
+        pattern_steps: the number of steps with patterns.
+        gradual: the sparsities with fine-tuning.
+        training: the number of pruning steps with fine-tuning, the training steps after each, and
+            the examples in a training step.
+        authors: the gradients, examples and stages of CHITA's authors; None leaves this out.
+        chita: the sparsities at which CHITA runs with recomputation; None for all. A stage of it
+            takes minutes for ten million weights, so it is not tuned with recomputation then, and
+            its block form does not run.
+    """
+
+    counts: tuple[int, int] = (256, 128)
+    one_shot: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+    sparsities: tuple[float, ...] = (0.8, 0.9)
+    middle: float = 0.9
+    steps: int = 8
+    other_steps: tuple[int, ...] = ()
+    seeds: int = 1
+    choices: int = 0
+    patterns: tuple[str, ...] = ()
+    pattern_steps: int = 4
+    gradual: tuple[float, ...] = ()
+    training: tuple[int, int, int] = (4, 350, 64)
+    authors: tuple[int, int, int] | None = None
+    chita: tuple[float, ...] | None = None
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What a run depends on beside its key."""
+        names = ("counts", "one_shot", "training", "authors")
+        return {name: getattr(self, name) for name in names}
+
+    def has(self, method: str, steps: int, sparsity: float) -> bool:
+        """Whether a method runs."""
+        if self.chita is None or method not in (CHITA, CHITA_BLOCKS):
+            return True
+        return method == CHITA and (steps == 1 or (steps == self.steps and sparsity in self.chita))
+
+
+FULL = {
+    "resnet20": Scale(
+        sparsities=(0.8, 0.9, 0.95),
+        seeds=3,
+        choices=8,
+        patterns=("2:4", "1 x 4"),
+        gradual=(0.9, 0.95),
+        authors=(500, 16, 16),
+    ),
+    "akamaster": Scale(sparsities=(0.8, 0.9, 0.95), seeds=3),
+    "squeezenet": Scale(choices=8),
+    "mlp": Scale(choices=8, seeds=3),
+    "characters": Scale(),
+    "minilm": Scale(
+        counts=(64, 64),
+        one_shot=(0.5, 0.6, 0.7, 0.8, 0.9),
+        sparsities=(0.5, 0.8, 0.9),
+        middle=0.8,
+        other_steps=(4, 16),
+        choices=4,
+        patterns=("2:4", "1 x 4", "channels"),
+        gradual=(0.8, 0.9),
+        training=(4, 60, 32),
+        chita=(0.5, 0.8),
+    ),
+}
+_TINY = Scale(counts=(8, 8), one_shot=(0.5, 0.8), sparsities=(0.8,), middle=0.8, steps=2)
+SMOKE = {
+    "resnet20": _TINY._replace(
+        choices=2,
+        patterns=("2:4",),
+        pattern_steps=1,
+        gradual=(0.8,),
+        training=(2, 2, 8),
+        authors=(8, 8, 2),
+    ),
+    "akamaster": _TINY,
+    "squeezenet": _TINY,
+    "mlp": _TINY._replace(seeds=2),
+    "characters": _TINY,
+    "minilm": _TINY._replace(
+        other_steps=(1,),
+        patterns=("channels",),
+        pattern_steps=1,
+        gradual=(0.8,),
+        training=(2, 2, 8),
+    ),
+}
+
+
+class Run(NamedTuple):
+    """One run to measure.
+
+    Attributes:
+        part: the experiment.
+        network: the name of the network.
+        method: the method, or the part of the default that differs.
+        steps: the number of steps.
+        sparsity: the sparsity after the last step; 0 for all those of one-shot pruning.
+        seed: the set of gradients.
+        damping: the damping of a rival that is tuned, relative to the mean of the diagonal.
+        count: the number of gradients of a step.
+        batch: the number of examples for a gradient.
+        what: the pattern, or the optimizer of fine-tuning.
+        rate: the learning rate of fine-tuning.
+    """
+
+    part: str
+    network: str
+    method: str
+    steps: int
+    sparsity: float
+    seed: int = 0
+    damping: float | None = None
+    count: int = 0
+    batch: int = 0
+    what: str = ""
+    rate: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """The name of the run in the results.
+
+        Chosen dampings and learning rates are no part of it, only those to choose from.
+        """
+        choice = {"dampings": self.damping, "rates": self.rate}.get(self.part)
+        what = self.what if choice is None else f"{self.what}{choice:g}"
+        return key_of(
+            self.part, self.network, self.method, self.steps, self.sparsity, self.seed, what
+        )
+
+
+METHODS = (MAGNITUDE, OBD, REFERENCE, REFERENCE_BLOCKS, CHITA, CHITA_BLOCKS, DEFAULT)
+# Those that several sets of gradients and other sparsities compare.
+STRONG = (REFERENCE_BLOCKS, CHITA, DEFAULT)
+
+
+# What is tried of the default's parts on the transformer, for want of time.
+_SHORT = (DEFAULT, "one setting", "no descents", "no history")
+
+
+def validation_runs(name: str, scale: Scale) -> list[Run]:
+    """The runs that choose, on validation data."""
+    one, several = scale.counts
+    todo = []
+    if name in pruning_tasks.DEVELOPED_ON:
+        for method, grid in GRIDS.items():
+            todo += [
+                Run("dampings", name, method, steps, sparsity, 0, damping, count)
+                for steps, sparsity, count in (
+                    (1, 0.8, one),
+                    (scale.steps, scale.middle, several),
+                )
+                for damping in grid
+                if scale.has(method, 1, sparsity)
+                if steps == 1 or scale.chita is None or method == REFERENCE_BLOCKS
+            ]
+    if scale.authors and name in pruning_tasks.DEVELOPED_ON:
+        count, batch, stages = scale.authors
+        todo += [
+            Run("dampings", name, CHITA, stages, scale.middle, 0, x, count, batch, what="authors ")
+            for x in GRIDS[CHITA]
+        ]
+    if scale.choices:
+        kinds = _SHORT if name == "minilm" else tuple(CHOICES)
+        todo += [
+            Run("choices", name, kind, scale.choices, scale.middle, count=several)
+            for kind in kinds
+            if name in NORMALISED or "statistics" not in kind
+        ]
+    todo += [
+        Run("rates", name, MAGNITUDE, 1, scale.middle, count=1, what=f"{tx} ", rate=rate)
+        for tx, rates in RATES.items()
+        for rate in rates
+        if scale.gradual
+    ]
+    return todo
+
+
+def test_runs(name: str, scale: Scale) -> list[Run]:
+    """The runs of the last tables, on test data; dampings and rates are not filled in."""
+    one, several = scale.counts
+    todo = []
+    for sparsity in scale.sparsities:
+        is_middle = sparsity == scale.middle
+        for method in METHODS if is_middle else (MAGNITUDE, *STRONG):
+            seeds = scale.seeds if is_middle and method in STRONG else 1
+            todo += [
+                Run("recomputation", name, method, scale.steps, sparsity, seed, count=several)
+                for seed in range(seeds)
+                if scale.has(method, scale.steps, sparsity)
+            ]
+    todo += [
+        Run("recomputation", name, method, steps, scale.middle, count=several)
+        for steps in scale.other_steps
+        for method in STRONG
+        if scale.has(method, steps, scale.middle)
+    ]
+    todo += [
+        Run("one_shot", name, method, 1, 0.0, count=one)
+        for method in METHODS
+        if scale.has(method, 1, 0.0)
+    ]
+    if scale.authors:
+        count, batch, stages = scale.authors
+        todo += [
+            Run("authors", name, method, stages, scale.middle, 0, None, count, batch)
+            for method in (CHITA, DEFAULT)
+        ]
+    todo += [
+        Run("patterns", name, method, scale.pattern_steps, PATTERNS[x][1], count=several, what=x)
+        for x in scale.patterns
+        for method in (MAGNITUDE, DEFAULT)
+    ]
+    todo += [
+        Run("gradual", name, method, scale.training[0], sparsity, count=several, what=tx)
+        for sparsity in scale.gradual
+        for method, tx in ((MAGNITUDE, SGD), (DEFAULT, SGD), (DEFAULT, MFAC))
+    ]
+    return todo
+
+
+PARTS = {
+    "dampings": validation_runs,
+    "choices": validation_runs,
+    "rates": validation_runs,
+    "recomputation": test_runs,
+    "one_shot": test_runs,
+    "authors": test_runs,
+    "patterns": test_runs,
+    "gradual": test_runs,
+}
+
+
+def filled(run: Run, runs: dict[str, Any], scale: Scale) -> Run:
+    """A run with the damping and the learning rate that the validation data chose.
+
+    Raises:
+        LookupError: they were not chosen yet.
+    """
+    if run.method in GRIDS and run.part != "dampings":
+        run = run._replace(damping=chosen_damping(runs, run.network, run.method, run.steps))
+    if run.part == "gradual":
+        found = {
+            tried.rate: runs[tried.key]["accuracy"]
+            for tried in validation_runs(run.network, scale)
+            if tried.part == "rates" and tried.what == f"{run.what} " and tried.key in runs
+        }
+        if len(found) < len(RATES[run.what]):
+            raise LookupError(f"no learning rate of {run.what} was chosen for {run.network}")
+        run = run._replace(rate=max(found, key=found.__getitem__))
+    return run

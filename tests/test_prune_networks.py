@@ -1,0 +1,219 @@
+"""The pruning experiment, in small."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import prune_networks
+import prune_tables
+import pruning_results
+import pruning_tasks
+import pytest
+from prune_tables import CHITA, DEFAULT, GRIDS, MAGNITUDE, REFERENCE_BLOCKS, chosen_damping
+from pruning_methods import CHOICES, first_order
+from pruning_runs import (
+    FULL,
+    METHODS,
+    RATES,
+    SMOKE,
+    Run,
+    filled,
+    test_runs,
+    validation_runs,
+)
+
+from mfac_jax import pruning, rows
+
+test_runs.__test__ = False  # pytest takes its name for that of a test
+pytestmark = [pytest.mark.jax_defaults, pytest.mark.once]
+
+
+def every_run(scales):
+    return [
+        run
+        for name, scale in scales.items()
+        for kind in (validation_runs, test_runs)
+        for run in kind(name, scale)
+    ]
+
+
+@pytest.mark.slow
+def test_every_run_is_measured_and_shown_once(tmp_path, monkeypatch, capsys):
+    for method, grid in GRIDS.items():
+        monkeypatch.setitem(GRIDS, method, grid[:1])
+    for tx, rates in RATES.items():
+        monkeypatch.setitem(RATES, tx, rates[:1])
+    left = [kind for kind in CHOICES if "blocks" in kind or "dampings" in kind]
+    for kind in left:
+        monkeypatch.delitem(CHOICES, kind)
+    names = ["resnet20", "minilm"]
+    arguments = ["--smoke", "--out", str(tmp_path), "--networks", *names]
+    results = prune_networks.main(arguments)
+    todo = every_run({name: SMOKE[name] for name in names})
+    assert results["runs"].keys() == {run.key for run in todo}
+    assert all(run["seconds"] > 0 for run in results["runs"].values())
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "tables.md").read_text()
+    assert all(f"| {method} |" in text for method in METHODS)
+    assert all(f"| {kind} |" in text for kind in CHOICES)
+    assert "| channels, 1 x | 25.0% |" in text
+    assert "default, trained by mfac" in text
+    assert "wait for" not in capsys.readouterr().out
+
+    lost = next(key for key in results["runs"] if key.startswith("patterns"))
+    del results["runs"][lost]
+    path = tmp_path / "smoke.json"
+    path.write_text(json.dumps(results))
+    measured = []
+    monkeypatch.setattr(
+        prune_networks, "measure", lambda _, run: measured.append(run.key) or {"sparsity": 0.5}
+    )
+    monkeypatch.setattr(prune_networks.parallel, "write_up", lambda *_: None)
+    prune_networks.main(arguments)
+    assert measured == [lost]
+    path.write_text(path.read_text().replace(prune_networks.code_hash(), "another code"))
+    with pytest.raises(SystemExit, match=r"comes from elsewhere: expected .*got .*another code"):
+        prune_networks.main(arguments)
+
+
+def test_full_size_covers_what_is_compared():
+    todo = every_run(FULL)
+    assert set(FULL) == set(SMOKE) == set(pruning_tasks.NETWORKS)
+    keys = [run.key for run in todo]
+    assert len(set(keys)) == len(keys)
+    for run in todo:
+        key = prune_tables.parsed(run.key)
+        assert (key.part, key.network, key.method) == (run.part, run.network, run.method)
+        assert (key.steps, key.sparsity, key.seed) == (run.steps, run.sparsity, run.seed)
+    # Only networks that serve for choices are tried on validation data.
+    chosen_on = {run.network for run in todo if run.part in ("choices", "dampings", "rates")}
+    assert chosen_on == set(pruning_tasks.DEVELOPED_ON)
+    for name in FULL:
+        for method in (MAGNITUDE, REFERENCE_BLOCKS, CHITA, DEFAULT):
+            assert any(
+                (r.part, r.network, r.method, r.steps) == ("recomputation", name, method, 8)
+                for r in todo
+            )
+    authors = [run for run in todo if run.part == "authors"]
+    assert [(r.network, r.method) for r in authors] == [("resnet20", CHITA), ("resnet20", DEFAULT)]
+    assert {(r.count, r.batch, r.steps) for r in authors} == {(500, 16, 16)}
+    assert {r.what for r in todo if r.part == "patterns" and r.network == "minilm"} == {
+        "2:4",
+        "1 x 4",
+        "channels",
+    }
+
+
+def tried(network, method, steps, accuracies):
+    return {
+        Run("dampings", network, method, steps, 0.9, damping=damping).key: {"accuracy": accuracy}
+        for damping, accuracy in zip(GRIDS[method], accuracies, strict=True)
+    }
+
+
+def test_a_damping_is_the_best_on_validation_data():
+    runs = tried("resnet20", CHITA, 8, [1.0, 3.0, 2.0]) | tried("mlp", CHITA, 1, [3.0, 2.0, 1.0])
+    assert chosen_damping(runs, "resnet20", CHITA, 8) == GRIDS[CHITA][1]
+    assert chosen_damping(runs, "mlp", CHITA, 8) == GRIDS[CHITA][0]  # of another number of steps
+    assert chosen_damping(runs, "akamaster", CHITA, 8) == GRIDS[CHITA][1]
+    best = Run("dampings", "resnet20", CHITA, 8, 0.9, damping=GRIDS[CHITA][2]).key
+    runs[best]["recalibrated"] = 4.0
+    assert chosen_damping(runs, "resnet20", CHITA, 8) == GRIDS[CHITA][2]
+    del runs[best]
+    with pytest.raises(LookupError, match="no damping of CHITA, whole was chosen for akamaster"):
+        chosen_damping(runs, "akamaster", CHITA, 8)
+
+
+def test_what_is_not_chosen_yet_waits():
+    scale = FULL["resnet20"]
+    run = next(r for r in test_runs("resnet20", scale) if r.part == "gradual")
+    rates = [r for r in validation_runs("resnet20", scale) if r.part == "rates"]
+    runs = {r.key: {"accuracy": 100 * r.rate} for r in rates}
+    assert filled(run, runs, scale).rate == max(RATES[run.what])
+    del runs[rates[0].key]
+    with pytest.raises(LookupError, match="no learning rate of SGD was chosen for resnet20"):
+        filled(run, runs, scale)
+
+
+def outcome(accuracy, **more):
+    times = {"seconds": 2.0, "processor_seconds": 7200.0, "device": "a", "date": "2026-11-28"}
+    return {"accuracy": accuracy, "step_seconds": [9.0, 9.0, 1.0]} | times | more
+
+
+def results_of(runs):
+    dense = {"validation": 99.0, "test": 91.0, "weights": 1000}
+    names = {prune_tables.parsed(key).network for key in runs}
+    at = {"mfac_jax": "1", "code": "c", "jax": "2", "date": "2026-11-28"}
+    return {"environment": at, "dense": dict.fromkeys(sorted(names), dense), "runs": runs}
+
+
+def test_tables_show_stored_and_recalibrated_statistics():
+    def run(method, accuracy, seed=0, **more):
+        key = Run("recomputation", "resnet20", method, 8, 0.9, seed).key
+        return {key: outcome(accuracy, **more)}
+
+    runs = run(DEFAULT, 80.0, recalibrated=84.0) | run(DEFAULT, 82.0, 1, recalibrated=85.0)
+    runs |= run(REFERENCE_BLOCKS, 60.0, recalibrated=84.0)
+    runs |= run(MAGNITUDE, 10.0, recalibrated=20.0)
+    assert "less the best rival" not in pruning_results.bars(results_of(runs))  # without CHITA
+    runs |= run(CHITA, 20.0, recalibrated=30.0)
+    results = results_of(runs)
+    shown = prune_tables.tables(results)["resnet20-recomputation"]
+    assert "| default | 81.0 (80.0-82.0) / 84.5 (84.0-85.0) | 1.0 s |" in shown
+    assert "| magnitude | 10.0 / 20.0 | 1.0 s |" in shown
+    bars = pruning_results.bars(results)
+    assert "| resnet20, default, 90%, 8 steps | >= 80.0 | 81.0 | met |" in bars
+    assert "| resnet20, default, 90%, 8 steps | >= 82.0 | 81.0 | **not met** |" in bars
+    assert "| resnet20, default, 80%, 8 steps | >= 87.5 | not yet |  |" in bars
+    # Half a point ahead of the best rival, at a spread of one point.
+    assert "> 1.0, the spread there | +0.5 (90%, 8 steps, reference, blocks) | **not met**" in bars
+    assert "| default | 81.0 (80.0-82.0) / 84.5 (84.0-85.0) |" in pruning_results.summary(results)
+    made = pruning_results.tables(results)
+    assert made["pruning-minilm-recomputation"] == pruning_results.MISSING
+    assert "5 runs took 5.0 hours of two cores" in made["pruning-where"]
+
+
+def test_the_first_order_term():
+    rng = np.random.default_rng(0)
+    g, w = rng.normal(size=(12, 6)), rng.normal(size=(6, 1))
+    damping, factor = 0.3, 0.05
+    setting = first_order(factor, in_mask=False)
+    params, alive = jnp.asarray(w, jnp.float32), jnp.ones((6, 1), bool)
+    gradients = rows.as_rows(jnp.asarray(g[..., None], jnp.float32), params)
+    options = {"damping": damping, "blocks": 6, "update": setting.update}
+    found, mask, _ = pruning.prune_step(params, alive, gradients, 0.5, score="greedy", **options)
+    kept = np.asarray(mask)[:, 0]
+    fisher = g.T @ g / 12 + damping * np.eye(6)
+    force = fisher[np.ix_(kept, ~kept)] @ w[~kept, 0] - factor * g.mean(0)[kept]
+    want = w[kept, 0] + np.linalg.solve(fisher[np.ix_(kept, kept)], force)
+    np.testing.assert_allclose(np.asarray(found)[kept, 0], want, rtol=1e-4)
+    # In the mask it is as if the weights had moved.
+    own = first_order(factor, in_mask=True).score
+    _, mask, _ = pruning.prune_step(params, alive, gradients, 0.5, score=own, **options)
+    moved = jnp.asarray(w[:, 0] - factor * np.linalg.solve(fisher, g.mean(0)), jnp.float32)
+    options["update"] = "joint"
+    _, want, _ = pruning.prune_step(
+        moved[:, None], alive, gradients, 0.5, score="greedy", **options
+    )
+    np.testing.assert_array_equal(mask, want)
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+
+
+def test_what_is_missing_is_said(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    cases = {
+        "resnet20": r"resnet20 needs its pretrained weights: .*got None",
+        "mlp": r"no mnist.npz in None: name its folder by --data-dir",
+        "characters": r"no tinyshakespeare.txt in None",
+    }
+    for name, words in cases.items():
+        with pytest.raises(SystemExit, match=words):
+            prune_networks.main([*out, "--networks", name])
+    wrong = tmp_path / "wrong.npz"
+    wrong.write_bytes(b"no archive")
+    with pytest.raises(SystemExit, match=r"wrong\.npz"):
+        prune_networks.main([*out, "--networks", "resnet20", "--weights", f"resnet20={wrong}"])
+    with pytest.raises(SystemExit):
+        prune_networks.main([*out, "--weights", "resnet=x.npz"])
+    assert "--weights takes NAME=FILE with a NAME of resnet20, " in capsys.readouterr().err
