@@ -112,6 +112,32 @@ def test_the_worse_trials_end_after_a_quarter_of_the_batches(params):
     assert {trial.num_batches for trial in one_batch.tried} == {1}
 
 
+@pytest.mark.parametrize(
+    ("losses", "want"),
+    [
+        ([[1.0] * 2 + [np.inf] * 6, [2.0] * 4 + [np.nan] * 4, [4.0] * 8, [3.0] * 8], 3),
+        ([[1.0] * 2 + [np.inf] * 6, [2.0] * 8, [3.0] * 8, [0.5] * 7 + [np.inf]], 1),
+        ([[1.0] * 7 + [np.inf]] * 4, None),
+        ([[np.inf] * 8], None),
+    ],
+)
+def test_trials_that_were_given_up_return_if_the_others_are_not_finite(losses, want):
+    class Calibration(_trials.CalibrationLoss):
+        def __init__(self):
+            super().__init__(loss_fn, BATCHES)
+
+        def on(self, params, batches):
+            return losses[params][batches]
+
+    searcher = object.__new__(_trials.Searcher)
+    searcher._loss = Calibration()
+    candidates = [
+        _trials._Candidate(SETTINGS[2], 1.0, None, lambda i=i: (i, True))
+        for i in range(len(losses))
+    ]
+    assert searcher._race(candidates) == want
+
+
 def test_a_trial_that_is_not_finite_sees_no_batch(params):
     far = pruning.Descent(1e-3, 1e38)
     step = run(params, steps=1, search=among(descents=[far])).report.steps[0]

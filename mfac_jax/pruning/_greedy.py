@@ -200,7 +200,7 @@ def _eliminate(
 ) -> _Block:
     """Removes weight ``q`` if ``where`` is true; the other weights compensate for it."""
     row = block.inverse[q] - jnp.sum(block.panel[:, q, None] * block.panel, axis=0)
-    pivot = jnp.maximum(row[q], floor[q])
+    pivot = jnp.where(where, jnp.maximum(row[q], floor[q]), 1)
     row = jnp.where(where, row, jnp.zeros_like(row))
     vector = row * lax.rsqrt(pivot)
     parts = vector.reshape(len(block.diagonal), -1)

@@ -98,7 +98,7 @@ def prune(
     The quadratic model behind an update cannot decide this: with few gradients it oversteps and
     does not notice. Then the step tries descents, which move the remaining weights a short way
     down the loss. The worse half of the trials ends after a quarter of the calibration batches,
-    and again after half of them.
+    and again after half of them, but two stay.
 
     Args:
         params: the parameters, a tree of real floating-point arrays.

@@ -1,7 +1,7 @@
 """One pruning step of a search: tries every setting and descent, and the measured loss decides.
 
 The trials are in a race: after a quarter and after half of the calibration batches, the worse half
-of them is given up.
+of them is given up, but two stay.
 """
 
 from __future__ import annotations
@@ -205,6 +205,7 @@ class Searcher:
     def _race(self, candidates: Sequence[_Candidate]) -> int | None:
         """The index of the best candidate on all batches; None if no loss is finite."""
         left = list(range(len(candidates)))
+        given_up: list[int] = []
         for share in _SHARES:
             until = -(-self._loss.num_batches // share)
             for i in left:
@@ -213,7 +214,12 @@ class Searcher:
             left.sort(key=lambda i: (candidates[i].loss, i))
             if share > 1:
                 kept = max((len(left) + 1) // 2, 2)
-                left = left[:kept]
+                left, given_up = left[:kept], left[kept:] + given_up
+        # If those that stay turn out to be not finite on later batches, the others may be finite.
+        while not left and given_up:
+            i = given_up.pop(0)
+            candidates[i].measure(self._loss, self._loss.num_batches)
+            left = [i] if math.isfinite(candidates[i].loss) else []
         return left[0] if left else None
 
     def _problem(self, setting: Setting, blocks: FisherBlocks) -> Problem:
