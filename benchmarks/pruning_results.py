@@ -137,7 +137,10 @@ def _closest(results: dict[str, Any], network: str) -> list[list[str]]:
     gaps = {}
     for column, cell in cells.get(DEFAULT, {}).items():
         others = {
-            name: other for name in RIVALS if (other := cells.get(name, {}).get(column)) is not None
+            name: other
+            for name in RIVALS
+            if (other := cells.get(name, {}).get(column)) is not None
+            if np.all(np.isfinite([*other.best.values()]))  # a run that failed has NaN
         }
         if {REFERENCE_BLOCKS, CHITA} <= set(others):
             mean = {name: np.mean([*other.best.values()]) for name, other in others.items()}

@@ -181,7 +181,7 @@ class Characters(Task):
         self.vocabulary, ids = np.unique(letters, return_inverse=True)
         ids = ids.astype(np.int32)
         cuts = np.split(ids, [int(0.8 * len(ids)), int(0.9 * len(ids))])
-        self._text = cuts[0]
+        self.text = cuts[0]
         self.train = self.windows(cuts[0][: 100 * self.length])
         self.validation, self.test = self.windows(cuts[1]), self.windows(cuts[2])
 
@@ -197,8 +197,8 @@ class Characters(Task):
     def batches(self, seed: int) -> Iterator[Batch]:
         rng = np.random.default_rng(seed)
         while True:
-            starts = rng.integers(0, len(self._text) - self.length, self.batch)
-            both = self._text[starts[:, None] + np.arange(self.length + 1)]
+            starts = rng.integers(0, len(self.text) - self.length, self.batch)
+            both = self.text[starts[:, None] + np.arange(self.length + 1)]
             yield both[:, :-1], both[:, 1:]
 
 

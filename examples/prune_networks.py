@@ -21,6 +21,7 @@ import argparse
 import functools
 import hashlib
 import importlib.metadata
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,13 +29,15 @@ from typing import Any, NamedTuple
 
 import chita
 import jax
+import numpy as np
 import optax
 import parallel
+import pruning_network
 import pruning_tasks
 from chita import Chita
 from prune_tables import CHITA, CHITA_BLOCKS, DEFAULT, MAGNITUDE, draw, tables
 from pruning_methods import CHOICES, PATTERNS, setting_of
-from pruning_runs import FULL, MFAC, PARTS, SMOKE, Run, Scale, filled, test_runs, validation_runs
+from pruning_runs import FULL, MFACW, PARTS, SMOKE, Run, Scale, filled, test_runs, validation_runs
 
 import mfac_jax
 from mfac_jax import collect_gradients, pruning
@@ -57,12 +60,16 @@ class Setup(NamedTuple):
         """The sizes of the experiments by network."""
         return SMOKE if self.smoke else FULL
 
+    @property
+    def files(self) -> pruning_tasks.Files:
+        """The same, for the networks."""
+        return pruning_tasks.Files(*self._replace(weights=dict(self.weights)))
+
 
 @functools.cache
 def network_of(setup: Setup, name: str) -> pruning_tasks.Network:
     """The network, loaded once in each process, which then compiles its programs once."""
-    files = pruning_tasks.Files(*setup._replace(weights=dict(setup.weights)))
-    return pruning_tasks.network(name, files)
+    return pruning_tasks.network(name, setup.files)
 
 
 class Experiment:
@@ -76,12 +83,24 @@ class Experiment:
 
     def measure(self) -> dict[str, Any]:
         """What is written down of the run."""
-        run = self.run
+        run, chosen = self.run, {}
+        if run.damping is not None:
+            chosen["damping"] = run.damping
+        if run.rate:
+            chosen["rate"] = run.rate
         if run.part == "one_shot":
-            return {f"{s:g}": self.pruned(s) for s in self.scale.one_shot}
+            return {f"{s:g}": self._tried(self.pruned, s) for s in self.scale.one_shot} | chosen
         if run.part in ("gradual", "rates"):
-            return self.tuned()
-        return self.pruned(run.sparsity)
+            return self._tried(self.tuned) | chosen
+        return self._tried(self.pruned, run.sparsity) | chosen
+
+    def _tried(self, measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        """What is measured; NaN if the method fails, as an overflow should not end the others."""
+        try:
+            return measure(*arguments)
+        except FloatingPointError as error:
+            failed = {"accuracy": math.nan, "failed": str(error), "step_seconds": []}
+            return failed | ({"recalibrated": math.nan} if self.network.has_statistics else {})
 
     def pruned(self, sparsity: float) -> dict[str, Any]:
         """Prunes without fine-tuning."""
@@ -101,8 +120,8 @@ class Experiment:
         run = self.run
         steps, training, size = self.scale.training
         tx = optax.sgd(run.rate, momentum=0.9)
-        if run.what.startswith(MFAC):
-            tx = mfac_jax.mfacw(run.rate)
+        if run.what.startswith(MFACW):
+            tx = mfac_jax.mfacw(run.rate, weight_decay=0.0)  # SGD has none either
         train = self.network.trainer(tx, 1, size)
         gradients, search, _ = self._options()
         schedule = pruning.sparsity_schedule(run.sparsity, steps, kind="cubic")
@@ -214,39 +233,60 @@ def measure(setup: Setup, run: Run) -> dict[str, Any]:
     return Experiment(setup, run).measure()
 
 
-def code_hash() -> str:
-    """A digest of the library's code."""
-    folder = Path(mfac_jax.__file__).parent
+def code_hash(paths: Iterable[Path]) -> str:
+    """A digest of some Python files."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    for path in paths:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def environment(setup: Setup) -> dict[str, Any]:
     """The machine, the versions, and the sizes that the keys of the runs do not tell."""
+    library, here = Path(mfac_jax.__file__).parent, Path(__file__).parent
+    modules = ("chita", "pruning_methods", "pruning_network", "pruning_tasks", "prune_networks")
     return parallel.environment() | {
         "mfac_jax": importlib.metadata.version("mfac_jax"),
-        "code": code_hash(),
+        "code": code_hash(sorted(library.rglob("*.py"))),
+        "experiment": code_hash(here / f"{name}.py" for name in modules),
         "sizes": {name: scale.sizes for name, scale in setup.scales.items()},
     }
 
 
-def load(setup: Setup, names: Iterable[str], results: dict[str, Any]) -> None:
-    """Loads the networks, trains those that need it, and notes their accuracies."""
+def load(setup: Setup, names: Sequence[str], results: dict[str, Any]) -> None:
+    """Loads the networks, trains those that need it, and notes their accuracies.
+
+    Raises:
+        FileNotFoundError: data or weights are missing; before anything is trained.
+        ValueError: the results are those of other weights.
+        FloatingPointError: the loss of a network is not finite.
+    """
     for name in names:
-        if name not in results.setdefault("dense", {}):
-            network = network_of(setup, name)
+        pruning_tasks.CLASSES[name](setup.files)
+    for name in names:
+        network = network_of(setup, name)
+        losses = [float(network.loss(network.params, batch)) for batch in network.calibration]
+        if not all(map(math.isfinite, losses)):
+            raise FloatingPointError(f"the loss of {name} on calibration batches is {losses}.")
+        leaves = jax.tree_util.tree_flatten_with_path(network.params)[0]
+        digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for _, leaf in leaves))
+        known = results.setdefault("dense", {}).get(name)
+        if known is not None and known["digest"] != digest.hexdigest()[:16]:
+            raise ValueError(
+                f"the results are those of other weights of {name}: use another --out."
+            )
+        if known is None:
             results["dense"][name] = {
-                part: network.accuracy(network.params, part) for part in ("validation", "test")
+                part: network.accuracy(network.params, part) for part in pruning_network.PARTS
             } | {
+                "digest": digest.hexdigest()[:16],
                 "weights": sum(
                     leaf.size
-                    for path, leaf in jax.tree_util.tree_flatten_with_path(network.params)[0]
+                    for path, leaf in leaves
                     if network.is_pruned(
                         jax.tree_util.keystr(path, simple=True, separator="/"), leaf
                     )
-                )
+                ),
             }
 
 
@@ -265,9 +305,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS], metavar="PART")
     options = parser.parse_args(arguments)
     pairs = dict(pair.partition("=")[::2] for pair in options.weights)
-    wrong = [name for name, file in pairs.items() if name not in names or not file]
+    known = pruning_tasks.PRETRAINED
+    wrong = [name for name, file in pairs.items() if name not in known or not file]
     if wrong:
-        parser.error(f"--weights takes NAME=FILE with a NAME of {', '.join(names)}; got {wrong}")
+        parser.error(f"--weights takes NAME=FILE with a NAME of {', '.join(known)}; got {wrong}")
     setup = Setup(
         options.data_dir,
         tuple((name, Path(file)) for name, file in sorted(pairs.items())),
@@ -280,18 +321,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     results = parallel.open_results(path, environment(setup))
     try:
         load(setup, options.networks, results)
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, FloatingPointError) as error:
         sys.exit(str(error))
     workers = 1 if options.smoke else parallel.num_workers()
 
     def perform(kind: Callable[[str, Scale], list[Run]]) -> list[str]:
-        """Performs the runs, and returns what is still to be chosen before others."""
+        """Performs the runs, and returns what the others wait for."""
         todo, waiting = [], []
         for name, scale in ((name, setup.scales[name]) for name in options.networks):
             for run in kind(name, scale):
                 if run.part in options.only:
                     try:
-                        todo.append(filled(run, results["runs"], scale))
+                        todo.append(filled(run, results["runs"], setup.scales))
                     except LookupError as error:
                         waiting.append(str(error))
         todo.sort(key=lambda run: list(PARTS).index(run.part))
@@ -302,7 +343,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     perform(validation_runs)
     waiting = perform(test_runs)
     for message in dict.fromkeys(waiting):
-        print(f"{message}: some runs wait for --only dampings rates.")
+        print(message)
     parallel.write_up(results, path, tables, draw, "accuracy.png")
     return results
 

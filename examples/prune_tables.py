@@ -6,6 +6,7 @@ what else distinguishes it. Other programs import this module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,30 +71,10 @@ def of_part(runs: dict[str, Any], part: str, network: str | None = None) -> dict
     }
 
 
-def chosen_damping(runs: dict[str, Any], network: str, method: str, steps: int) -> float:
-    """The damping with the best validation accuracy.
-
-    It is that of the same network and number of steps. Where none was tried, it is that of the
-    network with any other number of steps, and then that of the paper's ResNet-20. Accuracies are
-    those with recalibrated statistics if there are any, as a user of the method would have it.
-
-    Raises:
-        LookupError: nothing was tried, or not every damping.
-    """
-    for of_network, of_steps in ((network, steps), (network, None), ("resnet20", steps)):
-        tried: dict[float, float] = {}
-        for key, run in of_part(runs, "dampings", of_network).items():
-            matches = of_steps is None or key.steps == of_steps
-            if key.method == method and matches:
-                damping = float(key.what.split()[-1])
-                tried[damping] = max(tried.get(damping, 0.0), _accuracy(run))
-        if set(tried) >= set(GRIDS[method]):
-            return max(tried, key=tried.__getitem__)
-    raise LookupError(f"no damping of {method} was chosen for {network} with {steps} steps")
-
-
-def _accuracy(run: dict[str, Any]) -> float:
-    return run.get("recalibrated", run["accuracy"])
+def best_accuracy(run: dict[str, Any]) -> float:
+    """The accuracy that chooses: with recalibrated statistics if there are any; 0 if it failed."""
+    accuracy = run.get("recalibrated", run["accuracy"])
+    return 0.0 if math.isnan(accuracy) else accuracy
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
@@ -276,8 +257,10 @@ def _rates(found: dict[Key, Any]) -> str:
 
 
 def spread(values: Iterable[float]) -> str:
-    """The mean, with the lowest and the highest of several values."""
+    """The mean, with the lowest and the highest of several values; a run that failed has NaN."""
     values = list(values)
+    if any(map(math.isnan, values)):
+        return "failed"
     mean = f"{np.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f}-{max(values):.1f})"
 

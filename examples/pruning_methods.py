@@ -24,11 +24,17 @@ PATTERNS: dict[str, tuple[pruning.Pattern, float, str]] = {
 }
 
 
+# Arguments of Gradients and of Search, and whether statistics are recalibrated in each step.
+Choice = tuple[dict[str, Any], dict[str, Any], bool]
+BARE = "one setting, no history, no descents"
+
+
 def first_order(factor: float, *, in_mask: bool) -> Setting:
     """The default's first setting with the first-order term of the local model.
 
     The minimum of ``1/2 delta^T F delta + factor g^T delta`` without pruning is ``u = -factor F^-1
-    g``. The term therefore moves the weights by u before scores and updates see them.
+    g``, where g is the mean of the gradients. The term therefore moves the weights by u before
+    scores and updates see them. Gradients of earlier steps would enter the mean: use ``history=0``.
     """
 
     def move(problem: pruning.Problem) -> Any:
@@ -73,9 +79,13 @@ def _times(factor: float) -> tuple[Setting, ...]:
     )
 
 
-# The default with one part changed, for the choice on validation data: arguments of Gradients and
-# of Search, and whether statistics are recalibrated in each step.
-Choice = tuple[dict[str, Any], dict[str, Any], bool]
+def _bare(setting: Setting) -> Choice:
+    """One setting and nothing else, to see what a change of it gives."""
+    return {"history": 0}, {"settings": [setting], "descents": ()}, False
+
+
+# The default with one part changed, for the choice on validation data. The first-order term is
+# compared with the bare setting.
 CHOICES: dict[str, Callable[[], Choice]] = {
     DEFAULT: lambda: ({}, {}, False),
     "blocks of 72": lambda: ({}, {"settings": _defaults(blocks=WithinOutputs(72))}, False),
@@ -86,16 +96,9 @@ CHOICES: dict[str, Callable[[], Choice]] = {
     "one setting": lambda: ({}, {"settings": pruning.default_settings()[:1]}, False),
     "no descents": lambda: ({}, {"descents": ()}, False),
     "no history": lambda: ({"history": 0}, {}, False),
-    "first-order term in the update, no descents": lambda: (
-        {},
-        {"settings": [first_order(1 / 32, in_mask=False)], "descents": ()},
-        False,
-    ),
-    "first-order term in mask and update, no descents": lambda: (
-        {},
-        {"settings": [first_order(1 / 32, in_mask=True)], "descents": ()},
-        False,
-    ),
+    BARE: lambda: _bare(pruning.default_settings()[0]),
+    f"{BARE}, first-order term in the update": lambda: _bare(first_order(1 / 32, in_mask=False)),
+    f"{BARE}, first-order term in both": lambda: _bare(first_order(1 / 32, in_mask=True)),
     "statistics recalibrated in each step": lambda: ({}, {}, True),
 }
 

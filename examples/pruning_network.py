@@ -58,7 +58,7 @@ class Training(NamedTuple):
 
 
 class Network:
-    """A trained network and its data.
+    """A network and its data; :meth:`prepare` completes it.
 
     Attributes:
         name: the name in tables.
@@ -75,7 +75,8 @@ class Network:
     params: Any
 
     def __init__(self, files: Files):
-        self.smoke = files.smoke
+        """Loads the data and the first weights, and trains nothing."""
+        self.files, self.smoke = files, files.smoke
         model = self._model(files)
         model.train()
         self._training_graph = nnx.graphdef(model)
@@ -85,6 +86,9 @@ class Network:
         self.train, held = self._hold_out(train)
         size = len(held.y) // CALIBRATION
         self.calibration = [(self.inputs(x), y) for x, y in held.batches(size)]
+
+    def prepare(self) -> None:
+        """Makes the network ready to prune: trains it if it must."""
 
     def _model(self, files: Files) -> nnx.Module:
         """The network with its first weights."""
@@ -235,8 +239,9 @@ class Network:
 class Trained(Network):
     """A network that is trained once and kept in a folder."""
 
-    def __init__(self, files: Files):
-        super().__init__(files)
+    def prepare(self) -> None:
+        """Reads the trained network, or trains and keeps it."""
+        files = self.files
         # A quick try never takes the place of a network.
         path = files.networks / f"{'smoke_' if files.smoke else ''}{self.name}.npz"
         if path.exists():

@@ -14,16 +14,16 @@ from prune_tables import (
     OBD,
     REFERENCE,
     REFERENCE_BLOCKS,
-    chosen_damping,
+    best_accuracy,
     key_of,
 )
 from pruning_methods import CHOICES, PATTERNS
 
 # The networks with batch normalisation.
 NORMALISED = ("resnet20", "akamaster", "squeezenet")
-SGD, MFAC = "SGD", "mfac"
+SGD, MFACW = "SGD", "mfacw"
 # The optimizers of fine-tuning, with their learning rates to choose from.
-RATES = {SGD: (0.003, 0.01, 0.03), MFAC: (0.001, 0.003, 0.01)}
+RATES = {SGD: (0.003, 0.01, 0.03), MFACW: (0.001, 0.003, 0.01)}
 
 
 class Scale(NamedTuple):
@@ -254,7 +254,7 @@ def test_runs(name: str, scale: Scale) -> list[Run]:
     todo += [
         Run("gradual", name, method, scale.training[0], sparsity, count=several, what=tx)
         for sparsity in scale.gradual
-        for method, tx in ((MAGNITUDE, SGD), (DEFAULT, SGD), (DEFAULT, MFAC))
+        for method, tx in ((MAGNITUDE, SGD), (DEFAULT, SGD), (DEFAULT, MFACW))
     ]
     return todo
 
@@ -271,21 +271,49 @@ PARTS = {
 }
 
 
-def filled(run: Run, runs: dict[str, Any], scale: Scale) -> Run:
+def tried_dampings(run: Run, scales: dict[str, Scale]) -> list[Run]:
+    """The runs that choose the damping of a run.
+
+    They are of the same network and number of steps. Where none is planned, they are of the
+    network's usual number of steps or of one step, and then of the paper's ResNet-20.
+    """
+    what = "authors " if run.part == "authors" else ""
+    for name in (run.network, "resnet20"):
+        planned = [
+            tried
+            for tried in validation_runs(name, scales[name])
+            if (tried.part, tried.method, tried.what) == ("dampings", run.method, what)
+        ]
+        for steps in (run.steps, scales[name].steps if run.steps > 1 else 1, 1):
+            found = [tried for tried in planned if tried.steps == steps]
+            if found:
+                return found
+    raise ValueError(f"no damping is tried for {run}.")
+
+
+def filled(run: Run, runs: dict[str, Any], scales: dict[str, Scale]) -> Run:
     """A run with the damping and the learning rate that the validation data chose.
 
     Raises:
         LookupError: they were not chosen yet.
     """
     if run.method in GRIDS and run.part != "dampings":
-        run = run._replace(damping=chosen_damping(runs, run.network, run.method, run.steps))
+        tried = tried_dampings(run, scales)
+        run = run._replace(damping=_best(tried, runs, f"{run.network}, {run.method}").damping)
     if run.part == "gradual":
-        found = {
-            tried.rate: runs[tried.key]["accuracy"]
-            for tried in validation_runs(run.network, scale)
-            if tried.part == "rates" and tried.what == f"{run.what} " and tried.key in runs
-        }
-        if len(found) < len(RATES[run.what]):
-            raise LookupError(f"no learning rate of {run.what} was chosen for {run.network}")
-        run = run._replace(rate=max(found, key=found.__getitem__))
+        tried = [
+            other
+            for other in validation_runs(run.network, scales[run.network])
+            if (other.part, other.what) == ("rates", f"{run.what} ")
+        ]
+        run = run._replace(rate=_best(tried, runs, f"{run.network}, {run.what}").rate)
     return run
+
+
+def _best(tried: list[Run], runs: dict[str, Any], what: str) -> Run:
+    missing = [run for run in tried if run.key not in runs]
+    if missing:
+        raise LookupError(
+            f"{what}: waits for --networks {missing[0].network} --only {missing[0].part}"
+        )
+    return max(tried, key=lambda run: best_accuracy(runs[run.key]))

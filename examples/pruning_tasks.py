@@ -149,10 +149,10 @@ class Characters(Trained):
 
     def _hold_out(self, train: Split) -> tuple[Split, Split]:
         """Calibration takes the end of the text; training batches are windows anywhere before."""
-        text, length = self._task._text, self._task.length
+        text, length = self._task.text, self._task.length
         count = min(64, len(text) // length // (8 * CALIBRATION)) * CALIBRATION
         cut = len(text) - count * length - 2
-        self._task._text = text[:cut]
+        self._task.text = text[:cut]
         return train, self._task.windows(text[cut:])
 
     def batches(self, seed: int, size: int) -> Iterator[Batch]:
@@ -175,8 +175,8 @@ class MiniLM(Trained):
 
     name = "minilm"
     batch = 16
-    # The data to train on hold sentences and their parts, down to single words; shorter ones than
-    # this are left out. So many of the others are to choose on.
+    # The training data hold sentences and their parts, down to single words. Those of less than
+    # ``least`` words are left out; ``held`` of the others are the validation part.
     least, held = 5, 2_000
 
     def _model(self, files: Files) -> nnx.Module:
@@ -250,6 +250,7 @@ CLASSES: dict[str, type[Network]] = {
     kind.name: kind for kind in (ResNet20, Akamaster, Squeeze, Mlp, Characters, MiniLM)
 }
 NETWORKS = tuple(CLASSES)
+PRETRAINED = ("resnet20", "akamaster")
 # Settings were chosen on validation data of these; the others only verify them.
 DEVELOPED_ON = ("resnet20", "squeezenet", "mlp", "minilm")
 
@@ -267,4 +268,6 @@ def network(name: str, files: Files) -> Network:
     """
     if name not in CLASSES:
         raise ValueError(f"expected one of {', '.join(NETWORKS)}, got {name}.")
-    return CLASSES[name](files)
+    found = CLASSES[name](files)
+    found.prepare()
+    return found

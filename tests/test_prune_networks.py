@@ -1,16 +1,18 @@
 """The pruning experiment, in small."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import prune_networks
 import prune_tables
+import pruning_network
 import pruning_results
 import pruning_tasks
 import pytest
-from prune_tables import CHITA, DEFAULT, GRIDS, MAGNITUDE, REFERENCE_BLOCKS, chosen_damping
+from prune_tables import CHITA, DEFAULT, GRIDS, MAGNITUDE, REFERENCE_BLOCKS
 from pruning_methods import CHOICES, first_order
 from pruning_runs import (
     FULL,
@@ -20,6 +22,7 @@ from pruning_runs import (
     Run,
     filled,
     test_runs,
+    tried_dampings,
     validation_runs,
 )
 
@@ -58,8 +61,8 @@ def test_every_run_is_measured_and_shown_once(tmp_path, monkeypatch, capsys):
     assert all(f"| {method} |" in text for method in METHODS)
     assert all(f"| {kind} |" in text for kind in CHOICES)
     assert "| channels, 1 x | 25.0% |" in text
-    assert "default, trained by mfac" in text
-    assert "wait for" not in capsys.readouterr().out
+    assert "default, trained by mfacw" in text
+    assert "waits for" not in capsys.readouterr().out
 
     lost = next(key for key in results["runs"] if key.startswith("patterns"))
     del results["runs"][lost]
@@ -72,9 +75,19 @@ def test_every_run_is_measured_and_shown_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prune_networks.parallel, "write_up", lambda *_: None)
     prune_networks.main(arguments)
     assert measured == [lost]
-    path.write_text(path.read_text().replace(prune_networks.code_hash(), "another code"))
-    with pytest.raises(SystemExit, match=r"comes from elsewhere: expected .*got .*another code"):
-        prune_networks.main(arguments)
+    for wrong, words in (
+        (("environment", "code"), r"comes from elsewhere: expected {'code': .*got .*'another'"),
+        (("environment", "experiment"), r"expected {'experiment': .*got .*'another'"),
+        (("dense", "resnet20", "digest"), "those of other weights of resnet20"),
+    ):
+        changed = json.loads(json.dumps(results))
+        place = changed
+        for key in wrong[:-1]:
+            place = place[key]
+        place[wrong[-1]] = "another"
+        path.write_text(json.dumps(changed))
+        with pytest.raises(SystemExit, match=words):
+            prune_networks.main(arguments)
 
 
 def test_full_size_covers_what_is_compared():
@@ -105,35 +118,66 @@ def test_full_size_covers_what_is_compared():
     }
 
 
-def tried(network, method, steps, accuracies):
-    return {
-        Run("dampings", network, method, steps, 0.9, damping=damping).key: {"accuracy": accuracy}
-        for damping, accuracy in zip(GRIDS[method], accuracies, strict=True)
+def accuracies(planned, values):
+    return {run.key: {"accuracy": v} for run, v in zip(planned, values, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("network", "method", "part", "steps", "of", "of_steps"),
+    [
+        ("resnet20", CHITA, "recomputation", 8, "resnet20", 8),
+        ("resnet20", CHITA, "authors", 16, "resnet20", 16),
+        ("akamaster", CHITA, "recomputation", 8, "resnet20", 8),
+        ("characters", REFERENCE_BLOCKS, "one_shot", 1, "resnet20", 1),
+        ("minilm", REFERENCE_BLOCKS, "recomputation", 16, "minilm", 8),
+        ("minilm", CHITA, "recomputation", 8, "minilm", 1),  # too slow for eight steps
+    ],
+)
+def test_a_damping_is_the_best_on_validation_data(network, method, part, steps, of, of_steps):
+    (run, *_) = [
+        r
+        for r in test_runs(network, FULL[network])
+        if (r.method, r.part, r.steps) == (method, part, steps)
+    ]
+    tried = tried_dampings(run, FULL)
+    assert {(r.part, r.network, r.method, r.steps) for r in tried} == {
+        ("dampings", of, method, of_steps)
     }
+    assert [r.damping for r in tried] == [*GRIDS[method]]
+    runs = accuracies(tried, range(len(tried)))
+    assert filled(run, runs, FULL).damping == GRIDS[method][-1]
+    runs[tried[0].key]["recalibrated"] = 99.0
+    assert filled(run, runs, FULL).damping == GRIDS[method][0]
+    runs[tried[0].key] |= {"accuracy": math.nan, "recalibrated": math.nan}  # it failed
+    assert filled(run, runs, FULL).damping == GRIDS[method][-1]
+    del runs[tried[-1].key]
+    with pytest.raises(LookupError, match=f"waits for --networks {of} --only dampings"):
+        filled(run, runs, FULL)
 
 
-def test_a_damping_is_the_best_on_validation_data():
-    runs = tried("resnet20", CHITA, 8, [1.0, 3.0, 2.0]) | tried("mlp", CHITA, 1, [3.0, 2.0, 1.0])
-    assert chosen_damping(runs, "resnet20", CHITA, 8) == GRIDS[CHITA][1]
-    assert chosen_damping(runs, "mlp", CHITA, 8) == GRIDS[CHITA][0]  # of another number of steps
-    assert chosen_damping(runs, "akamaster", CHITA, 8) == GRIDS[CHITA][1]
-    best = Run("dampings", "resnet20", CHITA, 8, 0.9, damping=GRIDS[CHITA][2]).key
-    runs[best]["recalibrated"] = 4.0
-    assert chosen_damping(runs, "resnet20", CHITA, 8) == GRIDS[CHITA][2]
-    del runs[best]
-    with pytest.raises(LookupError, match="no damping of CHITA, whole was chosen for akamaster"):
-        chosen_damping(runs, "akamaster", CHITA, 8)
-
-
-def test_what_is_not_chosen_yet_waits():
+def test_a_learning_rate_is_the_best_on_validation_data():
     scale = FULL["resnet20"]
     run = next(r for r in test_runs("resnet20", scale) if r.part == "gradual")
     rates = [r for r in validation_runs("resnet20", scale) if r.part == "rates"]
-    runs = {r.key: {"accuracy": 100 * r.rate} for r in rates}
-    assert filled(run, runs, scale).rate == max(RATES[run.what])
+    runs = accuracies(rates, [100 * r.rate for r in rates])
+    assert filled(run, runs, FULL).rate == max(RATES[run.what])
     del runs[rates[0].key]
-    with pytest.raises(LookupError, match="no learning rate of SGD was chosen for resnet20"):
-        filled(run, runs, scale)
+    with pytest.raises(LookupError, match="SGD: waits for --networks resnet20 --only rates"):
+        filled(run, runs, FULL)
+
+
+def test_a_method_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise FloatingPointError("no setting gives a finite loss")
+
+    monkeypatch.setattr(prune_networks.pruning, "prune", fail)
+    setup = prune_networks.Setup(None, (), None, tmp_path, True)
+    run = Run("recomputation", "resnet20", MAGNITUDE, 2, 0.8, count=8)
+    found = prune_networks.measure(setup, run)
+    assert found["failed"] == "no setting gives a finite loss"
+    times = {"seconds": 1.0, "processor_seconds": 1.0, "device": "a", "date": "2026-11-28"}
+    shown = prune_tables.tables(results_of({run.key: found | times}))["resnet20-recomputation"]
+    assert "| magnitude | failed / failed |  |" in shown
 
 
 def outcome(accuracy, **more):
@@ -203,7 +247,7 @@ def test_the_first_order_term():
 def test_what_is_missing_is_said(tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     cases = {
-        "resnet20": r"resnet20 needs its pretrained weights: .*got None",
+        "resnet20": r"resnet20 needs its pretrained weights: .*got None\..*public: .*IST-DASLab",
         "mlp": r"no mnist.npz in None: name its folder by --data-dir",
         "characters": r"no tinyshakespeare.txt in None",
     }
@@ -216,4 +260,17 @@ def test_what_is_missing_is_said(tmp_path, capsys):
         prune_networks.main([*out, "--networks", "resnet20", "--weights", f"resnet20={wrong}"])
     with pytest.raises(SystemExit):
         prune_networks.main([*out, "--weights", "resnet=x.npz"])
-    assert "--weights takes NAME=FILE with a NAME of resnet20, " in capsys.readouterr().err
+    assert (
+        "--weights takes NAME=FILE with a NAME of resnet20, akamaster;" in capsys.readouterr().err
+    )
+
+
+def test_what_is_missing_is_said_before_anything_is_trained(tmp_path, monkeypatch):
+    images = {"x_train": np.zeros((64, 28, 28), np.uint8), "y_train": np.zeros(64, np.int32)}
+    images |= {"x_test": images["x_train"], "y_test": images["y_train"]}
+    np.savez(tmp_path / "mnist.npz", **images)
+    monkeypatch.setattr(pruning_network.Trained, "_train", None)  # cannot be called
+    with pytest.raises(SystemExit, match=r"no tinyshakespeare.txt in"):
+        prune_networks.main(
+            ["--data-dir", str(tmp_path), "--out", str(tmp_path), "--networks", "mlp", "characters"]
+        )

@@ -100,15 +100,15 @@ def test_no_batch_has_an_example_of_another_part(name, folder, monkeypatch):
 @pytest.mark.slow
 def test_characters_are_calibrated_on_text_that_no_batch_reads(folder, monkeypatch):
     net = small("characters", folder)
-    text = optimizer_tasks.Characters(None, smoke=True)._text
-    before = net._task._text
+    text = optimizer_tasks.Characters(None, smoke=True).text
+    before = net._task.text
     held = np.concatenate([np.append(x[:, 0], y[:, -1])[None] for x, y in net.calibration])
     length, count = net._task.length, len(held)
     assert len(before) + count * length < len(text)
     windows = text[len(before) :][: count * length].reshape(count, length)
     assert equal([x[0] for x, _ in net.calibration], list(windows))
     # Every character of a batch comes from the text before.
-    monkeypatch.setattr(net._task, "_text", np.arange(len(before)))
+    monkeypatch.setattr(net._task, "text", np.arange(len(before)))
     for x, y in itertools.islice(net.batches(0, 8), 50):
         assert max(x.max(), y.max()) < len(before)
 
