@@ -10,9 +10,10 @@ weights compensate for it exactly, and the inverse loses its row and column:
 until the block is empty. The score of a weight is the cost of its removal. The mask then cuts the
 scores of all blocks at one level. O(d B^2).
 
-A removal needs one row and the diagonal of the inverse. So the products ``u u^T`` with
-``u = F^-1 e_q / sqrt([F^-1]_qq)`` of several removals are kept, a row is corrected by them when it
-is read, and the inverse changes once for all of them, by one matrix product.
+A removal reads only one row and the diagonal of the inverse. So the inverse changes once for
+several removals, by one matrix product. Until then, the vectors
+``u = F^-1 e_q / sqrt([F^-1]_qq)`` of these removals are kept. Their products ``u u^T`` correct the
+row that is read.
 
 Unlike the saliency of single weights, this score depends on the earlier removals. In a block,
 scores never fall from one removal to the next, so a cut keeps the order.
@@ -111,14 +112,14 @@ def _remove_all(
     quota: int | None,
 ) -> Float[Array, "c B"]:
     whole = quota is None and size > 1
-    # Each time the inverse changes, this many groups or weights have gone.
-    delay = max(_DELAY // size, 1) if whole else _DELAY
+    group = size if whole else 1  # the weights that go together
+    delay = max(_DELAY // group, 1)  # removals between two changes of the inverse
     top = jnp.full_like(weights, jnp.inf)
     side = weights.shape[1]
     blocks = _Block(
         inverse,
-        jnp.zeros((len(weights), delay * (size if whole else 1), side), weights.dtype),
-        jax.vmap(functools.partial(_diagonal_blocks, size=size if whole else 1))(inverse),
+        jnp.zeros((len(weights), delay * group, side), weights.dtype),
+        jax.vmap(functools.partial(_diagonal_blocks, size=group))(inverse),
         weights,
         alive,
         jnp.where(alive, top, jnp.zeros_like(top)),
@@ -155,7 +156,7 @@ def _remove_weight(
     size: int,
     quota: int | None,
 ) -> _Block:
-    """Removes the cheapest weight, as number ``i`` since the inverse has changed."""
+    """Removes the cheapest weight: the ``i``-th removal since the inverse changed."""
     left = block.left
     if quota is not None:
         removed = jnp.sum(~left.reshape(-1, size), axis=1)
@@ -174,7 +175,7 @@ def _remove_weight(
 def _remove_group(
     i: Int[Array, ""], block: _Block, floor: Float[Array, " B"], *, size: int
 ) -> _Block:
-    """Removes the cheapest group, as number ``i`` since the inverse has changed."""
+    """Removes the cheapest group: the ``i``-th removal since the inverse changed."""
     left = block.left.reshape(-1, size)
     groups = GroupBlocks(block.diagonal, floor.reshape(-1, size))
     costs = groups.inverse_quadratic_form(block.weights.reshape(-1, size)) / 2
