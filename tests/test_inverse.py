@@ -65,7 +65,9 @@ def build(g, blocks, packing="flat", damping=LAM):
 
 KEEP = np.arange(D) % 3 > 0
 MASKS = {"all": np.ones(D, bool), "some": KEEP, "none": np.zeros(D, bool)}
-ROW, COLUMN = np.array([[0, 7, 25], [8, 22, 3]]), np.array([1, 7, 23])
+# Not int64: while it traces, JAX keeps an array's dtype from before x64 was switched off.
+ROW = np.array([[0, 7, 25], [8, 22, 3]], np.int32)
+COLUMN = np.array([1, 7, 23], np.int32)
 COEFFICIENTS = np.random.default_rng(9).normal(size=N).astype(np.float32)
 
 

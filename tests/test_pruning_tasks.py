@@ -241,6 +241,8 @@ def test_a_trained_network_is_kept(name, folder, monkeypatch):
     again = network(name, Files(None, {}, None, folder, smoke=True))
     assert jax.tree.structure(again.params) == jax.tree.structure(net.params)
     assert equal(again.params, net.params)
+    assert again.training_seconds == pytest.approx(net.training_seconds)
+    assert net.training_seconds > 0
 
 
 def test_an_interrupted_training_resumes_exactly(folder, tmp_path, monkeypatch):
@@ -275,15 +277,15 @@ def test_a_damaged_network_is_an_error(damage, folder, tmp_path):
     elif damage == "empty":
         path.write_bytes(b"")
     elif damage == "shape":
-        np.savez(path, **arrays | {"layers.1.kernel": np.zeros((2, 3), np.float32)})
+        np.savez(path, **arrays | {"0.layers.1.kernel": np.zeros((2, 3), np.float32)})
     else:
-        del arrays["layers.1.kernel"]
+        del arrays["0.layers.1.kernel"]
         np.savez(path, **arrays)
     expected = {
         "cut": r"smoke_mlp.npz cannot be read",
         "empty": r"smoke_mlp.npz cannot be read",
-        "shape": r"expected shape \(6, 4\) for layers.1.kernel, got \(2, 3\)",
-        "missing": r"expected shape \(6, 4\) for layers.1.kernel, got None",
+        "shape": r"expected shape \(6, 4\) for 0.layers.1.kernel, got \(2, 3\)",
+        "missing": r"expected shape \(6, 4\) for 0.layers.1.kernel, got None",
     }
     with pytest.raises(ValueError, match=expected[damage]):
         network("mlp", Files(None, {}, None, tmp_path, smoke=True))

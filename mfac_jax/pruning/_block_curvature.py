@@ -24,7 +24,7 @@ from mfac_jax.pruning._gradients import Curvature, Fill, Gradients, count_of, li
 from mfac_jax.pruning._problem import Grams, Problem
 from mfac_jax.pruning._scope import Selection
 from mfac_jax.pruning._scores import as_score
-from mfac_jax.pruning._search import Setting, default_settings, settings_on
+from mfac_jax.pruning._search import Setting, settings_on
 from mfac_jax.rows import BlockSums, Dense, FileRows, InBlocks, Partition
 from mfac_jax.rows._room import require_room
 
@@ -94,8 +94,7 @@ def settings_in_blocks(
 ) -> tuple[Settings, FisherBlocks | None]:
     """The settings to try, each with its blocks; and the blocks of the sums that a run takes.
 
-    With sums in blocks, settings that need no inverse take the blocks of the others, and so do
-    default settings that have none.
+    With sums in blocks, settings that need no inverse take the blocks of the others.
 
     Args:
         gradients: how the run takes gradients.
@@ -113,8 +112,7 @@ def settings_in_blocks(
     plain = settings_on(selection, settings)
     if gradients.in_blocks is False:
         return plain, None
-    pairs = plain if settings else settings_on(selection, _default_in_blocks(selection))
-    inverting = [(setting, cut) for setting, cut in pairs if _needs_inverse(setting)]
+    inverting = [(setting, cut) for setting, cut in plain if _needs_inverse(setting)]
     why_not = _why_not(inverting, selection)
     if why_not and gradients.in_blocks:
         raise ValueError(
@@ -123,7 +121,7 @@ def settings_in_blocks(
     if why_not or not (gradients.in_blocks or _is_better(gradients, inverting, selection, steps)):
         return plain, None
     shared = inverting[0][1]
-    return tuple((setting, shared) for setting, _ in pairs), shared
+    return tuple((setting, shared) for setting, _ in plain), shared
 
 
 def check_sums(gradients: Gradients, params: PyTree, blocks: FisherBlocks) -> None:
@@ -136,12 +134,6 @@ def check_sums(gradients: Gradients, params: PyTree, blocks: FisherBlocks) -> No
     InBlocks(1, gradients.storage).empty(like(params), 1)  # any number shows what rows can do
     sums = InBlocks(Partition(None, blocks.runs), gradients.storage)
     require_room(sums, like(params), count_of(gradients), "Gradients.count")
-
-
-def _default_in_blocks(selection: Selection) -> list[Setting]:
-    chosen = default_settings(selection.pattern)
-    first = chosen[0].blocks
-    return [s._replace(blocks=first) if s.blocks is None else s for s in chosen]
 
 
 def _needs_inverse(setting: Setting) -> bool:

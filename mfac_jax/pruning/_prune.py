@@ -98,7 +98,7 @@ def prune(
     The quadratic model behind an update cannot decide this: with few gradients it oversteps and
     does not notice. Then the step tries descents, which move the remaining weights a short way
     down the loss. The worse half of the trials ends after a quarter of the calibration batches,
-    and again after half of them, but two stay.
+    but two stay, and all but the best end after half of the batches.
 
     Args:
         params: the parameters, a tree of real floating-point arrays.
@@ -123,10 +123,10 @@ def prune(
             training with :func:`sparse`. Put state that training changes, such as the
             statistics of normalisation layers, into ``params``, where the loss sees it. Exclude
             it from pruning by ``Scope(path_filter=...)``.
-        checkpoint: a folder that keeps finished steps, and the finished gradients of the next
-            one and of the earlier steps that it uses (``4 d`` bytes each) unless they are summed in
-            blocks. Plans do not count them. After an interruption, even
-            by ``kill -9``, the same call goes on where it stopped, with the same result:
+        checkpoint: a folder that keeps finished steps, also before ``fine_tune``, and the
+            finished gradients of the next one and of the earlier steps that it uses (``4 d`` bytes
+            each) unless they are summed in blocks. Plans do not count them. After an interruption,
+            even by ``kill -9``, the same call goes on where it stopped, with the same result:
             ``batches`` and ``fine_tune`` must then do the same again. The folder may be removed
             afterwards. It is for parameters of one process.
         progress: whether to show a progress bar in a terminal or notebook.
@@ -142,7 +142,7 @@ def prune(
             no calibration batches or settings, or ``in_blocks`` is true and the settings do not
             share their blocks; or ``fine_tune`` returns parameters of another structure, shape or
             dtype. That raises when it returns, and a malformed batch when it is read; every other
-            error comes before any work.
+            error comes before any work. With ``checkpoint``, the step's search is not lost.
         FloatingPointError: a weight, the loss on the calibration batches, a gradient, every loss
             of a step, or the loss after ``fine_tune`` is not finite.
         OSError: the folder of ``checkpoint`` cannot be written, another process uses it, or the
@@ -180,12 +180,13 @@ def prune(
         origin = run.origin(params, alive, gradients, loss)
         record = Record(checkpoint, origin, params, gradients, settings, search.descents)
         state = record.load(state)
+    save = functools.partial(_save, record, num_kept=curvature.num_earlier or 0)
     first, total = len(state.reports), len(plan.targets)
+    state = run.fine_tuned(state, save) if first else state
     if record is not None and 0 < first < total:
         stream.skip(state.batches - stream.taken)
         curvature.resume(first, record.gradients)
-    hidden = None if progress else True  # on None tqdm stays silent in a file
-    with tqdm(total=total, initial=first, unit="step", desc="pruning", disable=hidden) as bar:
+    with _bar(total, first, progress) as bar:
         for number in range(first, total):
             fill = functools.partial(
                 _fill,
@@ -198,12 +199,23 @@ def prune(
                 progress=progress,
             )
             state = run.step(state, number, fill)._replace(batches=stream.taken)
-            if record is not None:
-                record.save(state, curvature.num_earlier or 0)
+            state = run.fine_tuned(save(state), save)
             bar.update()
             bar.set_postfix(loss=f"{state.loss:.4g}", sparsity=f"{state.reports[-1].sparsity:.1%}")
     report = PruneReport(tuple(state.reports), plan.layers(state.alive))
     return Pruned(state.params, plan.whole(state.alive), report)
+
+
+def _save(record: Record | None, state: State, *, num_kept: int) -> State:
+    """Keeps a state, if there is a record, and returns it."""
+    if record is not None:
+        record.save(state, num_kept)
+    return state
+
+
+def _bar(total: int, first: int, progress: bool) -> Any:
+    hidden = None if progress else True  # on None tqdm stays silent in a file
+    return tqdm(total=total, initial=first, unit="step", desc="pruning", disable=hidden)
 
 
 def _fill(
@@ -404,7 +416,7 @@ class _Run:
         }
 
     def step(self, state: State, number: int, fill: Fill) -> State:
-        """The state after one more step."""
+        """The state after one more step, before ``fine_tune``."""
         target, began = self.plan.targets[number], time.perf_counter()
         self.curvature.take(fill, state.alive)
         gradient_seconds = time.perf_counter() - began
@@ -413,14 +425,26 @@ class _Run:
         step = Searcher(state.params, state.alive, self.curvature, selection, self.loss).step(
             self.settings, self.descents, target, keep_layers=plan.keep_layers
         )
-        params, alive, tuned = step.params, step.mask, None
-        if self.fine_tune is not None:
-            params = plan.fine_tuned(self.fine_tune, params, alive)
-            tuned = _finite(self.loss.mean(params), "the loss after fine_tune")
+        report = _report(step, selection, state.loss, gradient_seconds, began)
+        params, reports = _placed(step.params, state.params), [*state.reports, report]
+        return State(params, step.mask, report.loss_after, reports, state.batches)
+
+    def fine_tuned(self, state: State, save: Callable[[State], State]) -> State:
+        """The state after ``fine_tune``, unless the last step was fine-tuned before."""
+        *earlier, last = state.reports
+        if self.fine_tune is None or last.loss_tuned is not None:
+            return state
+        began = time.perf_counter()
+        params = self.plan.fine_tuned(self.fine_tune, state.params, state.alive)
+        loss = _finite(self.loss.mean(params), "the loss after fine_tune")
+        last = dataclasses.replace(
+            last,
+            loss_tuned=loss,
+            seconds=last.seconds + time.perf_counter() - began,
+            peak_memory=peak_memory(),
+        )
         params = _placed(params, state.params)
-        report = _report(step, selection, state.loss, tuned, gradient_seconds, began)
-        loss = report.loss_after if tuned is None else tuned
-        return State(params, alive, loss, [*state.reports, report], state.batches)
+        return save(state._replace(params=params, loss=loss, reports=[*earlier, last]))
 
 
 def _kind(storage: Storage) -> str:
@@ -472,7 +496,6 @@ def _report(
     step: Step,
     selection: Selection,
     loss_before: float,
-    loss_tuned: float | None,
     gradient_seconds: float,
     began: float,
 ) -> StepReport:
@@ -483,7 +506,7 @@ def _report(
         tried=step.tried,
         loss_before=loss_before,
         loss_after=step.tried[step.chosen].loss,
-        loss_tuned=loss_tuned,
+        loss_tuned=None,
         predicted_loss_increase=float(step.info.predicted_loss_increase),
         update_norm=float(step.info.update_norm),
         removed_norm=float(step.info.removed_norm),

@@ -106,8 +106,7 @@ def _dampings(setting: Setting) -> str:
     return f"{own} (score: {setting.score_damping:g})"
 
 
-# The setting of the paper's code with the whole Fisher, and magnitude without an update.
-_REFERENCE = Setting("mfac", "reference", None, 1e-5)
+# Magnitude without an update; the damping is unused.
 _NOTHING = Setting("magnitude", "none", None, 1e-5)
 # The gradients of two steps determine blocks of at most this many weights well, so a small damping
 # suits them.
@@ -125,10 +124,9 @@ def default_settings(pattern: Pattern = Unstructured()) -> tuple[Setting, ...]: 
         pattern: the pattern to prune in.
 
     Returns:
-        A greedy mask inside the blocks of outputs, with joint updates at two dampings; the setting
-        of the paper's code with the whole Fisher; and magnitude without an update. For patterns
-        without a common group size, or with very large groups, joint updates in a block for
-        each leaf replace the first two.
+        A greedy mask inside the blocks of outputs, with joint updates at two dampings; and
+        magnitude without an update. For patterns without a common group size, or with very large
+        groups, joint updates in a block for each leaf replace the first two.
 
     Raises:
         TypeError: ``pattern`` is not a pattern.
@@ -137,10 +135,10 @@ def default_settings(pattern: Pattern = Unstructured()) -> tuple[Setting, ...]: 
     size = pattern.group_size
     if size is None or size > LARGEST_GREEDY or not pattern.supports_greedy:
         joint = Setting("mfac", "joint", "leaf", _RELATIVE_DAMPING, (1.0, 0.5), relative=True)
-        return joint, _REFERENCE, _NOTHING
+        return joint, _NOTHING
     within = Setting("greedy", "joint", WithinOutputs(_BLOCK), _RELATIVE_DAMPING, relative=True)
     more = within._replace(damping=10 * _RELATIVE_DAMPING, score_damping=_RELATIVE_DAMPING)
-    return within, more, _REFERENCE, _NOTHING
+    return within, more, _NOTHING
 
 
 # Compared by identity: two arrays of a batch are not simply equal or different.

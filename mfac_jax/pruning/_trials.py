@@ -1,7 +1,7 @@
 """One pruning step of a search: tries every setting and descent, and the measured loss decides.
 
-The trials are in a race: after a quarter and after half of the calibration batches, the worse half
-of them is given up, but two stay.
+The trials are in a race: after a quarter of the calibration batches the worse half of them is given
+up, but two stay; after half of the batches all but the best.
 """
 
 from __future__ import annotations
@@ -212,9 +212,8 @@ class Searcher:
                 candidates[i].measure(self._loss, until)
             left = [i for i in left if math.isfinite(candidates[i].loss)]
             left.sort(key=lambda i: (candidates[i].loss, i))
-            if share > 1:
-                kept = max((len(left) + 1) // 2, 2)
-                left, given_up = left[:kept], left[kept:] + given_up
+            kept = max((len(left) + 1) // 2, 2) if share == _SHARES[0] else 1
+            left, given_up = left[:kept], left[kept:] + given_up
         # If those that stay turn out to be not finite on later batches, the others may be finite.
         while not left and given_up:
             i = given_up.pop(0)
