@@ -158,7 +158,7 @@ class Experiment:
         network, run = self.network, self.run
         count, given = (1, None) if run.method == MAGNITUDE else (run.count, None)
         batches = network.batches(run.seed, self.batch)
-        if run.part == "one_shot" and run.method != MAGNITUDE:
+        if run.method != MAGNITUDE:
             given = self._gradients()
         held_out = network.calibration
         pruned = pruning.prune(
@@ -194,12 +194,16 @@ class Experiment:
             batch=self.batch,
             config=Chita(run.damping, CHITA_BLOCK if run.method == CHITA_BLOCKS else None),
             is_pruned=network.is_pruned,
-            given=self._gradients() if run.part == "one_shot" else None,
+            given=self._gradients(),
         )
         return self._outcome(params) | {"step_seconds": seconds}
 
     def _gradients(self) -> Any:
+        """The gradients of the only step, which other runs share; None for several steps."""
         run = self.run
+        if run.steps > 1:
+            _gradients.cache_clear()  # they may take much memory
+            return None
         return _gradients(self.network, run.seed, self.batch, run.count)
 
     def _outcome(self, params: Any) -> dict[str, Any]:
@@ -223,7 +227,7 @@ def _divisible(chosen: Callable[[str, Any], bool], pattern: pruning.Pattern) -> 
 
 @functools.lru_cache(maxsize=1)
 def _gradients(network: Any, seed: int, batch: int, count: int) -> Any:
-    """The gradients of one-shot pruning, the same for all sparsities."""
+    """The gradients of one-shot pruning, the same for all methods and sparsities."""
     batches = network.batches(seed, batch)
     return collect_gradients(network.loss, network.params, batches, count, progress=False)
 

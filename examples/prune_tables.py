@@ -173,14 +173,23 @@ def _text(value: Any) -> str:
 
 
 def _seconds(found: dict[Key, Any], method: str) -> list[str]:
-    """The median time of a step beside its gradients, without the first two, which compile."""
-    runs = [
-        run for key, run in found.items() if (key.method, key.part) == (method, "recomputation")
-    ]
-    seconds = [second for run in runs for second in run["step_seconds"][2:]]
-    if not runs:
+    runs = {_SEPARATOR.join(map(_text, key)): run for key, run in found.items()}
+    if not of_part(runs, "recomputation"):
         return []
-    return [f"{np.median(seconds):.1f} s" if seconds else ""]
+    seconds = step_seconds(runs, next(iter(found)).network, method)
+    return ["" if seconds is None else f"{seconds:.1f} s"]
+
+
+def step_seconds(runs: dict[str, Any], network: str, method: str) -> float | None:
+    """The median time of a step beside its gradients, without the first two, which compile."""
+    found = of_part(runs, "recomputation", network)
+    seconds = [
+        second
+        for key, run in found.items()
+        if key.method == method
+        for second in run["step_seconds"][2:]
+    ]
+    return float(np.median(seconds)) if seconds else None
 
 
 def both(cell: Cell) -> str:

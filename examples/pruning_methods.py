@@ -101,6 +101,7 @@ CHOICES: dict[str, Callable[[], Choice]] = {
     "the paper's setting as well": lambda: ({}, {"settings": _with_reference()}, False),
     "no descents": lambda: ({}, {"descents": ()}, False),
     "no history": lambda: ({"history": 0}, {}, False),
+    "history of three steps": lambda: ({"history": 3}, {}, False),
     BARE: lambda: _bare(pruning.default_settings()[0]),
     f"{BARE}, first-order term in the update": lambda: _bare(first_order(1 / 32, in_mask=False)),
     f"{BARE}, first-order term in both": lambda: _bare(first_order(1 / 32, in_mask=True)),

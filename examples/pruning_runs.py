@@ -193,17 +193,14 @@ def validation_runs(name: str, scale: Scale) -> list[Run]:
     one, several = scale.counts
     todo = []
     if name in pruning_tasks.DEVELOPED_ON:
-        for method, grid in GRIDS.items():
-            todo += [
-                Run("dampings", name, method, steps, sparsity, 0, damping, count)
-                for steps, sparsity, count in (
-                    (1, 0.8, one),
-                    (scale.tuning, scale.middle, several),
-                )
-                for damping in grid
-                if scale.has(method, 1, sparsity)
-                if steps == 1 or scale.chita is None or method == REFERENCE_BLOCKS
-            ]
+        todo += [
+            Run("dampings", name, method, steps, sparsity, 0, damping, count)
+            for steps, sparsity, count in ((1, 0.8, one), (scale.tuning, scale.middle, several))
+            for method, grid in GRIDS.items()
+            for damping in grid
+            if scale.has(method, 1, sparsity)
+            if steps == 1 or scale.chita is None or method == REFERENCE_BLOCKS
+        ]
     if scale.authors and name in pruning_tasks.DEVELOPED_ON:
         count, batch, _ = scale.authors
         todo += [

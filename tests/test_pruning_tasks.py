@@ -313,3 +313,14 @@ def test_missing_files_are_named(name, missing, tmp_path):
 def test_unknown_networks_are_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"expected one of resnet20, .*minilm, got lenet"):
         network("lenet", Files(None, {}, None, tmp_path))
+
+
+def test_training_batches_of_sentences_hide_some_words(folder):
+    net = small("minilm", folder)
+    tokens = np.tile(np.array([101, 7, 8, 9, 102, 0, 0], np.int32), (2000, 1))
+    found = net.augment(np.random.default_rng(0), tokens)
+    assert found.dtype == tokens.dtype
+    changed = found != tokens
+    assert not changed[:, [0, 4, 5, 6]].any()
+    assert changed[:, 1:4].mean() == pytest.approx(0.1, abs=0.015)
+    assert len(np.unique(found[changed])) == 1
