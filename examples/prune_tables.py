@@ -21,8 +21,8 @@ DEFAULT = "default"
 # The dampings to choose from, relative to the mean of the diagonal of the Fisher.
 GRIDS = {
     REFERENCE_BLOCKS: (0.03, 0.3, 3.0, 30.0),
-    CHITA: (10.0, 100.0, 1000.0),
-    CHITA_BLOCKS: (10.0, 100.0, 1000.0),
+    CHITA: (10.0, 100.0, 1000.0, 10_000.0),
+    CHITA_BLOCKS: (10.0, 100.0, 1000.0, 10_000.0),
 }
 TITLES = {
     "resnet20": "ResNet-20 of the M-FAC paper, CIFAR-10",
