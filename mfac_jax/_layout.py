@@ -18,6 +18,9 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 PyTree = Any
 
+# Errors show two tree structures whole up to this length together.
+_LONGEST = 500
+
 
 @jax.tree_util.register_static
 class Layout:
@@ -157,12 +160,28 @@ class Layout:
             # nnx.Optimizer calls init with variables and update with the arrays in them. A tree
             # with the same paths therefore fits as well.
             named = jax.tree_util.tree_leaves_with_path(tree)
-            if tuple(_path(path) for path, _ in named) != self.paths:
+            paths = tuple(_path(path) for path, _ in named)
+            if paths != self.paths:
                 raise ValueError(
                     f"{name} does not have the structure of the parameters: "
-                    f"expected {self.treedef}, got {treedef}."
+                    f"{self._difference(treedef, paths)}."
                 )
         return leaves
+
+    def _difference(self, treedef: Any, paths: tuple[str, ...]) -> str:
+        """How a tree differs; of large trees, only leaves that differ are named."""
+        whole = f"expected {self.treedef}, got {treedef}"
+        if len(whole) <= _LONGEST:
+            return whole
+        missing = [path for path in self.paths if path not in paths]
+        unknown = [path for path in paths if path not in self.paths]
+        shown = [
+            f"{verb} {len(names)} leaves ({', '.join(n or 'no path' for n in names[:3])}"
+            f"{', ...' if len(names) > 3 else ''})"
+            for verb, names in (("misses", missing), ("has other", unknown))
+            if names
+        ]
+        return f"it {' and '.join(shown)}" if shown else f"expected {self.paths}, got {paths}"
 
     def flatten(self, tree: PyTree, dtype: jnp.dtype, name: str) -> Float[Array, " d"]:
         """``tree`` as one vector of ``dtype``; the inverse of :meth:`unflatten`."""

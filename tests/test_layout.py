@@ -63,6 +63,21 @@ def test_another_structure_is_refused_and_both_are_shown():
     assert str(jax.tree.structure({"w": 0})) in message
 
 
+def test_of_large_trees_only_the_leaves_that_differ_are_named():
+    params = {f"layer{i}": {"kernel": 0.0, "bias": 0.0} for i in range(30)}
+    layout = Layout(params)
+    with pytest.raises(ValueError, match="structure") as error:
+        layout.check(params | {"layer7": {"kernel": 0.0, "scale": 0.0}}, "gradient")
+    assert str(error.value) == (
+        "gradient does not have the structure of the parameters: it misses 1 leaves "
+        "(['layer7']['bias']) and has other 1 leaves (['layer7']['scale'])."
+    )
+    with pytest.raises(ValueError, match=r"misses 60 leaves \(\['layer0'\].*, \.\.\.\) and has"):
+        layout.check([0.5, 0.5], "gradient")
+    with pytest.raises(ValueError, match=r"misses 60 .* and has other 1 leaves \(no path\)"):
+        layout.check(0.5, "gradient")
+
+
 def test_the_same_size_in_another_shape_is_refused_and_both_are_shown():
     turned = TREE | {"w": TREE["w"].T}
     with pytest.raises(ValueError, match=r"gradient\['w'\].*expected \(2, 3\), got \(3, 2\)"):

@@ -151,13 +151,9 @@ def _fractions(sparsity: ArrayLike | PyTree, selection: Selection) -> list[float
     layout = selection.layout
     if sparsity is None or jax.tree_util.all_leaves([sparsity]):
         return None
-    if jax.tree.structure(sparsity) != layout.treedef:
-        raise ValueError(
-            "sparsity must be a number, or a tree of numbers with the structure of the "
-            f"parameters: expected {layout.treedef}, got {jax.tree.structure(sparsity)}."
-        )
     chosen = []
-    leaves = zip(layout.paths, selection.keep, jax.tree.leaves(sparsity), strict=True)
+    fractions = layout.leaves(sparsity, "sparsity, unless it is a number,")
+    leaves = zip(layout.paths, selection.keep, fractions, strict=True)
     for path, kept, fraction in leaves:
         _checks.unit_interval(fraction, f"sparsity{path}")
         if not kept and fraction != 0:
@@ -175,12 +171,7 @@ def _costs(scope: Scope, selection: Selection, is_number: bool) -> tuple[int, ..
         return (1,) * len(selection.sizes)
     if not is_number:
         raise ValueError("costs need one number as sparsity, got a tree of numbers.")
-    if jax.tree.structure(costs) != layout.treedef:
-        raise ValueError(
-            "costs must have the structure of the parameters: "
-            f"expected {layout.treedef}, got {jax.tree.structure(costs)}."
-        )
-    pairs = zip(layout.paths, selection.keep, jax.tree.leaves(costs), strict=True)
+    pairs = zip(layout.paths, selection.keep, layout.leaves(costs, "costs"), strict=True)
     chosen = [_checks.positive_int(cost, f"costs{path}") for path, kept, cost in pairs if kept]
     unit = math.gcd(*chosen)
     return tuple(cost // unit for cost in chosen)
