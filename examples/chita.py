@@ -22,7 +22,8 @@ Departures from the paper and its code: pruned weights do not return in later st
 all alive weights, not on an active set, because each of its passes over G is cheap. Trial steps are
 fixed multiples of the best step on the present support; the authors' code searches from the step at
 which the support changes. The block form repeats IHT; the authors' code takes one step. Blocks are
-cut from the alive weights in memory order; theirs stay the same when weights are pruned.
+cut from the alive weights, output by output (last axis); theirs stay the same when weights are
+pruned.
 
 References:
     Benbaki, Chen, Meng, Hazimeh, Ponomareva, Zhao, Mazumder, "Fast as CHITA: Neural Network
@@ -120,6 +121,7 @@ def prune(
 
     shapes = [leaves[i].shape for i in chosen]
     w = np.concatenate([np.asarray(leaves[i]).ravel() for i in chosen])
+    order = _by_output(shapes)
     alive = np.ones(w.size, bool)
     seconds = []
     for number, sparsity in enumerate(sparsities):
@@ -132,9 +134,9 @@ def prune(
             parts = _ranges(values, range(len(values)))
         begin = time.perf_counter()
         k = w.size - round(sparsity * w.size)
-        matrix = _matrix(rows, parts, w.size)
-        del rows  # A stage needs memory for copies of the matrix.
-        w, alive, _ = stage(w, alive, matrix, k, config, batch)
+        matrix = [_matrix(rows, parts, w.size)]
+        del rows  # A stage needs memory for copies of the matrix, and frees the matrix itself.
+        w, alive, _ = stage(w, alive, matrix.pop(), k, config, batch, order)
         seconds.append(time.perf_counter() - begin)
 
     every = [jnp.ones(np.shape(leaf), bool) for leaf in leaves]
@@ -145,7 +147,13 @@ def prune(
 
 
 def stage(
-    w: np.ndarray, alive: np.ndarray, rows: np.ndarray, k: int, config: Chita, batch: int
+    w: np.ndarray,
+    alive: np.ndarray,
+    rows: np.ndarray,
+    k: int,
+    config: Chita,
+    batch: int,
+    order: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Prunes to exactly k weights and moves them to the minimiser.
 
@@ -156,6 +164,7 @@ def stage(
         k: the number of weights that stay.
         config: the settings.
         batch: B, the number of examples behind each gradient.
+        order: the order of the weights for the blocks, (d,) int; by default their own.
 
     Returns:
         The weights, which of them are alive, and the objective f at the start, after each
@@ -164,8 +173,7 @@ def stage(
     Raises:
         ValueError: k, the damping or a shape is not as expected.
     """
-    coordinates = np.flatnonzero(alive)
-    d = coordinates.size
+    d, n = int(np.count_nonzero(alive)), len(rows)
     if rows.shape[1:] != w.shape or alive.shape != w.shape:
         raise ValueError(
             f"expected w (d,), alive (d,) and rows (n, d), got {w.shape}, {alive.shape} and "
@@ -176,18 +184,21 @@ def stage(
     if not config.damping > 0:
         raise ValueError(f"damping must be positive, got {config.damping}.")
 
+    coordinates = np.flatnonzero(alive) if order is None else order[alive[order]]
     size = d if config.block is None else min(config.block, d)
     count = -(-d // size)
     # Padding has no gradients and no weights, so it stays zero.
     start = _padded(w[coordinates], count, size)
-    blocks = np.empty((count, len(rows), size), np.float32)
+    blocks = np.empty((count, n, size), np.float32)
     squares = 0.0
     for i, row in enumerate(rows):
         blocks[:, i] = _padded(row[coordinates], count, size)
         squares += float(np.vdot(blocks[:, i], blocks[:, i]))
-    ridge = config.damping * squares / (len(rows) * d)
+    ridge = config.damping * squares / (n * d)
+    del rows
 
     on_device = jnp.asarray(blocks), jnp.asarray(start)
+    blocks = np.asarray(on_device[0])  # which is no copy on a CPU
     scalars = jnp.float32(ridge), jnp.float32(1 / batch)
     found, values, length = _iterate(*on_device, jnp.int32(k), *scalars, config.iterations)
     kept = _exactly(k, np.asarray(found).ravel()[:d] != 0, start.ravel()[:d])
@@ -325,6 +336,12 @@ def _back_solve(
     z = np.linalg.solve(gram + n * ridge * np.eye(n), c)
     moves = [rows[:, part].T.astype(np.float64) @ z for part in parts]
     return np.where(kept, start - np.concatenate(moves), 0).astype(np.float32)
+
+
+def _by_output(shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """The coordinates of some leaves, leaf by leaf and output by output."""
+    places = _split(np.arange(sum(int(np.prod(shape)) for shape in shapes)), shapes)
+    return np.concatenate([np.moveaxis(x, -1, 0).ravel() if x.ndim else x.ravel() for x in places])
 
 
 def _padded(vector: np.ndarray, count: int, size: int) -> np.ndarray:

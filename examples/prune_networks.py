@@ -159,7 +159,7 @@ class Experiment:
         count, given = (1, None) if run.method == MAGNITUDE else (run.count, None)
         batches = network.batches(run.seed, self.batch)
         if run.method != MAGNITUDE:
-            given = self._gradients()
+            given = self._given()
         held_out = network.calibration
         pruned = pruning.prune(
             network.params,
@@ -194,11 +194,11 @@ class Experiment:
             batch=self.batch,
             config=Chita(run.damping, CHITA_BLOCK if run.method == CHITA_BLOCKS else None),
             is_pruned=network.is_pruned,
-            given=self._gradients(),
+            given=self._given(),
         )
         return self._outcome(params) | {"step_seconds": seconds}
 
-    def _gradients(self) -> Any:
+    def _given(self) -> Any:
         """The gradients of the only step, which other runs share; None for several steps."""
         run = self.run
         if run.steps > 1:
@@ -340,6 +340,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                         todo.append(filled(run, results["runs"], setup.scales))
                     except LookupError as error:
                         waiting.append(str(error))
+        for run in todo:
+            known = results["runs"].get(run.key, {})
+            if (known.get("damping"), known.get("rate", 0.0)) != (run.damping, run.rate):
+                results["runs"].pop(run.key, None)  # of another choice
         todo.sort(key=lambda run: list(PARTS).index(run.part))
         arguments = {run.key: (setup, run) for run in todo}
         parallel.perform(measure, arguments, results, path, workers=workers)

@@ -103,7 +103,7 @@ class Layout:
             The leaves of ``tree``.
 
         Raises:
-            ValueError: the structure or a shape differs; the message shows both.
+            ValueError: the structure or a shape differs; the message says how.
             TypeError: a leaf is not a real floating-point array.
         """
         leaves = self.leaves(tree, name)
@@ -128,7 +128,7 @@ class Layout:
             The leaves of ``mask``, in the shapes of the layout.
 
         Raises:
-            ValueError: the structure or a shape differs; the message shows both.
+            ValueError: the structure or a shape differs; the message says how.
             TypeError: a leaf is not boolean.
         """
         leaves = self.leaves(mask, name)
@@ -176,12 +176,12 @@ class Layout:
         missing = [path for path in self.paths if path not in paths]
         unknown = [path for path in paths if path not in self.paths]
         shown = [
-            f"{verb} {len(names)} leaves ({', '.join(n or 'no path' for n in names[:3])}"
+            f"{word}: {len(names)} ({', '.join(name or 'no path' for name in names[:3])}"
             f"{', ...' if len(names) > 3 else ''})"
-            for verb, names in (("misses", missing), ("has other", unknown))
+            for word, names in (("missing", missing), ("unexpected", unknown))
             if names
         ]
-        return f"it {' and '.join(shown)}" if shown else f"expected {self.paths}, got {paths}"
+        return "; ".join(shown) or "the order of the leaves differs"
 
     def flatten(self, tree: PyTree, dtype: jnp.dtype, name: str) -> Float[Array, " d"]:
         """``tree`` as one vector of ``dtype``; the inverse of :meth:`unflatten`."""

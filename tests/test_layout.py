@@ -69,12 +69,12 @@ def test_of_large_trees_only_the_leaves_that_differ_are_named():
     with pytest.raises(ValueError, match="structure") as error:
         layout.check(params | {"layer7": {"kernel": 0.0, "scale": 0.0}}, "gradient")
     assert str(error.value) == (
-        "gradient does not have the structure of the parameters: it misses 1 leaves "
-        "(['layer7']['bias']) and has other 1 leaves (['layer7']['scale'])."
+        "gradient does not have the structure of the parameters: "
+        "missing: 1 (['layer7']['bias']); unexpected: 1 (['layer7']['scale'])."
     )
-    with pytest.raises(ValueError, match=r"misses 60 leaves \(\['layer0'\].*, \.\.\.\) and has"):
+    with pytest.raises(ValueError, match=r"missing: 60 \(\['layer0'\].*, \.\.\.\); unex"):
         layout.check([0.5, 0.5], "gradient")
-    with pytest.raises(ValueError, match=r"misses 60 .* and has other 1 leaves \(no path\)"):
+    with pytest.raises(ValueError, match=r"missing: 60 .*; unexpected: 1 \(no path\)"):
         layout.check(0.5, "gradient")
 
 

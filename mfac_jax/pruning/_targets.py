@@ -152,7 +152,7 @@ def _fractions(sparsity: ArrayLike | PyTree, selection: Selection) -> list[float
     if sparsity is None or jax.tree_util.all_leaves([sparsity]):
         return None
     chosen = []
-    fractions = layout.leaves(sparsity, "sparsity, unless it is a number,")
+    fractions = layout.leaves(sparsity, "sparsity is no number and")
     leaves = zip(layout.paths, selection.keep, fractions, strict=True)
     for path, kept, fraction in leaves:
         _checks.unit_interval(fraction, f"sparsity{path}")

@@ -294,6 +294,8 @@ class _Candidate:
 
     def measure(self, loss: CalibrationLoss, until: int) -> None:
         """Measures the losses up to a number of batches."""
+        if len(self.losses) >= until:
+            return
         params, finite = self.moved()
         if finite:
             self.losses += loss.on(params, slice(len(self.losses), until))
