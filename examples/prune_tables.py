@@ -18,6 +18,7 @@ MAGNITUDE, OBD = "magnitude", "OBD"
 REFERENCE, REFERENCE_BLOCKS = "reference, whole", "reference, blocks"
 CHITA, CHITA_BLOCKS = "CHITA, whole", "CHITA, blocks"
 DEFAULT = "default"
+METHODS = (MAGNITUDE, OBD, REFERENCE, REFERENCE_BLOCKS, CHITA, CHITA_BLOCKS, DEFAULT)
 # The dampings to choose from, relative to the mean of the diagonal of the Fisher.
 GRIDS = {
     REFERENCE_BLOCKS: (0.03, 0.3, 3.0, 30.0),
@@ -162,7 +163,7 @@ def _grid(title: str, found: dict[Key, Any], head: Callable[[Column], str]) -> s
     columns = sorted({column for row in cells.values() for column in row})
     rows = [
         [method, *[both(row[c]) if c in row else "" for c in columns], *_seconds(found, method)]
-        for method, row in cells.items()
+        for method, row in sorted(cells.items(), key=lambda item: METHODS.index(item[0]))
     ]
     seconds = ["a step"] if any(key.part == "recomputation" for key in found) else []
     return table([title, *map(head, columns), *seconds], rows)
@@ -216,12 +217,13 @@ def _patterns(found: dict[Key, Any]) -> str:
     rows = []
     for name in dict.fromkeys(key.what for key in found):
         of_name = {key.method: (key, run) for key, run in found.items() if key.what == name}
-        key, run = next(iter(of_name.values()))
+        key, _ = next(iter(of_name.values()))
+        sparsities = [run["sparsity"] for _, run in of_name.values() if "sparsity" in run]
         reference = next((m for m in (REFERENCE_BLOCKS, REFERENCE) if m in of_name), REFERENCE)
         cells = [
             _pair(of_name[m][1]) if m in of_name else "" for m in (MAGNITUDE, reference, DEFAULT)
         ]
-        rows.append([f"{name}, {key.steps} x", f"{run['sparsity']:.1%}", *cells])
+        rows.append([f"{name}, {key.steps} x", "".join(f"{s:.1%}" for s in sparsities[:1]), *cells])
     return table(["pattern", "sparsity", MAGNITUDE, "reference", DEFAULT], rows)
 
 
@@ -230,10 +232,10 @@ def _gradual(found: dict[Key, Any]) -> str:
     rows = []
     for method, what in dict.fromkeys((key.method, key.what) for key in found):
         of_row = {k.sparsity: r for k, r in found.items() if (k.method, k.what) == (method, what)}
-        cells = [f"{of_row[c]['accuracy']:.2f}" if c in of_row else "" for c in columns]
+        cells = [spread([of_row[c]["accuracy"]]) if c in of_row else "" for c in columns]
         rows.append([f"{method}, trained by {what}", *cells])
-    epochs = next(iter(found.values()))["training"]
-    return table([f"gradual, {epochs:.2g} epochs in all", *[f"{c:.0%}" for c in columns]], rows)
+    epochs = next((f"{run['training']:.2g} " for run in found.values() if "training" in run), "")
+    return table([f"gradual, {epochs}epochs a run", *[f"{c:.0%}" for c in columns]], rows)
 
 
 def _choices(found: dict[Key, Any]) -> str:
@@ -263,7 +265,7 @@ def _dampings(found: dict[Key, Any]) -> str:
 
 def _rates(found: dict[Key, Any]) -> str:
     rows = [
-        [key.network, *key.what.split(), f"{run['accuracy']:.2f}"] for key, run in found.items()
+        [key.network, *key.what.split(), spread([run["accuracy"]])] for key, run in found.items()
     ]
     return table(["network", "optimizer", "learning rate", "validation accuracy"], rows)
 
@@ -291,11 +293,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(4.2 * min(len(names), 3), 3.6 * -(-len(names) // 3)))
     figure.set_layout_engine("constrained")
     grid = figure.subplots(-(-len(names) // 3), min(len(names), 3), squeeze=False).ravel()
-    methods = [MAGNITUDE, OBD, REFERENCE, REFERENCE_BLOCKS, CHITA, CHITA_BLOCKS, DEFAULT]
     for axes, name in zip(grid, names, strict=False):
         cells = cells_of(results["runs"], name)
-        for method in (m for m in methods if m in cells):
-            row, color = cells[method], f"C{methods.index(method)}"
+        for method in (m for m in METHODS if m in cells):
+            row, color = cells[method], f"C{METHODS.index(method)}"
             for steps, style in ((1, "o-"), (_usual(row), "s:")):
                 points = sorted(
                     (100 * sparsity, np.mean([*cell.best.values()]))
@@ -309,7 +310,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.title.set_fontsize(9)
     for axes in grid[len(names) :]:
         axes.set_axis_off()
-    for i, method in enumerate(methods):
+    for i, method in enumerate(METHODS):
         grid[0].plot([], [], "o-", color=f"C{i}", label=method, ms=3)
     grid[0].legend(fontsize=6)
     figure.savefig(path, dpi=150)

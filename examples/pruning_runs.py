@@ -11,7 +11,7 @@ from prune_tables import (
     DEFAULT,
     GRIDS,
     MAGNITUDE,
-    OBD,
+    METHODS,
     REFERENCE,
     REFERENCE_BLOCKS,
     best_accuracy,
@@ -179,7 +179,6 @@ class Run(NamedTuple):
         )
 
 
-METHODS = (MAGNITUDE, OBD, REFERENCE, REFERENCE_BLOCKS, CHITA, CHITA_BLOCKS, DEFAULT)
 # Those that several sets of gradients and other sparsities compare.
 STRONG = (REFERENCE_BLOCKS, CHITA, DEFAULT)
 

@@ -123,6 +123,20 @@ def test_block_form():
     assert not np.allclose(found, whole[0], atol=1e-3)
 
 
+def test_blocks_go_output_by_output():
+    assert chita._by_output([(2, 3), (2,), ()]).tolist() == [0, 3, 1, 4, 2, 5, 6, 7, 8]
+    w, rows = _problem(3, 12, 12)
+    order = np.random.default_rng(1).permutation(12)
+    alive = np.arange(12) % 5 > 0
+    w = np.where(alive, w, 0)
+    config = chita.Chita(0.5, block=3)
+    found, kept, values = chita.stage(w, alive, rows, 5, config, 16, order)
+    want, mask, objectives = chita.stage(w[order], alive[order], rows[:, order], 5, config, 16)
+    np.testing.assert_array_equal(found[order], want)
+    np.testing.assert_array_equal(kept[order], mask)
+    assert values == objectives
+
+
 def test_first_order_term():
     w, rows = _problem(5, 6, 24)
     centred = rows - rows.mean(0)

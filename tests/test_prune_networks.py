@@ -12,11 +12,10 @@ import pruning_network
 import pruning_results
 import pruning_tasks
 import pytest
-from prune_tables import CHITA, DEFAULT, GRIDS, MAGNITUDE, REFERENCE_BLOCKS
+from prune_tables import CHITA, DEFAULT, GRIDS, MAGNITUDE, METHODS, OBD, REFERENCE_BLOCKS
 from pruning_methods import CHOICES, first_order
 from pruning_runs import (
     FULL,
-    METHODS,
     MFACW,
     RATES,
     SGD,
@@ -190,7 +189,7 @@ def outcome(accuracy, **more):
 
 
 def results_of(runs):
-    dense = {"validation": 99.0, "test": 91.0, "weights": 1000, "processor_seconds": 0.0}
+    dense = {"validation": 99.0, "test": 91.0, "weights": 1000, "processor_seconds": 7200.0}
     names = {prune_tables.parsed(key).network for key in runs}
     at = {"mfac_jax": "1", "code": "c", "jax": "2", "date": "2026-11-28"}
     return {"environment": at, "dense": dict.fromkeys(sorted(names), dense), "runs": runs}
@@ -204,7 +203,7 @@ def test_tables_show_stored_and_recalibrated_statistics():
     runs = run(DEFAULT, 80.0, recalibrated=84.0) | run(DEFAULT, 82.0, 1, recalibrated=85.0)
     runs |= run(REFERENCE_BLOCKS, 60.0, recalibrated=84.0)
     runs |= run(MAGNITUDE, 10.0, recalibrated=20.0)
-    assert "less the best rival" not in pruning_results.bars(results_of(runs))  # without CHITA
+    assert "the best rival, where" not in pruning_results.bars(results_of(runs))  # without CHITA
     runs |= run(CHITA, 20.0, recalibrated=30.0)
     results = results_of(runs)
     shown = prune_tables.tables(results)["resnet20-recomputation"]
@@ -216,12 +215,118 @@ def test_tables_show_stored_and_recalibrated_statistics():
     assert "| resnet20, default, 80%, 8 steps | >= 87.5 | not yet |  |" in bars
     # Half a point ahead of the best rival, at a spread of one point.
     assert "> 1.0, the spread there | +0.5 (90%, 8 steps, reference, blocks) | **not met**" in bars
+    assert (
+        "| resnet20, default, a step beside its gradients, one core | < 6.65 s | 1.0 s | met |"
+        in bars
+    )
+    assert "| all of it on two cores | <= 4 h | 6.0 h | not yet all of them |" in bars
+    assert "akamaster, 90%, 8 steps, default less CHITA, whole | > the spread | not yet |" in bars
     assert "| default | 81.0 (80.0-82.0) / 84.5 (84.0-85.0) |" in pruning_results.summary(results)
+    # Rows have the order of the methods.
+    assert shown.index("magnitude") < shown.index("reference") < shown.index("default")
     made = pruning_results.tables(results)
     assert made["pruning-minilm-recomputation"] == pruning_results.MISSING
     assert (
-        "5 runs and the training before them took 5.0 hours of two cores" in made["pruning-where"]
+        "5 runs and the training before them took 6.0 hours of two cores" in made["pruning-where"]
     )
+
+
+def test_bars_look_where_the_default_fails():
+    def run(method, accuracy, sparsity=0.9, seed=0):
+        run = Run("recomputation", "akamaster", method, 8, sparsity, seed)
+        return {run.key: outcome(accuracy, recalibrated=accuracy)}
+
+    runs = run(DEFAULT, 80.5, 0.8) | run(REFERENCE_BLOCKS, 80.0, 0.8) | run(CHITA, 10.0, 0.8)
+    runs |= run(DEFAULT, 72.0) | run(DEFAULT, 70.0, seed=1)
+    runs |= run(REFERENCE_BLOCKS, 69.8) | run(CHITA, 10.0)
+    bars = pruning_results.bars(results_of(runs))
+    # One seed with a gap of 0.5 says less than two with one of 1.2 and a spread of 2.
+    assert "spread there | +1.2 (90%, 8 steps, reference, blocks) | **not met**" in bars
+    assert "less reference, blocks | > 2.0, the spread there | +1.2 | **not met**" in bars
+    assert "less CHITA, whole | > 2.0, the spread there | +61.0 | met" in bars
+    failed = pruning_results.bars(results_of(runs | run(DEFAULT, math.nan, 0.8)))
+    assert "-inf (80%, 8 steps, reference, blocks) | **not met**" in failed
+
+
+def test_tables_show_runs_that_failed():
+    def run(part, method, what, **done):
+        return {Run(part, "minilm", method, 4, 0.5, what=what).key: outcome(**done)}
+
+    runs = run("patterns", MAGNITUDE, "2:4", accuracy=math.nan)
+    assert "| 2:4, 4 x |  | failed |" in prune_tables.tables(results_of(runs))["minilm-patterns"]
+    runs |= run("patterns", DEFAULT, "2:4", accuracy=80.0, sparsity=0.5)
+    runs |= run("gradual", DEFAULT, MFACW, accuracy=math.nan)
+    shown = prune_tables.tables(results_of(runs))
+    assert "| 2:4, 4 x | 50.0% | failed |  | 80.0 |" in shown["minilm-patterns"]
+    assert "| default, trained by mfacw | failed |" in shown["minilm-gradual"]
+    runs |= run("gradual", MAGNITUDE, SGD, accuracy=70.0, training=1.5)
+    assert (
+        "| gradual, 1.5 epochs a run | 50% |"
+        in (prune_tables.tables(results_of(runs))["minilm-gradual"])
+    )
+
+
+def test_runs_of_one_step_share_their_gradients(tmp_path, monkeypatch):
+    collected, given = [], []
+    collect, prune = prune_networks.collect_gradients, pruning.prune
+
+    def counted(*args, **options):
+        collected.append(args)
+        return collect(*args, **options)
+
+    def noted(*args, **options):
+        given.append(options["gradients"].given)
+        return prune(*args, **options)
+
+    monkeypatch.setattr(prune_networks, "collect_gradients", counted)
+    monkeypatch.setattr(prune_networks.pruning, "prune", noted)
+    prune_networks._gradients.cache_clear()
+    setup = prune_networks.Setup(None, (), None, tmp_path, True)
+    one = Run("dampings", "resnet20", REFERENCE_BLOCKS, 1, 0.8, 0, 0.3, 8)
+    first = prune_networks.measure(setup, one)
+    prune_networks.measure(setup, one._replace(method=OBD))
+    assert len(collected) == 1
+    assert given[0] is given[1] is not None
+    for other in (one._replace(seed=1), one._replace(count=7), one._replace(batch=4)):
+        prune_networks.measure(setup, other)
+        assert given[-1].num_rows == other.count
+    assert len(collected) == 4
+    prune_networks.measure(setup, one._replace(steps=2))
+    assert given[-1] is None
+    assert prune_networks._gradients.cache_info().currsize == 0
+    # The gradients are those that prune takes.
+    monkeypatch.setattr(prune_networks.Experiment, "_given", lambda _: None)
+    assert prune_networks.measure(setup, one)["loss"] == first["loss"]
+
+
+def test_a_run_of_another_choice_is_measured_again(tmp_path, monkeypatch):
+    planned = [
+        Run("recomputation", "mlp", REFERENCE_BLOCKS, 2, 0.8, count=8),
+        Run("recomputation", "mlp", DEFAULT, 2, 0.8, count=8),
+    ]
+    monkeypatch.setitem(prune_networks.PARTS, "recomputation", lambda *_: planned)
+    monkeypatch.setattr(prune_networks, "test_runs", lambda *_: planned)
+    monkeypatch.setattr(prune_networks, "validation_runs", lambda *_: [])
+    monkeypatch.setattr(
+        prune_networks, "filled", lambda run, *_: run._replace(damping=best.get(run.method))
+    )
+    measured = []
+    monkeypatch.setattr(
+        prune_networks,
+        "measure",
+        lambda _, run: (
+            measured.append(run.method)
+            or outcome(50.0) | ({} if run.damping is None else {"damping": run.damping})
+        ),
+    )
+    arguments = ["--smoke", "--out", str(tmp_path), "--networks", "mlp", "--only", "recomputation"]
+    best = {REFERENCE_BLOCKS: 0.3}
+    prune_networks.main(arguments)
+    prune_networks.main(arguments)
+    assert sorted(measured) == sorted([REFERENCE_BLOCKS, DEFAULT])
+    best = {REFERENCE_BLOCKS: 3.0}
+    prune_networks.main(arguments)
+    assert measured[2:] == [REFERENCE_BLOCKS]
 
 
 def test_the_first_order_term():

@@ -216,6 +216,33 @@ def test_parameters_of_fine_tune_that_do_not_fit(params, tmp_path, monkeypatch, 
     assert all(x.seconds > x.gradient_seconds for x in again.report.steps)
 
 
+@pytest.mark.parametrize("last", [2, 3])
+def test_an_interrupted_fine_tuning_is_done_again(params, tmp_path, last):
+    """With the gradients of earlier steps; in a middle step and in the last one."""
+    done = []
+
+    def fine_tune(params, mask):
+        done.append(mask)
+        if len(done) == last:
+            raise KeyboardInterrupt
+        return jax.tree.map(lambda w: 0.9 * w, params)
+
+    options = {"gradients": Gradients(16), "fine_tune": fine_tune}
+    with pytest.raises(KeyboardInterrupt):
+        run(params, checkpoint=tmp_path, **options)
+    found = run(params, checkpoint=tmp_path, **options)
+    assert len(done) == 4
+    want = run(params, **options)
+    jax.tree.map(np.testing.assert_array_equal, found.params, want.params)
+    jax.tree.map(np.testing.assert_array_equal, found.mask, want.mask)
+    for one, other in zip(found.report.steps, want.report.steps, strict=True):
+        assert (one.loss_before, one.loss_after, one.loss_tuned) == (
+            other.loss_before,
+            other.loss_after,
+            other.loss_tuned,
+        )
+
+
 def test_a_step_is_that_of_prune_step(params):
     setting = pruning.Setting("mfac", "joint", 24, 1e-3, (0.5,))
     search = among(setting, calibration=BATCHES[:1], num_calibration=1)
