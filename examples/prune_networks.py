@@ -36,7 +36,7 @@ import pruning_network
 import pruning_tasks
 from chita import Chita
 from prune_tables import CHITA, CHITA_BLOCKS, DEFAULT, MAGNITUDE, draw, tables
-from pruning_methods import CHOICES, PATTERNS, setting_of
+from pruning_methods import AFTER_STEPS, CHOICES, IN_TRIALS, PATTERNS, setting_of
 from pruning_runs import FULL, MFACW, PARTS, SMOKE, Run, Scale, filled, test_runs, validation_runs
 
 import mfac_jax
@@ -107,13 +107,15 @@ class Experiment:
         run = self.run
         if run.method in (CHITA, CHITA_BLOCKS):
             return self._by_chita(sparsity)
-        gradients, search, recalibrates = self._options()
+        gradients, search, recalibrated = self._options()
         scope = Scope(self.network.is_pruned)
         if run.part == "patterns":
             pattern, _, path_filter = PATTERNS[run.what]
             scope = Scope(_divisible(getattr(self.network, path_filter), pattern), pattern)
-        tune = (lambda params, _: self.network.recalibrate(params)) if recalibrates else None
-        return self._prune(sparsity, run.steps, gradients, search, scope=scope, fine_tune=tune)
+        options: dict[str, Any] = {"scope": scope, "in_trials": recalibrated == IN_TRIALS}
+        if recalibrated == AFTER_STEPS:
+            options["fine_tune"] = lambda params, _: self.network.recalibrate(params)
+        return self._prune(sparsity, run.steps, gradients, search, **options)
 
     def tuned(self) -> dict[str, Any]:
         """Prunes gradually, with training after each step."""
@@ -137,15 +139,15 @@ class Experiment:
         )
         return found | {"training": len(schedule) * training * size / len(self.network.train.y)}
 
-    def _options(self) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    def _options(self) -> tuple[dict[str, Any], dict[str, Any], str]:
         run = self.run
         if run.part == "choices":
             return CHOICES[run.method]()
         if run.method == DEFAULT:
-            return {}, {}, False
+            return {}, {}, ""
         # Only the method: no choice, no older gradients.
         setting = setting_of(run.method, run.damping)
-        return {"history": 0}, {"settings": [setting], "descents": ()}, False
+        return {"history": 0}, {"settings": [setting], "descents": ()}, ""
 
     def _prune(
         self,
@@ -153,6 +155,7 @@ class Experiment:
         steps: int | Sequence[float],
         gradients: dict[str, Any],
         search: dict[str, Any],
+        in_trials: bool = False,
         **options: Any,
     ) -> dict[str, Any]:
         network, run = self.network, self.run
@@ -160,10 +163,12 @@ class Experiment:
         batches = network.batches(run.seed, self.batch)
         if run.method != MAGNITUDE:
             given = self._given()
-        held_out = network.calibration
+        loss, held_out = network.loss, network.calibration
+        if in_trials:
+            loss, held_out = _with_own_statistics(network)
         pruned = pruning.prune(
             network.params,
-            network.loss,
+            loss,
             batches,
             sparsity,
             steps=steps,
@@ -213,6 +218,17 @@ class Experiment:
             params = network.recalibrate(params)
             found["recalibrated"] = network.accuracy(params, self.part)
         return found
+
+
+def _with_own_statistics(network: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """A loss that gives calibration batches their own statistics, and these batches, marked."""
+
+    def loss(params: Any, batch: Any) -> Any:
+        if len(batch) == 3:
+            return network.loss_of_batch(params, batch[:2])
+        return network.loss(params, batch)
+
+    return loss, [(*batch, np.float32(0)) for batch in network.calibration]
 
 
 def _divisible(chosen: Callable[[str, Any], bool], pattern: pruning.Pattern) -> Any:

@@ -24,8 +24,9 @@ PATTERNS: dict[str, tuple[pruning.Pattern, float, str]] = {
 }
 
 
-# Arguments of Gradients and of Search, and whether statistics are recalibrated in each step.
-Choice = tuple[dict[str, Any], dict[str, Any], bool]
+# Arguments of Gradients and of Search, and when statistics are recalibrated beside at the end.
+Choice = tuple[dict[str, Any], dict[str, Any], str]
+AFTER_STEPS, IN_TRIALS = "after each step", "in each trial"
 BARE = "one setting, no history, no descents"
 
 
@@ -85,27 +86,28 @@ def _with_reference() -> tuple[Setting, ...]:
 
 def _bare(setting: Setting) -> Choice:
     """One setting and nothing else, to see what a change of it gives."""
-    return {"history": 0}, {"settings": [setting], "descents": ()}, False
+    return {"history": 0}, {"settings": [setting], "descents": ()}, ""
 
 
 # The default with one part changed, for the choice on validation data. The first-order term is
 # compared with the bare setting.
 CHOICES: dict[str, Callable[[], Choice]] = {
-    DEFAULT: lambda: ({}, {}, False),
-    "blocks of 72": lambda: ({}, {"settings": _defaults(blocks=WithinOutputs(72))}, False),
-    "blocks of 288": lambda: ({}, {"settings": _defaults(blocks=WithinOutputs(288))}, False),
-    "a third of the dampings": lambda: ({}, {"settings": _times(1 / 3)}, False),
-    "three times the dampings": lambda: ({}, {"settings": _times(3)}, False),
-    "a mask for each damping": lambda: ({}, {"settings": _defaults(score_damping=None)}, False),
-    "one setting": lambda: ({}, {"settings": pruning.default_settings()[:1]}, False),
-    "the paper's setting as well": lambda: ({}, {"settings": _with_reference()}, False),
-    "no descents": lambda: ({}, {"descents": ()}, False),
-    "no history": lambda: ({"history": 0}, {}, False),
-    "history of three steps": lambda: ({"history": 3}, {}, False),
+    DEFAULT: lambda: ({}, {}, ""),
+    "blocks of 72": lambda: ({}, {"settings": _defaults(blocks=WithinOutputs(72))}, ""),
+    "blocks of 288": lambda: ({}, {"settings": _defaults(blocks=WithinOutputs(288))}, ""),
+    "a third of the dampings": lambda: ({}, {"settings": _times(1 / 3)}, ""),
+    "three times the dampings": lambda: ({}, {"settings": _times(3)}, ""),
+    "a mask for each damping": lambda: ({}, {"settings": _defaults(score_damping=None)}, ""),
+    "one setting": lambda: ({}, {"settings": pruning.default_settings()[:1]}, ""),
+    "the paper's setting as well": lambda: ({}, {"settings": _with_reference()}, ""),
+    "no descents": lambda: ({}, {"descents": ()}, ""),
+    "no history": lambda: ({"history": 0}, {}, ""),
+    "history of three steps": lambda: ({"history": 3}, {}, ""),
     BARE: lambda: _bare(pruning.default_settings()[0]),
     f"{BARE}, first-order term in the update": lambda: _bare(first_order(1 / 32, in_mask=False)),
     f"{BARE}, first-order term in both": lambda: _bare(first_order(1 / 32, in_mask=True)),
-    "statistics recalibrated in each step": lambda: ({}, {}, True),
+    f"statistics recalibrated {AFTER_STEPS}": lambda: ({}, {}, AFTER_STEPS),
+    f"statistics recalibrated {IN_TRIALS}": lambda: ({}, {}, IN_TRIALS),
 }
 
 

@@ -125,6 +125,11 @@ class Network:
         logits = nnx.merge(self._graph, params)(batch[0])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
+    def loss_of_batch(self, params: Any, batch: Batch) -> jax.Array:
+        """The mean loss of a batch with the batch's own statistics, as in training."""
+        logits = nnx.merge(self._training_graph, params, copy=True)(batch[0])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
     def batches(self, seed: int, size: int) -> Iterator[Batch]:
         """Training batches without end.
 
