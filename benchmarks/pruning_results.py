@@ -4,8 +4,8 @@
     python benchmarks/pruning_results.py DIR2/results.json
 
 Copies the result file to ``results/prune_networks.json`` and writes the tables and the figure of
-``docs/pruning-results.md`` and the table of the README from it. Without an argument it uses the
-existing copy.
+``docs/pruning-results.md`` and the table of the README from it. Networks may have files of their
+own: several arguments become one. Without an argument it uses the existing copy.
 """
 
 from __future__ import annotations
@@ -242,10 +242,30 @@ def summary(results: dict[str, Any]) -> str:
     )
 
 
+def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The results of several files, each with networks of its own.
+
+    Raises:
+        SystemExit: the files come from other versions, or two hold the same network.
+    """
+    first, *others = results
+    found = first | {"runs": dict(first["runs"]), "dense": dict(first["dense"])}
+    free = {"date", "device", "cores"}  # every run has its own
+    for other in others:
+        at, there = first["environment"], other["environment"]
+        differ = [key for key in {*at, *there} - free if at.get(key) != there.get(key)]
+        twice = sorted(found["dense"].keys() & other["dense"].keys())
+        if differ or twice:
+            sys.exit(f"these results do not belong together: {differ} differ, {twice} are in both.")
+        found["runs"] |= other["runs"]
+        found["dense"] |= other["dense"]
+    return found
+
+
 def main(arguments: list[str]) -> None:
     """Copies and renders."""
     if arguments:
-        report.save(NAME, json.loads(Path(arguments[0]).read_text()))
+        report.save(NAME, joined([json.loads(Path(path).read_text()) for path in arguments]))
     results = report.load(NAME)
     for name, table in tables(results).items():
         report.write_table(PAGE, name, table)

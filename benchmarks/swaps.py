@@ -101,7 +101,7 @@ def measure(data_dir: Path) -> dict[str, Any]:
 
     def judge(tree: Any, predicted: float, seconds: float) -> dict[str, float]:
         losses = [float(network.loss(tree, batch)) for batch in network.calibration]
-        accuracy = network.accuracy(tree, "test")
+        accuracy = network.accuracy(tree, "validation")
         return {
             "predicted": predicted,
             "loss": float(np.mean(losses)),

@@ -146,6 +146,10 @@ class Network:
                 part = order[i : i + size]
                 yield self.inputs(self.augment(rng, self.train.x[part])), self.train.y[part]
 
+    def batches_of_training(self, seed: int, size: int) -> Iterator[Batch]:
+        """The batches that the network is trained with before it is pruned."""
+        return self.batches(seed, size)
+
     def accuracy(self, params: Any, part: str) -> float:
         """The accuracy in per cent.
 
@@ -269,7 +273,7 @@ class Trained(Network):
         if part.exists():
             params, state, done, seconds = _read(part, (params, state, done, seconds))
         began = time.process_time() - float(seconds)
-        batches = itertools.islice(self.batches(0, size), int(done), steps)
+        batches = itertools.islice(self.batches_of_training(0, size), int(done), steps)
         bar = tqdm(batches, f"training {self.name}", steps, initial=int(done), disable=None)
         for i, batch in enumerate(bar, int(done) + 1):
             params, state = step(params, state, batch)

@@ -38,8 +38,8 @@ def recipe(name: str, smoke: bool) -> Training:
         rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, max(steps // 20, 1), steps)
         return Training(steps, size, optax.adamw(rate, weight_decay=0.1))
     if name == "minilm":
-        steps, size = (3, 8) if smoke else (3_400, 32)
-        warm_up, most = max(steps // 10, 1), 1.5e-4
+        steps, size = (3, 8) if smoke else (5_000, 32)
+        warm_up, most = max(steps // 10, 1), 1e-4
         up = optax.linear_schedule(0.0, most, warm_up)
         down = optax.linear_schedule(most, 0.0, steps - warm_up)
         schedule = optax.join_schedules([up, down], [warm_up])

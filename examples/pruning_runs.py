@@ -25,6 +25,8 @@ SGD, MFACW = "SGD", "mfacw"
 # The optimizers of fine-tuning, with their learning rates to choose from.
 RATES = {SGD: (0.003, 0.01, 0.03), MFACW: (0.001, 0.003, 0.01)}
 
+# Those that several sets of gradients and other sparsities compare.
+STRONG = (REFERENCE_BLOCKS, CHITA, DEFAULT)
 # The methods with fine-tuning, and their optimizers.
 TRAINED = (
     (MAGNITUDE, SGD),
@@ -54,8 +56,8 @@ class Scale(NamedTuple):
             the examples in a training step.
         authors: the gradients, examples and stages of CHITA's authors; None leaves this out.
         chita: the sparsities at which CHITA runs with recomputation; None for all. A stage of it
-            takes minutes for ten million weights, so it is not tuned with recomputation then, and
-            its block form does not run.
+            takes minutes for ten million weights, so it is not tuned with recomputation then, its
+            block form does not run, and with recomputation only the strong methods do.
     """
 
     counts: tuple[int, int] = (256, 128)
@@ -82,9 +84,11 @@ class Scale(NamedTuple):
 
     def has(self, method: str, steps: int, sparsity: float) -> bool:
         """Whether a method runs."""
-        if self.chita is None or method not in (CHITA, CHITA_BLOCKS):
+        if self.chita is None:
             return True
-        return method == CHITA and (steps == 1 or (steps == self.steps and sparsity in self.chita))
+        if method == CHITA:
+            return steps == 1 or (steps == self.steps and sparsity in self.chita)
+        return method != CHITA_BLOCKS and (steps == 1 or method in (MAGNITUDE, *STRONG))
 
 
 FULL = {
@@ -96,9 +100,9 @@ FULL = {
         gradual=(0.9, 0.95),
         authors=(500, 16, 16),
     ),
-    "akamaster": Scale(sparsities=(0.8, 0.9, 0.95), seeds=3),
+    "akamaster": Scale(sparsities=(0.9,), seeds=3),
     "squeezenet": Scale(choices=True),
-    "mlp": Scale(choices=True, seeds=3),
+    "mlp": Scale(sparsities=(0.9, 0.98), middle=0.98, seeds=3, choices=True),
     "characters": Scale(),
     "minilm": Scale(
         counts=(64, 64),
@@ -179,10 +183,6 @@ class Run(NamedTuple):
         )
 
 
-# Those that several sets of gradients and other sparsities compare.
-STRONG = (REFERENCE_BLOCKS, CHITA, DEFAULT)
-
-
 # What is tried of the default's parts on the transformer, for want of time.
 _SHORT = (DEFAULT, "one setting", "no descents", "no history")
 
@@ -202,8 +202,8 @@ def validation_runs(name: str, scale: Scale) -> list[Run]:
         ]
     if scale.authors and name in pruning_tasks.DEVELOPED_ON:
         count, batch, _ = scale.authors
-        todo += [
-            Run("dampings", name, CHITA, scale.tuning, scale.middle, 0, x, count, batch, "authors ")
+        todo += [  # two stages, because each takes many gradients
+            Run("dampings", name, CHITA, 2, scale.middle, 0, x, count, batch, "authors ")
             for x in GRIDS[CHITA]
         ]
     if scale.choices:
@@ -290,8 +290,8 @@ def tried_dampings(run: Run, scales: dict[str, Scale]) -> list[Run]:
             for tried in validation_runs(name, scales[name])
             if (tried.part, tried.method, tried.what) == ("dampings", run.method, what)
         ]
-        for steps in (scales[name].tuning if run.steps > 1 else 1, 1):
-            found = [tried for tried in planned if tried.steps == steps]
+        for several in (run.steps > 1, False):
+            found = [tried for tried in planned if (tried.steps > 1) == several]
             if found:
                 return found
     raise ValueError(f"no damping is tried for {run}.")

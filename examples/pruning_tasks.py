@@ -154,16 +154,18 @@ class MiniLM(Trained):
     """MiniLM-L6, fine-tuned on SST-2.
 
     The embeddings stay as they are and are no part of the parameters: a batch holds them, with 1
-    for a word and 0 for padding behind. Training sentences are cut to 32 tokens, the others to 64.
-    Training batches hide a tenth of the words behind BERT's mask.
+    for a word and 0 for padding behind. Sentences are cut to 64 tokens. Those of a training or
+    calibration batch have similar lengths; training batches hide a tenth of their words behind
+    BERT's mask.
     """
 
     name = "minilm"
     batch = 16
     # The training data hold sentences and their parts, down to single words. Those of less than
-    # ``least`` words are left out; ``held`` of the others are the validation part.
+    # ``least`` words serve to fine-tune only; ``held`` of the others are the validation part.
     least, held = 5, 2_000
     hidden = 0.1
+    lengths = (8, 16, 24, 32, 48, 64)
 
     def _model(self, files: Files) -> nnx.Module:
         if files.smoke:
@@ -182,21 +184,53 @@ class MiniLM(Trained):
         if files.smoke:
             rng = np.random.default_rng(0)
             x, y = rng.integers(1, 50, (256, 8), np.int32), rng.integers(0, 2, 256, np.int32)
+            self._short = Split(x[:16], y[:16])
             return *_cut(x[:192], y[:192]), Split(x[192:], y[192:])
         folder = _existing(files, "glue/SST-2")
         sentences, labels = minilm.read_glue(folder, "train")
-        long = [i for i, sentence in enumerate(sentences) if len(sentence.split()) >= self.least]
-        order = np.random.default_rng(0).permutation(long)
+        is_long = np.array([len(sentence.split()) >= self.least for sentence in sentences])
+        order = np.random.default_rng(0).permutation(np.flatnonzero(is_long))
         held, rest = order[: self.held], order[self.held :]
+        short = np.flatnonzero(~is_long)
+        self._short = self._tokens([sentences[i] for i in short], labels[short])
         return (
-            self._tokens([sentences[i] for i in rest], labels[rest], 32),
-            self._tokens([sentences[i] for i in held], labels[held], 64),
-            self._tokens(*minilm.read_glue(folder, "dev"), 64),
+            self._tokens([sentences[i] for i in rest], labels[rest]),
+            self._tokens([sentences[i] for i in held], labels[held]),
+            self._tokens(*minilm.read_glue(folder, "dev")),
         )
 
-    def _tokens(self, sentences: list[str], labels: np.ndarray, length: int) -> Split:
-        tokens = minilm.tokenize(sentences, self._folder, length)
+    def _tokens(self, sentences: list[str], labels: np.ndarray) -> Split:
+        tokens = minilm.tokenize(sentences, self._folder, self.lengths[-1])
         return Split(tokens, labels.astype(np.int32))
+
+    def _hold_out(self, train: Split) -> tuple[Split, Split]:
+        train, held = super()._hold_out(train)
+        by_length = np.argsort(_lengths(held.x), kind="stable").reshape(CALIBRATION, -1)
+        order = np.random.default_rng(0).permutation(by_length).ravel()
+        return train, Split(held.x[order], held.y[order])
+
+    def batches(self, seed: int, size: int) -> Iterator[Batch]:
+        return self._by_length(self.train, seed, size)
+
+    def batches_of_training(self, seed: int, size: int) -> Iterator[Batch]:
+        both = [np.concatenate(parts) for parts in zip(self.train, self._short, strict=True)]
+        return self._by_length(Split(*both), seed, size)
+
+    def _by_length(self, split: Split, seed: int, size: int) -> Iterator[Batch]:
+        rng = np.random.default_rng(seed)
+        x, y = split
+        which = np.searchsorted(self.lengths, _lengths(x))
+        while True:
+            found = []
+            for i, length in enumerate(self.lengths):
+                order = rng.permutation(np.flatnonzero(which == i))
+                starts = range(0, len(order) - size + 1, size)
+                found += [(order[start : start + size], length) for start in starts]
+            if not found:
+                raise ValueError(f"{self.name}: too few training examples for batches of {size}.")
+            for i in rng.permutation(len(found)):
+                part, length = found[i]
+                yield self.inputs(self.augment(rng, x[part, :length])), y[part]
 
     def augment(self, rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
         is_word = (x != minilm.PAD) & (x != minilm.FIRST) & (x != minilm.LAST)
@@ -204,7 +238,9 @@ class MiniLM(Trained):
         return np.where(is_hidden, 1 if self.smoke else minilm.MASK, x).astype(x.dtype)
 
     def inputs(self, x: np.ndarray) -> np.ndarray:
-        return np.asarray(self._embed(self._embeddings, x))
+        longest = _lengths(x).max()
+        length = next(length for length in self.lengths if length >= longest)
+        return np.asarray(self._embed(self._embeddings, x[:, :length]))
 
     def is_pruned(self, path: str, leaf: Any) -> bool:
         """The kernels of the layers, not that of the classifier."""
@@ -215,6 +251,11 @@ class MiniLM(Trained):
         """The kernels whose outputs are the channels of the feed-forward parts."""
         del leaf
         return "kernel" in path and "up" in path
+
+
+def _lengths(x: np.ndarray) -> np.ndarray:
+    """The numbers of tokens of sentences."""
+    return np.sum(x != minilm.PAD, axis=1)
 
 
 def _cut(x: np.ndarray, y: np.ndarray, count: int | None = None) -> tuple[Split, Split]:

@@ -129,7 +129,7 @@ def accuracies(planned, values):
     ("network", "method", "part", "steps", "of", "of_steps"),
     [
         ("resnet20", CHITA, "recomputation", 8, "resnet20", 4),
-        ("resnet20", CHITA, "authors", 16, "resnet20", 4),
+        ("resnet20", CHITA, "authors", 16, "resnet20", 2),
         ("akamaster", CHITA, "recomputation", 8, "resnet20", 4),
         ("characters", REFERENCE_BLOCKS, "one_shot", 1, "resnet20", 1),
         ("minilm", REFERENCE_BLOCKS, "recomputation", 16, "minilm", 4),
@@ -247,6 +247,24 @@ def test_bars_look_where_the_default_fails():
     assert "less CHITA, whole | > 2.0, the spread there | +61.0 | met" in bars
     failed = pruning_results.bars(results_of(runs | run(DEFAULT, math.nan, 0.8)))
     assert "-inf (80%, 8 steps, reference, blocks) | **not met**" in failed
+
+
+def test_results_of_several_files_are_joined():
+    def of(network):
+        return results_of({Run("one_shot", network, DEFAULT, 1, 0.0).key: outcome(80.0)})
+
+    first, other = of("mlp"), of("minilm")
+    both = pruning_results.joined([first, other])
+    assert both["runs"] == first["runs"] | other["runs"]
+    assert sorted(both["dense"]) == ["minilm", "mlp"]
+    assert len(first["runs"]) == 1
+    other["environment"] = other["environment"] | {"date": "2026-11-29"}
+    assert pruning_results.joined([first, other])["environment"] == first["environment"]
+    with pytest.raises(SystemExit, match=r"\['mlp'\] are in both"):
+        pruning_results.joined([first, first])
+    other["environment"] = other["environment"] | {"code": "d"}
+    with pytest.raises(SystemExit, match=r"\['code'\] differ"):
+        pruning_results.joined([first, other])
 
 
 def test_tables_show_runs_that_failed():

@@ -330,3 +330,37 @@ def test_training_batches_of_sentences_hide_some_words(folder):
     assert not changed[:, [0, 4, 5, 6]].any()
     assert changed[:, 1:4].mean() == pytest.approx(0.1, abs=0.015)
     assert len(np.unique(found[changed])) == 1
+
+
+def test_sentences_of_a_batch_have_similar_lengths(folder):
+    net = small("minilm", folder)
+    rng = np.random.default_rng(0)
+    counts = np.repeat([3, 8, 9, 20, 40], 7)
+    x = np.where(np.arange(64) < counts[:, None], rng.integers(1, 50, (35, 64)), 0)
+    net.train = optimizer_tasks.Split(x.astype(np.int32), np.arange(35, dtype=np.int32))
+    net._short = optimizer_tasks.Split(x[:4, :64].astype(np.int32), np.arange(-4, 0))
+    epoch = list(itertools.islice(net.batches(0, 3), 10))
+    assert sorted({x.shape[1] for x, _ in epoch}) == [8, 16, 24, 48]
+    for states, labels in epoch:
+        lengths = states[..., -1].sum(1)
+        np.testing.assert_array_equal(lengths, counts[labels])  # no word is cut
+    seen = np.concatenate([labels for _, labels in epoch])
+    assert len(set(seen)) == len(seen) == 30
+    # The shortest sentences serve to train the network, before it is pruned.
+    seen = np.concatenate([y for _, y in itertools.islice(net.batches_of_training(0, 3), 12)])
+    assert set(range(-4, 0)) & set(seen)
+    with pytest.raises(ValueError, match="minilm: too few training examples for batches of 20"):
+        next(net.batches(0, 20))
+
+
+def test_sentences_for_calibration_are_ordered_by_length(folder, monkeypatch):
+    net = small("minilm", folder)
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 64, 512)
+    x = np.where(np.arange(64) < counts[:, None], 7, 0).astype(np.int32)
+    _, held = net._hold_out(optimizer_tasks.Split(x, np.arange(512, dtype=np.int32)))
+    assert len(held.y) == 64
+    lengths = counts[held.y].reshape(8, 8)
+    low, high = np.sort(lengths.min(1)), np.sort(lengths.max(1))
+    assert (high[:-1] <= low[1:]).all()
+    assert not (np.diff(lengths[:, 0]) >= 0).all()  # the batches come in another order
