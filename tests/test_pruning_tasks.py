@@ -5,12 +5,14 @@ import itertools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import optimizer_tasks
 import pruning_network
 import pytest
 from flax import nnx
+from pruning_recipes import averaged
 from pruning_tasks import NETWORKS, Files, network
 
 from mfac_jax import collect_gradients, mfac, mfacw, pruning
@@ -364,3 +366,14 @@ def test_sentences_for_calibration_are_ordered_by_length(folder, monkeypatch):
     low, high = np.sort(lengths.min(1)), np.sort(lengths.max(1))
     assert (high[:-1] <= low[1:]).all()
     assert not (np.diff(lengths[:, 0]) >= 0).all()  # the batches come in another order
+
+
+def test_an_averaged_optimizer_ends_at_the_mean():
+    tx = averaged(optax.sgd(0.5), [2, 3, 5])
+    weights, state = jnp.float32(1.0), tx.init(jnp.float32(1.0))
+    seen = []
+    for _ in range(5):
+        updates, state = tx.update(weights, state, weights)  # halves the weight
+        weights = optax.apply_updates(weights, updates)
+        seen.append(float(weights))
+    np.testing.assert_allclose(seen, [1 / 2, 1 / 4, 1 / 8, 1 / 16, (1 / 4 + 1 / 8 + 1 / 32) / 3])
