@@ -253,7 +253,7 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
     free = {"date", "device", "cores"}  # every run has its own
     for other in others:
         at, there = first["environment"], other["environment"]
-        differ = [key for key in {*at, *there} - free if at.get(key) != there.get(key)]
+        differ = sorted(key for key in {*at, *there} - free if at.get(key) != there.get(key))
         twice = sorted(found["dense"].keys() & other["dense"].keys())
         if differ or twice:
             sys.exit(f"these results do not belong together: {differ} differ, {twice} are in both.")
