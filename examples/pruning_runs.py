@@ -25,7 +25,8 @@ SGD, MFACW = "SGD", "mfacw"
 # The optimizers of fine-tuning, with their learning rates to choose from.
 RATES = {SGD: (0.003, 0.01, 0.03), MFACW: (0.001, 0.003, 0.01)}
 
-# Those that several sets of gradients and other sparsities compare.
+# Those that several sets of gradients compare. The others are far behind with recomputation on the
+# paper's ResNet-20, so most networks do without them there.
 STRONG = (REFERENCE_BLOCKS, CHITA, DEFAULT)
 # The methods with fine-tuning, and their optimizers.
 TRAINED = (
@@ -55,9 +56,10 @@ class Scale(NamedTuple):
         training: the number of pruning steps with fine-tuning, the training steps after each, and
             the examples in a training step.
         authors: the gradients, examples and stages of CHITA's authors; None leaves this out.
-        chita: the sparsities at which CHITA runs with recomputation; None for all. A stage of it
-            takes minutes for ten million weights, so it is not tuned with recomputation then, its
-            block form does not run, and with recomputation only the strong methods do.
+        methods: the methods of one-shot pruning.
+        recomputed: the methods with recomputation, at ``middle``.
+        elsewhere: the methods at other sparsities and numbers of recomputations.
+        tuned: the methods whose damping is chosen with recomputation as well.
     """
 
     counts: tuple[int, int] = (256, 128)
@@ -74,21 +76,16 @@ class Scale(NamedTuple):
     gradual: tuple[float, ...] = ()
     training: tuple[int, int, int] = (4, 265, 64)
     authors: tuple[int, int, int] | None = None
-    chita: tuple[float, ...] | None = None
+    methods: tuple[str, ...] = METHODS
+    recomputed: tuple[str, ...] = (MAGNITUDE, *STRONG)
+    elsewhere: tuple[str, ...] = (MAGNITUDE, *STRONG)
+    tuned: tuple[str, ...] = (REFERENCE_BLOCKS, CHITA)
 
     @property
     def sizes(self) -> dict[str, Any]:
         """What a run depends on beside its key."""
         names = ("counts", "one_shot", "training", "authors")
         return {name: getattr(self, name) for name in names}
-
-    def has(self, method: str, steps: int, sparsity: float) -> bool:
-        """Whether a method runs."""
-        if self.chita is None:
-            return True
-        if method == CHITA:
-            return steps == 1 or (steps == self.steps and sparsity in self.chita)
-        return method != CHITA_BLOCKS and (steps == 1 or method in (MAGNITUDE, *STRONG))
 
 
 FULL = {
@@ -99,12 +96,21 @@ FULL = {
         patterns=("2:4", "1 x 4"),
         gradual=(0.9, 0.95),
         authors=(500, 16, 16),
+        recomputed=METHODS,
+        tuned=tuple(GRIDS),
     ),
     "akamaster": Scale(sparsities=(0.9,), seeds=3),
     "squeezenet": Scale(choices=True),
-    "mlp": Scale(sparsities=(0.9, 0.98), middle=0.98, seeds=3, choices=True),
+    "mlp": Scale(
+        sparsities=(0.9, 0.98),
+        middle=0.98,
+        seeds=3,
+        choices=True,
+        recomputed=METHODS,
+        tuned=tuple(GRIDS),
+    ),
     "characters": Scale(),
-    "minilm": Scale(
+    "minilm": Scale(  # a stage of CHITA takes minutes for ten million weights
         counts=(64, 64),
         one_shot=(0.5, 0.6, 0.7, 0.8, 0.9),
         sparsities=(0.5, 0.8, 0.9),
@@ -114,7 +120,9 @@ FULL = {
         patterns=("2:4", "1 x 4", "channels"),
         gradual=(0.8, 0.9),
         training=(4, 60, 32),
-        chita=(0.8,),
+        methods=tuple(method for method in METHODS if method != CHITA_BLOCKS),
+        elsewhere=(MAGNITUDE, REFERENCE_BLOCKS, DEFAULT),
+        tuned=(REFERENCE_BLOCKS,),
     ),
 }
 _TINY = Scale(counts=(8, 8), one_shot=(0.5, 0.8), sparsities=(0.8,), middle=0.8, steps=2, tuning=2)
@@ -129,7 +137,7 @@ SMOKE = {
     ),
     "akamaster": _TINY,
     "squeezenet": _TINY,
-    "mlp": _TINY._replace(seeds=2),
+    "mlp": _TINY._replace(seeds=2, recomputed=METHODS, tuned=tuple(GRIDS)),
     "characters": _TINY,
     "minilm": _TINY._replace(
         other_steps=(1,),
@@ -194,11 +202,12 @@ def validation_runs(name: str, scale: Scale) -> list[Run]:
     if name in pruning_tasks.DEVELOPED_ON:
         todo += [
             Run("dampings", name, method, steps, sparsity, 0, damping, count)
-            for steps, sparsity, count in ((1, 0.8, one), (scale.tuning, scale.middle, several))
-            for method, grid in GRIDS.items()
-            for damping in grid
-            if scale.has(method, 1, sparsity)
-            if steps == 1 or scale.chita is None or method == REFERENCE_BLOCKS
+            for steps, sparsity, count, methods in (
+                (1, 0.8, one, scale.methods),
+                (scale.tuning, scale.middle, several, scale.tuned),
+            )
+            for method in methods
+            for damping in GRIDS.get(method, ())
         ]
     if scale.authors and name in pruning_tasks.DEVELOPED_ON:
         count, batch, _ = scale.authors
@@ -228,24 +237,19 @@ def test_runs(name: str, scale: Scale) -> list[Run]:
     todo = []
     for sparsity in scale.sparsities:
         is_middle = sparsity == scale.middle
-        for method in METHODS if is_middle else (MAGNITUDE, *STRONG):
+        for method in scale.recomputed if is_middle else scale.elsewhere:
             seeds = scale.seeds if is_middle and method in STRONG else 1
             todo += [
                 Run("recomputation", name, method, scale.steps, sparsity, seed, count=several)
                 for seed in range(seeds)
-                if scale.has(method, scale.steps, sparsity)
             ]
     todo += [
         Run("recomputation", name, method, steps, scale.middle, count=several)
         for steps in scale.other_steps
-        for method in STRONG
-        if scale.has(method, steps, scale.middle)
+        for method in scale.elsewhere
+        if method in STRONG
     ]
-    todo += [
-        Run("one_shot", name, method, 1, 0.0, count=one)
-        for method in METHODS
-        if scale.has(method, 1, 0.0)
-    ]
+    todo += [Run("one_shot", name, method, 1, 0.0, count=one) for method in scale.methods]
     if scale.authors:
         count, batch, stages = scale.authors
         todo += [
