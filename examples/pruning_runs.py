@@ -14,8 +14,8 @@ from prune_tables import (
     METHODS,
     REFERENCE,
     REFERENCE_BLOCKS,
-    best_accuracy,
     key_of,
+    mean_accuracy,
 )
 from pruning_methods import CHOICES, PATTERNS
 
@@ -46,16 +46,17 @@ class Scale(NamedTuple):
         sparsities: the sparsities with recomputation, of which the methods are tuned at ``middle``.
         middle: the sparsity at which several sets of gradients and all methods are compared.
         steps: the number of recomputations.
-        tuning: the number of recomputations that choose dampings and parts of the default.
+        tuning: the number of recomputations that choose dampings.
         other_steps: other numbers of recomputations, at ``middle``.
         seeds: the number of sets of gradients at ``middle``.
-        choices: whether parts of the default are compared.
+        choices: the number of recomputations that compare parts of the default; 0 for none.
         patterns: the names of the patterns.
         pattern_steps: the number of steps with patterns.
         gradual: the sparsities with fine-tuning.
         training: the number of pruning steps with fine-tuning, the training steps after each, and
             the examples in a training step.
         authors: the gradients, examples and stages of CHITA's authors; None leaves this out.
+        authors_tuning: the number of stages that choose the damping there; all would take hours.
         methods: the methods of one-shot pruning.
         recomputed: the methods with recomputation, at ``middle``.
         elsewhere: the methods at other sparsities and numbers of recomputations.
@@ -67,16 +68,17 @@ class Scale(NamedTuple):
     sparsities: tuple[float, ...] = (0.8, 0.9)
     middle: float = 0.9
     steps: int = 8
-    tuning: int = 4
+    tuning: int = 8
     other_steps: tuple[int, ...] = ()
     seeds: int = 1
-    choices: bool = False
+    choices: int = 0
     patterns: tuple[str, ...] = ()
     pattern_steps: int = 4
     gradual: tuple[float, ...] = ()
     training: tuple[int, int, int] = (4, 265, 64)
     authors: tuple[int, int, int] | None = None
-    methods: tuple[str, ...] = METHODS
+    authors_tuning: int = 4
+    methods: tuple[str, ...] = (MAGNITUDE, *STRONG)
     recomputed: tuple[str, ...] = (MAGNITUDE, *STRONG)
     elsewhere: tuple[str, ...] = (MAGNITUDE, *STRONG)
     tuned: tuple[str, ...] = (REFERENCE_BLOCKS, CHITA)
@@ -92,20 +94,21 @@ FULL = {
     "resnet20": Scale(
         sparsities=(0.8, 0.9, 0.95),
         seeds=3,
-        choices=True,
+        choices=4,
         patterns=("2:4", "1 x 4"),
         gradual=(0.9, 0.95),
         authors=(500, 16, 16),
-        recomputed=METHODS,
-        tuned=tuple(GRIDS),
+        methods=METHODS,
+        recomputed=tuple(method for method in METHODS if method != CHITA_BLOCKS),
     ),
     "akamaster": Scale(sparsities=(0.9,), seeds=3),
-    "squeezenet": Scale(choices=True),
+    "squeezenet": Scale(choices=4),
     "mlp": Scale(
         sparsities=(0.9, 0.98),
         middle=0.98,
         seeds=3,
-        choices=True,
+        choices=4,
+        methods=METHODS,
         recomputed=METHODS,
         tuned=tuple(GRIDS),
     ),
@@ -115,8 +118,9 @@ FULL = {
         one_shot=(0.5, 0.6, 0.7, 0.8, 0.9),
         sparsities=(0.5, 0.8, 0.9),
         middle=0.8,
+        tuning=4,
         other_steps=(4, 16),
-        choices=True,
+        choices=4,
         patterns=("2:4", "1 x 4", "channels"),
         gradual=(0.8, 0.9),
         training=(4, 60, 32),
@@ -128,16 +132,17 @@ FULL = {
 _TINY = Scale(counts=(8, 8), one_shot=(0.5, 0.8), sparsities=(0.8,), middle=0.8, steps=2, tuning=2)
 SMOKE = {
     "resnet20": _TINY._replace(
-        choices=True,
+        choices=2,
         patterns=("2:4",),
         pattern_steps=1,
         gradual=(0.8,),
         training=(2, 2, 8),
         authors=(8, 8, 2),
+        authors_tuning=2,
     ),
     "akamaster": _TINY,
     "squeezenet": _TINY,
-    "mlp": _TINY._replace(seeds=2, recomputed=METHODS, tuned=tuple(GRIDS)),
+    "mlp": _TINY._replace(seeds=2, methods=METHODS, recomputed=METHODS, tuned=tuple(GRIDS)),
     "characters": _TINY,
     "minilm": _TINY._replace(
         other_steps=(1,),
@@ -202,23 +207,27 @@ def validation_runs(name: str, scale: Scale) -> list[Run]:
     if name in pruning_tasks.DEVELOPED_ON:
         todo += [
             Run("dampings", name, method, steps, sparsity, 0, damping, count)
-            for steps, sparsity, count, methods in (
-                (1, 0.8, one, scale.methods),
-                (scale.tuning, scale.middle, several, scale.tuned),
+            for i, (steps, sparsity, count, methods) in enumerate(
+                (
+                    (1, 0.8, one, scale.methods),
+                    (scale.tuning, scale.middle, several, scale.tuned),
+                )
             )
             for method in methods
-            for damping in GRIDS.get(method, ())
+            if method in GRIDS
+            for damping in GRIDS[method][i]
         ]
     if scale.authors and name in pruning_tasks.DEVELOPED_ON:
         count, batch, _ = scale.authors
-        todo += [  # two stages, because each takes many gradients
-            Run("dampings", name, CHITA, 2, scale.middle, 0, x, count, batch, "authors ")
-            for x in GRIDS[CHITA]
+        stages = scale.authors_tuning
+        todo += [
+            Run("dampings", name, CHITA, stages, scale.middle, 0, x, count, batch, "authors ")
+            for x in GRIDS[CHITA][1]
         ]
     if scale.choices:
         kinds = _SHORT if name == "minilm" else tuple(CHOICES)
         todo += [
-            Run("choices", name, kind, scale.tuning, scale.middle, count=several)
+            Run("choices", name, kind, scale.choices, scale.middle, count=several)
             for kind in kinds
             if name in NORMALISED or "statistics" not in kind
         ]
@@ -326,4 +335,4 @@ def _best(tried: list[Run], runs: dict[str, Any], what: str) -> Run:
         raise LookupError(
             f"{what}: waits for --networks {missing[0].network} --only {missing[0].part}"
         )
-    return max(tried, key=lambda run: best_accuracy(runs[run.key]))
+    return max(tried, key=lambda run: mean_accuracy(runs[run.key]))
