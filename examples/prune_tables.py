@@ -26,6 +26,8 @@ GRIDS = {
     CHITA: ((10.0, 100.0, 1000.0, 10_000.0), (1.0, 10.0, 100.0)),
     CHITA_BLOCKS: ((10.0, 100.0, 1000.0, 10_000.0), (10.0, 100.0, 1000.0)),
 }
+# Those for CHITA at the setting of its authors.
+AUTHORS_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 TITLES = {
     "resnet20": "ResNet-20 of the M-FAC paper, CIFAR-10",
     "akamaster": "ResNet-20 of akamaster, CIFAR-10",

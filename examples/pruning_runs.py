@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pruning_tasks
 from prune_tables import (
+    AUTHORS_GRID,
     CHITA,
     CHITA_BLOCKS,
     DEFAULT,
@@ -222,7 +223,7 @@ def validation_runs(name: str, scale: Scale) -> list[Run]:
         stages = scale.authors_tuning
         todo += [
             Run("dampings", name, CHITA, stages, scale.middle, 0, x, count, batch, "authors ")
-            for x in GRIDS[CHITA][1]
+            for x in AUTHORS_GRID
         ]
     if scale.choices:
         kinds = _SHORT if name == "minilm" else tuple(CHOICES)

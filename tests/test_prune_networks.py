@@ -10,9 +10,19 @@ import prune_networks
 import prune_tables
 import pruning_network
 import pruning_results
+import pruning_runs
 import pruning_tasks
 import pytest
-from prune_tables import CHITA, DEFAULT, GRIDS, MAGNITUDE, METHODS, OBD, REFERENCE_BLOCKS
+from prune_tables import (
+    AUTHORS_GRID,
+    CHITA,
+    DEFAULT,
+    GRIDS,
+    MAGNITUDE,
+    METHODS,
+    OBD,
+    REFERENCE_BLOCKS,
+)
 from pruning_methods import CHOICES, first_order
 from pruning_runs import (
     FULL,
@@ -46,6 +56,7 @@ def every_run(scales):
 def test_every_run_is_measured_and_shown_once(tmp_path, monkeypatch, capsys):
     for method, (one, several) in GRIDS.items():
         monkeypatch.setitem(GRIDS, method, (one[:1], several[:1]))
+    monkeypatch.setattr(pruning_runs, "AUTHORS_GRID", AUTHORS_GRID[:1])
     for tx, rates in RATES.items():
         monkeypatch.setitem(RATES, tx, rates[:1])
     left = [kind for kind in CHOICES if "blocks" in kind or "dampings" in kind]
@@ -146,7 +157,7 @@ def test_a_damping_is_the_best_on_validation_data(network, method, part, steps, 
     assert {(r.part, r.network, r.method, r.steps) for r in tried} == {
         ("dampings", of, method, of_steps)
     }
-    grid = GRIDS[method][of_steps > 1]
+    grid = AUTHORS_GRID if part == "authors" else GRIDS[method][of_steps > 1]
     assert [r.damping for r in tried] == [*grid]
     runs = accuracies(tried, range(len(tried)))
     assert filled(run, runs, FULL).damping == grid[-1]
