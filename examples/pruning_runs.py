@@ -18,7 +18,9 @@ from prune_tables import (
     key_of,
     mean_accuracy,
 )
-from pruning_methods import CHOICES, PATTERNS
+from pruning_methods import CHOICES, PATTERNS, Choice
+
+from mfac_jax.pruning import Search
 
 # The networks with batch normalisation.
 NORMALISED = ("resnet20", "akamaster", "squeezenet")
@@ -26,8 +28,22 @@ SGD, MFACW = "SGD", "mfacw"
 # The optimizers of fine-tuning, with their learning rates to choose from.
 RATES = {SGD: (0.003, 0.01, 0.03), MFACW: (0.001, 0.003, 0.01)}
 
-# Those that several sets of gradients compare. The others are far behind with recomputation on the
-# paper's ResNet-20, so most networks do without them there.
+
+def _descents(factor: float) -> Choice:
+    """Descents at other rates."""
+    rates = [x._replace(learning_rate=factor * x.learning_rate) for x in Search().descents]
+    return {}, {"descents": rates}, ""
+
+
+# Choices beside the others.
+CHOICES.update(
+    {
+        "a third of the descents' rates": lambda: _descents(1 / 3),
+        "three times the descents' rates": lambda: _descents(3),
+    }
+)
+
+# Those that several sets of gradients compare, and that every network has; the others take too long.
 STRONG = (REFERENCE_BLOCKS, CHITA, DEFAULT)
 # The methods with fine-tuning, and their optimizers.
 TRAINED = (
