@@ -139,7 +139,7 @@ FULL = {
         other_steps=(4, 16),
         choices=4,
         patterns=("2:4", "1 x 4", "channels"),
-        gradual=(0.8, 0.9),
+        gradual=(0.9,),
         training=(4, 60, 32),
         methods=tuple(method for method in METHODS if method != CHITA_BLOCKS),
         elsewhere=(MAGNITUDE, REFERENCE_BLOCKS, DEFAULT),
