@@ -150,6 +150,7 @@ _TINY = Scale(counts=(8, 8), one_shot=(0.5, 0.8), sparsities=(0.8,), middle=0.8,
 SMOKE = {
     "resnet20": _TINY._replace(
         choices=2,
+        methods=METHODS,
         patterns=("2:4",),
         pattern_steps=1,
         gradual=(0.8,),
