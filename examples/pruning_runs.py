@@ -43,7 +43,7 @@ CHOICES.update(
     }
 )
 
-# Those that several sets of gradients compare, and that every network has; the others take too long.
+# Those that several sets of gradients compare, and that every network has.
 STRONG = (REFERENCE_BLOCKS, CHITA, DEFAULT)
 # The methods with fine-tuning, and their optimizers.
 TRAINED = (
