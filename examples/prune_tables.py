@@ -23,8 +23,8 @@ METHODS = (MAGNITUDE, OBD, REFERENCE, REFERENCE_BLOCKS, CHITA, CHITA_BLOCKS, DEF
 # for several.
 GRIDS = {
     REFERENCE_BLOCKS: ((0.03, 0.3, 3.0, 30.0, 300.0), (0.003, 0.03, 0.3)),
-    CHITA: ((10.0, 100.0, 1000.0, 10_000.0), (1.0, 10.0, 100.0)),
-    CHITA_BLOCKS: ((10.0, 100.0, 1000.0, 10_000.0), (10.0, 100.0, 1000.0)),
+    CHITA: ((10.0, 100.0, 1000.0, 10_000.0, 100_000.0), (1.0, 10.0, 100.0)),
+    CHITA_BLOCKS: ((10.0, 100.0, 1000.0, 10_000.0, 100_000.0), (10.0, 100.0, 1000.0)),
 }
 # Those for CHITA at the setting of its authors.
 AUTHORS_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -161,12 +161,12 @@ def _recomputation(found: dict[Key, Any]) -> str:
 
 def _grid(title: str, found: dict[Key, Any], head: Callable[[Column], str]) -> str:
     runs = {_SEPARATOR.join(map(_text, key)): run for key, run in found.items()}
-    network = next(iter(found)).network
-    cells = cells_of(runs, network)
+    first = next(iter(found))
+    cells = cells_of(runs, first.network)
     columns = sorted({column for row in cells.values() for column in row})
     rows = []
     for method, row in sorted(cells.items(), key=lambda item: METHODS.index(item[0])):
-        seconds = step_seconds(runs, network, method)
+        seconds = step_seconds(runs, first.network, method, first.part)
         rows.append([method, *[both(row[c]) if c in row else "" for c in columns]])
         rows[-1].append("" if seconds is None else f"{seconds:.1f} s")
     return table([title, *map(head, columns), "a step"], rows)
@@ -176,19 +176,23 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def step_seconds(runs: dict[str, Any], network: str, method: str) -> float | None:
+def step_seconds(
+    runs: dict[str, Any], network: str, method: str, part: str = "recomputation"
+) -> float | None:
     """The median time of a step beside its gradients, in the fastest run.
 
-    The first two steps do not count. One-shot pruning to several sparsities has one run.
+    The first two steps of a run do not count. A run of one-shot pruning has a step for each
+    sparsity.
     """
-    several = of_part(runs, "recomputation", network)
-    one = of_part(runs, "one_shot", network)
-    steps = [run["step_seconds"] for key, run in several.items() if key.method == method]
-    for key, run in one.items() if not several else ():
+    medians = []
+    for key, run in of_part(runs, part, network).items():
         if key.method == method:
-            found = [of["step_seconds"] for of in run.values() if isinstance(of, dict)]
-            steps.append([second for seconds in found for second in seconds])
-    return min((float(np.median(seconds[2:])) for seconds in steps if seconds[2:]), default=None)
+            parts = (
+                [run] if "step_seconds" in run else [x for x in run.values() if isinstance(x, dict)]
+            )
+            seconds = [second for of in parts for second in of["step_seconds"]][2:]
+            medians += [float(np.median(seconds))] if seconds else []
+    return min(medians, default=None)
 
 
 def both(cell: Cell) -> str:

@@ -35,7 +35,7 @@ def _descents(factor: float) -> Choice:
     return {}, {"descents": rates}, ""
 
 
-# Choices beside the others.
+# More choices. They stand here because a change of pruning_methods.py begins all runs anew.
 CHOICES.update(
     {
         "a third of the descents' rates": lambda: _descents(1 / 3),
@@ -60,8 +60,8 @@ class Scale(NamedTuple):
     Attributes:
         counts: the number of gradients for one-shot pruning, and for each of several steps.
         one_shot: the sparsities of one-shot pruning.
-        sparsities: the sparsities with recomputation, of which the methods are tuned at ``middle``.
-        middle: the sparsity at which several sets of gradients and all methods are compared.
+        sparsities: the sparsities with recomputation.
+        middle: the one at which dampings are chosen and several sets of gradients are compared.
         steps: the number of recomputations.
         tuning: the number of recomputations that choose dampings.
         other_steps: other numbers of recomputations, at ``middle``.

@@ -249,6 +249,42 @@ def test_tables_show_stored_and_recalibrated_statistics():
     )
 
 
+def test_the_time_of_a_step_is_that_of_the_fastest_run():
+    def runs(part, *seconds):
+        keys = [Run(part, "mlp", CHITA, 8, 0.9, seed).key for seed in range(len(seconds))]
+        return dict(zip(keys, seconds, strict=True))
+
+    several = [outcome(80.0) | {"step_seconds": [9.0, 9.0, x, x + 2]} for x in (5.0, 3.0)]
+    one = {"0.5": outcome(80.0), "0.8": outcome(80.0) | {"step_seconds": [2.0]}, "seconds": 1.0}
+    both = runs("recomputation", *several) | runs("one_shot", one)
+    assert prune_tables.step_seconds(both, "mlp", CHITA) == 4.0
+    assert prune_tables.step_seconds(both, "mlp", CHITA, "one_shot") == 1.5
+    assert prune_tables.step_seconds(both, "mlp", DEFAULT) is None
+    assert (
+        prune_tables.step_seconds(
+            runs("recomputation", outcome(80.0) | {"step_seconds": [9.0]}), "mlp", CHITA
+        )
+        is None
+    )  # only steps that compile
+    shown = prune_tables.tables(results_of(both))
+    assert shown["mlp-one_shot"].endswith("| 1.5 s |")
+    assert shown["mlp-recomputation"].endswith("| 4.0 s |")
+
+
+def test_the_bar_of_the_authors_setting_compares_recalibrated_statistics():
+    def run(method, stored, recalibrated):
+        key = Run("authors", "resnet20", method, 16, 0.9).key
+        return {key: outcome(stored, recalibrated=recalibrated)}
+
+    chita = run(CHITA, 10.0, 60.0)
+    bars = pruning_results.bars(results_of(chita | run(DEFAULT, 80.0, 59.0)))
+    assert "at the setting of its authors | > 0 | -1.0 | **not met** |" in bars
+    bars = pruning_results.bars(results_of(chita | run(DEFAULT, 5.0, 61.5)))
+    assert "at the setting of its authors | > 0 | +1.5 | met |" in bars
+    bars = pruning_results.bars(results_of(chita | run(DEFAULT, math.nan, math.nan)))
+    assert "at the setting of its authors | > 0 | -inf | **not met** |" in bars
+
+
 def test_bars_look_where_the_default_fails():
     def run(method, accuracy, sparsity=0.9, seed=0):
         run = Run("recomputation", "akamaster", method, 8, sparsity, seed)
