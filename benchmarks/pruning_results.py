@@ -59,7 +59,7 @@ LOSSES = (("minilm", 0.5, 8, 1.0), ("minilm", 0.8, 8, 4.0))
 
 def markers() -> Iterator[str]:
     """The tables of the page."""
-    yield from ("networks", "bars", "choices", "dampings", "rates")
+    yield from ("networks", "bars", "choices", "dampings", "rates", "times")
     for network in prune_tables.TITLES:
         yield from (f"{network}-recomputation", f"{network}-one_shot")
     yield "resnet20-authors"

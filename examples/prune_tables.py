@@ -22,7 +22,7 @@ METHODS = (MAGNITUDE, OBD, REFERENCE, REFERENCE_BLOCKS, CHITA, CHITA_BLOCKS, DEF
 # The dampings to choose from, relative to the mean of the diagonal of the Fisher: for one step, and
 # for several.
 GRIDS = {
-    REFERENCE_BLOCKS: ((0.03, 0.3, 3.0, 30.0, 300.0), (0.003, 0.03, 0.3)),
+    REFERENCE_BLOCKS: ((0.003, 0.03, 0.3, 3.0, 30.0, 300.0), (0.003, 0.03, 0.3)),
     CHITA: ((10.0, 100.0, 1000.0, 10_000.0, 100_000.0), (1.0, 10.0, 100.0)),
     CHITA_BLOCKS: ((10.0, 100.0, 1000.0, 10_000.0, 100_000.0), (10.0, 100.0, 1000.0)),
 }
@@ -36,6 +36,18 @@ TITLES = {
     "characters": "character transformer, Shakespeare",
     "minilm": "MiniLM-L6, SST-2",
 }
+# The columns of the table of times.
+_TIMED = (
+    "training",
+    "dampings",
+    "choices",
+    "rates",
+    "recomputation",
+    "one_shot",
+    "authors",
+    "patterns",
+    "gradual",
+)
 _SEPARATOR = " | "
 
 
@@ -100,7 +112,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         found = of_part(runs, part)
         if found:
             made[part] = choose(found)
-    return made
+    return made | {"times": _times(results)}
 
 
 def _networks(results: dict[str, Any]) -> str:
@@ -114,6 +126,24 @@ def _networks(results: dict[str, Any]) -> str:
         for name, dense in results["dense"].items()
     ]
     return table(["network", "weights to prune", "validation", "test"], rows)
+
+
+def _times(results: dict[str, Any]) -> str:
+    """Minutes of one core, by network and part, as the processor's clock counts them."""
+    minutes: dict[str, dict[str, float]] = {
+        network: {"training": dense["processor_seconds"] / 60}
+        for network, dense in results["dense"].items()
+    }
+    for text, run in results["runs"].items():
+        key = parsed(text)
+        of_network = minutes.setdefault(key.network, {})
+        of_network[key.part] = of_network.get(key.part, 0.0) + run["processor_seconds"] / 60
+    parts = sorted({part for row in minutes.values() for part in row}, key=_TIMED.index)
+    rows = []
+    for network, row in minutes.items():
+        cells = [f"{row[part]:.0f}" if part in row else "" for part in parts]
+        rows.append([network, *cells, f"{sum(row.values()):.0f}"])
+    return table(["minutes of one core", *parts, "all"], rows)
 
 
 class Cell(NamedTuple):

@@ -214,8 +214,9 @@ class Run(NamedTuple):
         )
 
 
-# What is tried of the default's parts on the transformer, for want of time.
-_SHORT = (DEFAULT, "one setting", "no descents", "no history")
+# What is tried of the default's parts on networks that take long, for want of time.
+_FEW = (DEFAULT, "one setting", "no descents", "no history")
+_SHORT = {"minilm": _FEW, "squeezenet": (*_FEW, "blocks of 288")}
 
 
 def validation_runs(name: str, scale: Scale) -> list[Run]:
@@ -243,7 +244,7 @@ def validation_runs(name: str, scale: Scale) -> list[Run]:
             for x in AUTHORS_GRID
         ]
     if scale.choices:
-        kinds = _SHORT if name == "minilm" else tuple(CHOICES)
+        kinds = _SHORT.get(name, tuple(CHOICES))
         todo += [
             Run("choices", name, kind, scale.choices, scale.middle, count=several)
             for kind in kinds

@@ -255,7 +255,8 @@ def test_the_time_of_a_step_is_that_of_the_fastest_run():
         return dict(zip(keys, seconds, strict=True))
 
     several = [outcome(80.0) | {"step_seconds": [9.0, 9.0, x, x + 2]} for x in (5.0, 3.0)]
-    one = {"0.5": outcome(80.0), "0.8": outcome(80.0) | {"step_seconds": [2.0]}, "seconds": 1.0}
+    one = {"0.5": outcome(80.0), "0.8": outcome(80.0) | {"step_seconds": [2.0]}}
+    one |= {"seconds": 1.0, "processor_seconds": 1.0}
     both = runs("recomputation", *several) | runs("one_shot", one)
     assert prune_tables.step_seconds(both, "mlp", CHITA) == 4.0
     assert prune_tables.step_seconds(both, "mlp", CHITA, "one_shot") == 1.5
@@ -269,6 +270,14 @@ def test_the_time_of_a_step_is_that_of_the_fastest_run():
     shown = prune_tables.tables(results_of(both))
     assert shown["mlp-one_shot"].endswith("| 1.5 s |")
     assert shown["mlp-recomputation"].endswith("| 4.0 s |")
+
+
+def test_times_are_added_up_by_network_and_part():
+    runs = {Run("one_shot", "mlp", x, 1, 0.0).key: outcome(80.0) for x in (CHITA, DEFAULT)}
+    runs |= {Run("choices", "minilm", DEFAULT, 4, 0.9).key: outcome(80.0)}
+    shown = prune_tables.tables(results_of(runs))["times"].splitlines()
+    assert shown[0] == "| minutes of one core | training | choices | one_shot | all |"
+    assert shown[2:] == ["| minilm | 120 | 120 |  | 240 |", "| mlp | 120 |  | 240 | 360 |"]
 
 
 def test_the_bar_of_the_authors_setting_compares_recalibrated_statistics():
