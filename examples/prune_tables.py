@@ -19,15 +19,6 @@ REFERENCE, REFERENCE_BLOCKS = "reference, whole", "reference, blocks"
 CHITA, CHITA_BLOCKS = "CHITA, whole", "CHITA, blocks"
 DEFAULT = "default"
 METHODS = (MAGNITUDE, OBD, REFERENCE, REFERENCE_BLOCKS, CHITA, CHITA_BLOCKS, DEFAULT)
-# The dampings to choose from, relative to the mean of the diagonal of the Fisher: for one step, and
-# for several.
-GRIDS = {
-    REFERENCE_BLOCKS: ((0.003, 0.03, 0.3, 3.0, 30.0, 300.0), (0.003, 0.03, 0.3)),
-    CHITA: ((10.0, 100.0, 1000.0, 10_000.0, 100_000.0), (1.0, 10.0, 100.0)),
-    CHITA_BLOCKS: ((10.0, 100.0, 1000.0, 10_000.0, 100_000.0), (10.0, 100.0, 1000.0)),
-}
-# Those for CHITA at the setting of its authors.
-AUTHORS_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 TITLES = {
     "resnet20": "ResNet-20 of the M-FAC paper, CIFAR-10",
     "akamaster": "ResNet-20 of akamaster, CIFAR-10",
@@ -152,6 +143,12 @@ class Cell(NamedTuple):
     stored: dict[int, float]
     recalibrated: dict[int, float]
 
+    def put(self, seed: int, run: dict[str, Any]) -> None:
+        """Adds a run."""
+        self.stored[seed] = run["accuracy"]
+        if "recalibrated" in run:
+            self.recalibrated[seed] = run["recalibrated"]
+
     @property
     def best(self) -> dict[int, float]:
         """With recalibrated statistics if there are any."""
@@ -167,10 +164,7 @@ def cells_of(runs: dict[str, Any], network: str) -> Cells:
     cells: Cells = {}
 
     def put(method: str, column: Column, seed: int, run: dict[str, Any]) -> None:
-        cell = cells.setdefault(method, {}).setdefault(column, Cell({}, {}))
-        cell.stored[seed] = run["accuracy"]
-        if "recalibrated" in run:
-            cell.recalibrated[seed] = run["recalibrated"]
+        cells.setdefault(method, {}).setdefault(column, Cell({}, {})).put(seed, run)
 
     for key, run in of_part(runs, "one_shot", network).items():
         for sparsity, found in run.items():
@@ -190,7 +184,7 @@ def _recomputation(found: dict[Key, Any]) -> str:
 
 
 def _grid(title: str, found: dict[Key, Any], head: Callable[[Column], str]) -> str:
-    runs = {_SEPARATOR.join(map(_text, key)): run for key, run in found.items()}
+    runs = {key_of(*key): run for key, run in found.items()}
     first = next(iter(found))
     cells = cells_of(runs, first.network)
     columns = sorted({column for row in cells.values() for column in row})
@@ -200,10 +194,6 @@ def _grid(title: str, found: dict[Key, Any], head: Callable[[Column], str]) -> s
         rows.append([method, *[both(row[c]) if c in row else "" for c in columns]])
         rows[-1].append("" if seconds is None else f"{seconds:.1f} s")
     return table([title, *map(head, columns), "a step"], rows)
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def step_seconds(
@@ -232,9 +222,9 @@ def both(cell: Cell) -> str:
 
 
 def _pair(run: dict[str, Any]) -> str:
-    return both(
-        Cell({0: run["accuracy"]}, {0: run["recalibrated"]} if "recalibrated" in run else {})
-    )
+    cell = Cell({}, {})
+    cell.put(0, run)
+    return both(cell)
 
 
 def _authors(found: dict[Key, Any]) -> str:
@@ -276,8 +266,13 @@ def _choices(found: dict[Key, Any]) -> str:
     networks = list(dict.fromkeys(key.network for key in found))
     rows = []
     for kind in dict.fromkeys(key.method for key in found):
-        of_kind = {key.network: run for key, run in found.items() if key.method == kind}
-        cells = [_pair(of_kind[n]) if n in of_kind else "" for n in networks]
+        cells = []
+        for network in networks:
+            cell = Cell({}, {})
+            for key, run in found.items():
+                if (key.method, key.network) == (kind, network):
+                    cell.put(key.seed, run)
+            cells.append(both(cell))
         rows.append([kind, *cells])
     heads = []
     for network in networks:
@@ -298,9 +293,7 @@ def _dampings(found: dict[Key, Any]) -> str:
 
 
 def _rates(found: dict[Key, Any]) -> str:
-    rows = [
-        [key.network, *key.what.split(), spread([run["accuracy"]])] for key, run in found.items()
-    ]
+    rows = [[key.network, *key.what.split(), _pair(run)] for key, run in found.items()]
     return table(["network", "optimizer", "learning rate", "validation accuracy"], rows)
 
 

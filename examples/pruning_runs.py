@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pruning_tasks
 from prune_tables import (
-    AUTHORS_GRID,
     CHITA,
     CHITA_BLOCKS,
     DEFAULT,
-    GRIDS,
     MAGNITUDE,
     METHODS,
     REFERENCE,
@@ -18,9 +17,9 @@ from prune_tables import (
     key_of,
     mean_accuracy,
 )
-from pruning_methods import CHOICES, PATTERNS, Choice
+from pruning_methods import BLOCK, CHOICES, DAMPING, PATTERNS, Choice
 
-from mfac_jax.pruning import Search
+from mfac_jax import pruning
 
 # The networks with batch normalisation.
 NORMALISED = ("resnet20", "akamaster", "squeezenet")
@@ -31,17 +30,44 @@ RATES = {SGD: (0.003, 0.01, 0.03), MFACW: (0.001, 0.003, 0.01)}
 
 def _descents(factor: float) -> Choice:
     """Descents at other rates."""
-    rates = [x._replace(learning_rate=factor * x.learning_rate) for x in Search().descents]
+    own = pruning.Search().descents
+    rates = [x._replace(learning_rate=factor * x.learning_rate) for x in own]
     return {}, {"descents": rates}, ""
 
 
+def _paper_in_blocks() -> Choice:
+    setting = pruning.Setting("mfac", "reference", BLOCK, DAMPING)
+    return {"history": 0}, {"settings": [setting], "descents": ()}, ""
+
+
+# The rival's damping is relative to each step's diagonal; here it stays that of the paper.
+PAPER_IN_BLOCKS = "reference, blocks, damping 1e-5, 8 x"
 # More choices. They stand here because a change of pruning_methods.py begins all runs anew.
 CHOICES.update(
     {
         "a third of the descents' rates": lambda: _descents(1 / 3),
         "three times the descents' rates": lambda: _descents(3),
+        "one setting, no history": lambda: (
+            {"history": 0},
+            {"settings": pruning.default_settings()[:1]},
+            "",
+        ),
+        PAPER_IN_BLOCKS: _paper_in_blocks,
     }
 )
+
+# The dampings to choose from, relative to the mean of the diagonal of the Fisher: for one step,
+ONE_STEP = {
+    REFERENCE_BLOCKS: (0.003, 0.03, 0.3, 3.0, 30.0, 300.0),
+    CHITA: (10.0, 100.0, 1000.0, 10_000.0, 100_000.0),
+    CHITA_BLOCKS: (10.0, 100.0, 1000.0, 10_000.0, 100_000.0),
+}
+# for several,
+SEVERAL_STEPS = {REFERENCE_BLOCKS: (0.003, 0.03, 0.3), CHITA: (1.0, 10.0, 100.0)}
+# and for CHITA at the setting of its authors.
+AUTHORS_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
+# The sparsity in one step at which dampings are chosen.
+TUNED_AT = 0.8
 
 # Those that several sets of gradients compare, and that every network has.
 STRONG = (REFERENCE_BLOCKS, CHITA, DEFAULT)
@@ -77,7 +103,10 @@ class Scale(NamedTuple):
         methods: the methods of one-shot pruning.
         recomputed: the methods with recomputation, at ``middle``.
         elsewhere: the methods at other sparsities and numbers of recomputations.
-        tuned: the methods whose damping is chosen with recomputation as well.
+        tuned: the dampings to choose from with recomputation, by method.
+        tried_at: other sparsities in one step that show how far dampings carry over; none is
+            chosen there.
+        one_shot_seeds: the number of sets of gradients of one-shot pruning.
     """
 
     counts: tuple[int, int] = (256, 128)
@@ -98,7 +127,9 @@ class Scale(NamedTuple):
     methods: tuple[str, ...] = (MAGNITUDE, *STRONG)
     recomputed: tuple[str, ...] = (MAGNITUDE, *STRONG)
     elsewhere: tuple[str, ...] = (MAGNITUDE, *STRONG)
-    tuned: tuple[str, ...] = (REFERENCE_BLOCKS, CHITA)
+    tuned: Mapping[str, tuple[float, ...]] = SEVERAL_STEPS
+    tried_at: tuple[float, ...] = ()
+    one_shot_seeds: int = 1
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -117,6 +148,8 @@ FULL = {
         authors=(500, 16, 16),
         methods=METHODS,
         recomputed=tuple(method for method in METHODS if method != CHITA_BLOCKS),
+        tried_at=(0.5,),
+        one_shot_seeds=3,
     ),
     "akamaster": Scale(sparsities=(0.9,), seeds=3),
     "squeezenet": Scale(choices=4),
@@ -127,7 +160,11 @@ FULL = {
         choices=4,
         methods=METHODS,
         recomputed=METHODS,
-        tuned=tuple(GRIDS),
+        tuned={
+            REFERENCE_BLOCKS: (0.003, 0.03, 0.3, 3.0, 30.0),
+            CHITA: (1.0, 10.0, 100.0, 1000.0, 10_000.0),
+            CHITA_BLOCKS: (10.0, 100.0, 1000.0, 10_000.0, 100_000.0),
+        },
     ),
     "characters": Scale(),
     "minilm": Scale(  # a stage of CHITA takes minutes for ten million weights
@@ -143,7 +180,7 @@ FULL = {
         training=(4, 60, 32),
         methods=tuple(method for method in METHODS if method != CHITA_BLOCKS),
         elsewhere=(MAGNITUDE, REFERENCE_BLOCKS, DEFAULT),
-        tuned=(REFERENCE_BLOCKS,),
+        tuned={**SEVERAL_STEPS, CHITA: (10.0, 100.0, 1000.0, 10_000.0)},
     ),
 }
 _TINY = Scale(counts=(8, 8), one_shot=(0.5, 0.8), sparsities=(0.8,), middle=0.8, steps=2, tuning=2)
@@ -160,7 +197,14 @@ SMOKE = {
     ),
     "akamaster": _TINY,
     "squeezenet": _TINY,
-    "mlp": _TINY._replace(seeds=2, methods=METHODS, recomputed=METHODS, tuned=tuple(GRIDS)),
+    "mlp": _TINY._replace(
+        seeds=2,
+        methods=METHODS,
+        recomputed=METHODS,
+        tuned={**SEVERAL_STEPS, CHITA_BLOCKS: (10.0,)},
+        tried_at=(0.5,),
+        one_shot_seeds=2,
+    ),
     "characters": _TINY,
     "minilm": _TINY._replace(
         other_steps=(1,),
@@ -225,16 +269,15 @@ def validation_runs(name: str, scale: Scale) -> list[Run]:
     todo = []
     if name in pruning_tasks.DEVELOPED_ON:
         todo += [
-            Run("dampings", name, method, steps, sparsity, 0, damping, count)
-            for i, (steps, sparsity, count, methods) in enumerate(
-                (
-                    (1, 0.8, one, scale.methods),
-                    (scale.tuning, scale.middle, several, scale.tuned),
-                )
-            )
-            for method in methods
-            if method in GRIDS
-            for damping in GRIDS[method][i]
+            Run("dampings", name, method, 1, sparsity, 0, damping, one)
+            for sparsity in (TUNED_AT, *scale.tried_at)
+            for method in scale.methods
+            for damping in ONE_STEP.get(method, ())
+        ]
+        todo += [
+            Run("dampings", name, method, scale.tuning, scale.middle, 0, damping, several)
+            for method, grid in scale.tuned.items()
+            for damping in grid
         ]
     if scale.authors and name in pruning_tasks.DEVELOPED_ON:
         count, batch, _ = scale.authors
@@ -246,10 +289,15 @@ def validation_runs(name: str, scale: Scale) -> list[Run]:
     if scale.choices:
         kinds = _SHORT.get(name, tuple(CHOICES))
         todo += [
-            Run("choices", name, kind, scale.choices, scale.middle, count=several)
+            Run("choices", name, kind, scale.choices, scale.middle, seed, count=several)
             for kind in kinds
             if name in NORMALISED or "statistics" not in kind
+            if kind != PAPER_IN_BLOCKS
+            for seed in range(3 if kind == DEFAULT and name != "minilm" else 1)
         ]
+        if PAPER_IN_BLOCKS in kinds and name == "resnet20":
+            kind = PAPER_IN_BLOCKS
+            todo.append(Run("choices", name, kind, scale.steps, scale.middle, count=several))
     todo += [
         Run("rates", name, MAGNITUDE, 1, scale.middle, count=1, what=f"{tx} ", rate=rate)
         for tx, rates in RATES.items()
@@ -277,7 +325,11 @@ def test_runs(name: str, scale: Scale) -> list[Run]:
         for method in scale.elsewhere
         if method in STRONG
     ]
-    todo += [Run("one_shot", name, method, 1, 0.0, count=one) for method in scale.methods]
+    todo += [
+        Run("one_shot", name, method, 1, 0.0, seed, count=one)
+        for method in scale.methods
+        for seed in range(scale.one_shot_seeds if method in STRONG else 1)
+    ]
     if scale.authors:
         count, batch, stages = scale.authors
         todo += [
@@ -321,6 +373,7 @@ def tried_dampings(run: Run, scales: dict[str, Scale]) -> list[Run]:
             tried
             for tried in validation_runs(name, scales[name])
             if (tried.part, tried.method, tried.what) == ("dampings", run.method, what)
+            if tried.steps > 1 or tried.sparsity == TUNED_AT
         ]
         for several in (run.steps > 1, False):
             found = [tried for tried in planned if (tried.steps > 1) == several]
@@ -335,7 +388,7 @@ def filled(run: Run, runs: dict[str, Any], scales: dict[str, Scale]) -> Run:
     Raises:
         LookupError: they were not chosen yet.
     """
-    if run.method in GRIDS and run.part != "dampings":
+    if run.method in ONE_STEP and run.part != "dampings":
         tried = tried_dampings(run, scales)
         run = run._replace(damping=_best(tried, runs, f"{run.network}, {run.method}").damping)
     if run.part == "gradual":

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from checkpoints import Place, put
 from flax import nnx
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -108,32 +109,20 @@ def _norm(width: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
     return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, rngs=rngs)
 
 
-class _Place(NamedTuple):
-    """Where an array goes: a variable, and the array's axes in the order of the variable's."""
-
-    variable: nnx.Variable
-    axes: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array in PyTorch's order."""
-        return tuple(self.variable.shape[i] for i in np.argsort(self.axes))
-
-
-def _places(model: ResNet, head: str) -> dict[str, _Place]:
+def _places(model: ResNet, head: str) -> dict[str, Place]:
     """The place of every array, by PyTorch's name."""
     places = {
-        f"{head}.weight": _Place(model.dense.kernel, (1, 0)),
-        f"{head}.bias": _Place(model.dense.bias, (0,)),
+        f"{head}.weight": Place(model.dense.kernel, (1, 0)),
+        f"{head}.bias": Place(model.dense.bias, (0,)),
     }
 
     def add(name: str, conv: nnx.Conv, name_of_norm: str, norm: nnx.BatchNorm) -> None:
-        places[f"{name}.weight"] = _Place(conv.kernel, (2, 3, 1, 0))
+        places[f"{name}.weight"] = Place(conv.kernel, (2, 3, 1, 0))
         fields = (norm.scale, norm.bias, norm.mean, norm.var)
         for field, variable in zip(
             ("weight", "bias", "running_mean", "running_var"), fields, strict=True
         ):
-            places[f"{name_of_norm}.{field}"] = _Place(variable, (0,))
+            places[f"{name_of_norm}.{field}"] = Place(variable, (0,))
 
     add("conv1", model.conv, "bn1", model.norm)
     depth = len(model.blocks.layers) // 3
@@ -157,28 +146,7 @@ def load_weights(model: ResNet, arrays: Mapping[str, np.ndarray]) -> None:
     Raises:
         ValueError: the arrays are those of another architecture. The model is unchanged then.
     """
-    places = _places(model, "linear" if "linear.weight" in arrays else "fc")
-    differ = [
-        f"{name} (expected {place.shape}, got {arrays[name].shape})"
-        for name, place in places.items()
-        if name in arrays and arrays[name].shape != place.shape
-    ]
-    problems = {
-        "missing": [name for name in places if name not in arrays],
-        "not known": [name for name in arrays if name not in places],
-        "of another shape": differ,
-    }
-    found = [f"{what}: {_some(names)}" for what, names in problems.items() if names]
-    if found:
-        raise ValueError(f"the weights are those of another architecture; {'; '.join(found)}.")
-    for name, (variable, axes) in places.items():
-        array = jnp.asarray(arrays[name], variable.dtype)
-        variable.set_value(jnp.transpose(array, axes))
-
-
-def _some(names: list[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+    put(arrays, _places(model, "linear" if "linear.weight" in arrays else "fc"))
 
 
 def is_pruned(path: str, leaf: Any) -> bool:

@@ -36,6 +36,7 @@ def test_table_is_that_of_the_result_file(page, name, render):
 
 def test_tables_of_the_pruned_networks_are_those_of_the_result_file():
     results = report.load(pruning_results.NAME)
+    assert pruning_results.stale(results) == {}
     for name, table in pruning_results.tables(results).items():
         assert report.read_table(pruning_results.PAGE, name) == table.strip()
     assert report.read_table(ROOT / "README.md", "pruning") == pruning_results.summary(results)
