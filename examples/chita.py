@@ -10,7 +10,9 @@ stage looks for::
 With r = G (w - w0), the first two terms are (|r|^2 / 2 + sum(r) / B) / n, so the first-order term
 is a shift of the target of the least squares. The paper's problem is n times this one: it has
 X = G, the target y = X w0 - alpha e with e all ones, and the ridge n lambda / 2 |w - w0|^2; here
-alpha = 1 / B, as in the authors' code.
+alpha = 1 / B, as in the authors' code, or 0 without the first-order term. With it, the minimiser
+lowers the loss of every mini-batch by 1 / B if lambda is small; where that is more than the loss
+itself, as it is for a trained network, the step goes too far.
 
 Iterative hard thresholding (IHT) chooses the weights. It starts at the k largest weights of w0.
 Each iteration steps along -grad f and keeps the k largest. Of several steps the one with the least
@@ -60,11 +62,13 @@ class Chita(NamedTuple):
         damping: lambda, as a multiple of the mean of the diagonal of F over the alive weights.
         block: the number of alive weights in a block of F; None for the whole F.
         iterations: the largest number of iterations of IHT.
+        first_order: whether f has its first-order term.
     """
 
     damping: float
     block: int | None = None
     iterations: int = 50
+    first_order: bool = True
 
 
 def prune(
@@ -199,13 +203,14 @@ def stage(
 
     on_device = jnp.asarray(blocks), jnp.asarray(start)
     blocks = np.asarray(on_device[0])  # which is no copy on a CPU
-    scalars = jnp.float32(ridge), jnp.float32(1 / batch)
+    alpha = 1 / batch if config.first_order else 0.0
+    scalars = jnp.float32(ridge), jnp.float32(alpha)
     found, values, length = _iterate(*on_device, jnp.int32(k), *scalars, config.iterations)
     kept = _exactly(k, np.asarray(found).ravel()[:d] != 0, start.ravel()[:d])
     masks = np.zeros(start.shape, bool)
     masks.ravel()[:d] = kept
     solved = np.stack(
-        [_back_solve(*block, ridge, 1 / batch) for block in zip(blocks, start, masks, strict=True)]
+        [_back_solve(*block, ridge, alpha) for block in zip(blocks, start, masks, strict=True)]
     )
     objectives = [float(x) for x in values[: int(length)]]
     objectives.append(float(_objective(*on_device, jnp.asarray(solved), *scalars)))

@@ -44,6 +44,20 @@ from mfac_jax import collect_gradients, pruning
 from mfac_jax.pruning import Gradients, Scope, Search
 
 CHITA_BLOCK = 500  # its paper's
+# The modules that decide what a run measures; not those that plan runs and show them.
+MODULES = (
+    "checkpoints",
+    "chita",
+    "minilm",
+    "optimizer_tasks",
+    "prune_networks",
+    "pruning_methods",
+    "pruning_network",
+    "pruning_recipes",
+    "pruning_tasks",
+    "resnet20",
+    "squeezenet",
+)
 
 
 class Setup(NamedTuple):
@@ -86,6 +100,8 @@ class Experiment:
         run, chosen = self.run, {}
         if run.damping is not None:
             chosen["damping"] = run.damping
+        if not run.first_order:
+            chosen["first_order"] = False
         if run.rate:
             chosen["rate"] = run.rate
         if run.part == "one_shot":
@@ -197,7 +213,11 @@ class Experiment:
             stages,
             count=run.count,
             batch=self.batch,
-            config=Chita(run.damping, CHITA_BLOCK if run.method == CHITA_BLOCKS else None),
+            config=Chita(
+                run.damping,
+                CHITA_BLOCK if run.method == CHITA_BLOCKS else None,
+                first_order=run.first_order,
+            ),
             is_pruned=network.is_pruned,
             given=self._given(),
         )
@@ -264,11 +284,12 @@ def code_hash(paths: Iterable[Path]) -> str:
 def environment(setup: Setup) -> dict[str, Any]:
     """The machine, the versions, and the sizes that the keys of the runs do not tell."""
     library, here = Path(mfac_jax.__file__).parent, Path(__file__).parent
-    modules = ("chita", "pruning_methods", "pruning_network", "pruning_tasks", "prune_networks")
     return parallel.environment() | {
         "mfac_jax": importlib.metadata.version("mfac_jax"),
+        "flax": importlib.metadata.version("flax"),
+        "optax": importlib.metadata.version("optax"),
         "code": code_hash(sorted(library.rglob("*.py"))),
-        "experiment": code_hash(here / f"{name}.py" for name in modules),
+        "experiment": code_hash(here / f"{name}.py" for name in MODULES),
         "sizes": {name: scale.sizes for name, scale in setup.scales.items()},
     }
 
@@ -357,9 +378,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                     except LookupError as error:
                         waiting.append(str(error))
         for run in todo:
-            known = results["runs"].get(run.key, {})
-            if (known.get("damping"), known.get("rate", 0.0)) != (run.damping, run.rate):
-                results["runs"].pop(run.key, None)  # of another choice
+            if not run.is_choice_of(results["runs"].get(run.key, {})):
+                results["runs"].pop(run.key, None)
         todo.sort(key=lambda run: list(PARTS).index(run.part))
         arguments = {run.key: (setup, run) for run in todo}
         parallel.perform(measure, arguments, results, path, workers=workers)

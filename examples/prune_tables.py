@@ -19,6 +19,8 @@ REFERENCE, REFERENCE_BLOCKS = "reference, whole", "reference, blocks"
 CHITA, CHITA_BLOCKS = "CHITA, whole", "CHITA, blocks"
 DEFAULT = "default"
 METHODS = (MAGNITUDE, OBD, REFERENCE, REFERENCE_BLOCKS, CHITA, CHITA_BLOCKS, DEFAULT)
+# What the keys of trial runs say beside the damping.
+OF_AUTHORS, WITHOUT = "authors ", "without first-order term "
 TITLES = {
     "resnet20": "ResNet-20 of the M-FAC paper, CIFAR-10",
     "akamaster": "ResNet-20 of akamaster, CIFAR-10",
@@ -285,8 +287,9 @@ def _dampings(found: dict[Key, Any]) -> str:
     grid = sorted({float(key.what.split()[-1]) for key in found})
     rows = {}
     for key, run in found.items():
-        authors = ", authors' setting" if key.what.startswith("authors") else ""
-        name = (key.network, key.method, f"{key.sparsity:.0%}, {key.steps} x{authors}")
+        authors = ", authors' setting" if key.what.startswith(OF_AUTHORS) else ""
+        without = f" {WITHOUT.strip()}" if WITHOUT in key.what else ""
+        name = (key.network, key.method + without, f"{key.sparsity:.0%}, {key.steps} x{authors}")
         rows.setdefault(name, {})[float(key.what.split()[-1])] = _pair(run)
     lines = [[*name, *[of.get(damping, "") for damping in grid]] for name, of in rows.items()]
     return table(["network", "method", "sparsity", *[f"{x:g}" for x in grid]], lines)

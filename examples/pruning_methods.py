@@ -89,6 +89,15 @@ def _bare(setting: Setting) -> Choice:
     return {"history": 0}, {"settings": [setting], "descents": ()}, ""
 
 
+def _descents(factor: float) -> Choice:
+    """Descents at other rates."""
+    own = pruning.Search().descents
+    rates = [x._replace(learning_rate=factor * x.learning_rate) for x in own]
+    return {}, {"descents": rates}, ""
+
+
+# The rival's damping is relative to each step's diagonal; here it stays that of the paper.
+PAPER_IN_BLOCKS = "reference, blocks, damping 1e-5, 8 x"
 # The default with one part changed, for the choice on validation data. The first-order term is
 # compared with the bare setting.
 CHOICES: dict[str, Callable[[], Choice]] = {
@@ -106,6 +115,14 @@ CHOICES: dict[str, Callable[[], Choice]] = {
     BARE: lambda: _bare(pruning.default_settings()[0]),
     f"{BARE}, first-order term in the update": lambda: _bare(first_order(1 / 32, in_mask=False)),
     f"{BARE}, first-order term in both": lambda: _bare(first_order(1 / 32, in_mask=True)),
+    "a third of the descents' rates": lambda: _descents(1 / 3),
+    "three times the descents' rates": lambda: _descents(3),
+    "one setting, no history": lambda: (
+        {"history": 0},
+        {"settings": pruning.default_settings()[:1]},
+        "",
+    ),
+    PAPER_IN_BLOCKS: lambda: _bare(Setting("mfac", "reference", BLOCK, DAMPING)),
     f"statistics recalibrated {AFTER_STEPS}": lambda: ({}, {}, AFTER_STEPS),
     f"statistics recalibrated {IN_TRIALS}": lambda: ({}, {}, IN_TRIALS),
 }

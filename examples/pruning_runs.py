@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import pruning_tasks
@@ -12,14 +12,14 @@ from prune_tables import (
     DEFAULT,
     MAGNITUDE,
     METHODS,
+    OF_AUTHORS,
     REFERENCE,
     REFERENCE_BLOCKS,
+    WITHOUT,
     key_of,
     mean_accuracy,
 )
-from pruning_methods import BLOCK, CHOICES, DAMPING, PATTERNS, Choice
-
-from mfac_jax import pruning
+from pruning_methods import CHOICES, PAPER_IN_BLOCKS, PATTERNS
 
 # The networks with batch normalisation.
 NORMALISED = ("resnet20", "akamaster", "squeezenet")
@@ -27,50 +27,29 @@ SGD, MFACW = "SGD", "mfacw"
 # The optimizers of fine-tuning, with their learning rates to choose from.
 RATES = {SGD: (0.003, 0.01, 0.03), MFACW: (0.001, 0.003, 0.01)}
 
+Dampings = Mapping[str, tuple[float, ...]]
 
-def _descents(factor: float) -> Choice:
-    """Descents at other rates."""
-    own = pruning.Search().descents
-    rates = [x._replace(learning_rate=factor * x.learning_rate) for x in own]
-    return {}, {"descents": rates}, ""
-
-
-def _paper_in_blocks() -> Choice:
-    setting = pruning.Setting("mfac", "reference", BLOCK, DAMPING)
-    return {"history": 0}, {"settings": [setting], "descents": ()}, ""
-
-
-# The rival's damping is relative to each step's diagonal; here it stays that of the paper.
-PAPER_IN_BLOCKS = "reference, blocks, damping 1e-5, 8 x"
-# More choices. They stand here because a change of pruning_methods.py begins all runs anew.
-CHOICES.update(
-    {
-        "a third of the descents' rates": lambda: _descents(1 / 3),
-        "three times the descents' rates": lambda: _descents(3),
-        "one setting, no history": lambda: (
-            {"history": 0},
-            {"settings": pruning.default_settings()[:1]},
-            "",
-        ),
-        PAPER_IN_BLOCKS: _paper_in_blocks,
-    }
-)
-
-# The dampings to choose from, relative to the mean of the diagonal of the Fisher: for one step,
+# The dampings to choose from by method, relative to the mean of the diagonal of the Fisher: for one
+# step, for several, and at the setting of CHITA's authors. CHITA is tried with its first-order term
+# and without it.
 ONE_STEP = {
     REFERENCE_BLOCKS: (0.003, 0.03, 0.3, 3.0, 30.0, 300.0),
     CHITA: (10.0, 100.0, 1000.0, 10_000.0, 100_000.0),
     CHITA_BLOCKS: (10.0, 100.0, 1000.0, 10_000.0, 100_000.0),
 }
-# for several,
-SEVERAL_STEPS = {REFERENCE_BLOCKS: (0.003, 0.03, 0.3), CHITA: (1.0, 10.0, 100.0)}
-# and for CHITA at the setting of its authors.
-AUTHORS_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
+ONE_STEP_WITHOUT = {
+    CHITA: (0.3, 3.0, 30.0, 300.0, 3000.0),
+    CHITA_BLOCKS: (0.03, 0.3, 3.0, 30.0, 300.0),
+}
+SEVERAL_STEPS = {REFERENCE_BLOCKS: (0.003, 0.03, 0.3)}
+SEVERAL_STEPS_WITHOUT = {CHITA_BLOCKS: (0.003, 0.03, 0.3)}
+AUTHORS = {CHITA: (0.01, 0.1, 1.0, 10.0, 100.0)}
+AUTHORS_WITHOUT = {CHITA_BLOCKS: (0.01, 0.1, 1.0)}
 # The sparsity in one step at which dampings are chosen.
 TUNED_AT = 0.8
 
 # Those that several sets of gradients compare, and that every network has.
-STRONG = (REFERENCE_BLOCKS, CHITA, DEFAULT)
+STRONG = (REFERENCE_BLOCKS, CHITA_BLOCKS, DEFAULT)
 # The methods with fine-tuning, and their optimizers.
 TRAINED = (
     (MAGNITUDE, SGD),
@@ -104,6 +83,7 @@ class Scale(NamedTuple):
         recomputed: the methods with recomputation, at ``middle``.
         elsewhere: the methods at other sparsities and numbers of recomputations.
         tuned: the dampings to choose from with recomputation, by method.
+        tuned_without: those of CHITA without its first-order term.
         tried_at: other sparsities in one step that show how far dampings carry over; none is
             chosen there.
         one_shot_seeds: the number of sets of gradients of one-shot pruning.
@@ -127,7 +107,8 @@ class Scale(NamedTuple):
     methods: tuple[str, ...] = (MAGNITUDE, *STRONG)
     recomputed: tuple[str, ...] = (MAGNITUDE, *STRONG)
     elsewhere: tuple[str, ...] = (MAGNITUDE, *STRONG)
-    tuned: Mapping[str, tuple[float, ...]] = SEVERAL_STEPS
+    tuned: Dampings = SEVERAL_STEPS
+    tuned_without: Dampings = SEVERAL_STEPS_WITHOUT
     tried_at: tuple[float, ...] = ()
     one_shot_seeds: int = 1
 
@@ -147,11 +128,18 @@ FULL = {
         gradual=(0.9, 0.95),
         authors=(500, 16, 16),
         methods=METHODS,
-        recomputed=tuple(method for method in METHODS if method != CHITA_BLOCKS),
+        recomputed=METHODS,
+        elsewhere=(MAGNITUDE, CHITA, *STRONG),
+        tuned={**SEVERAL_STEPS, CHITA: (1.0, 10.0, 100.0), CHITA_BLOCKS: (100.0, 1000.0)},
         tried_at=(0.5,),
         one_shot_seeds=3,
     ),
-    "akamaster": Scale(sparsities=(0.9,), seeds=3),
+    "akamaster": Scale(
+        sparsities=(0.9,),
+        seeds=3,
+        methods=(MAGNITUDE, CHITA, *STRONG),
+        recomputed=(MAGNITUDE, CHITA, *STRONG),
+    ),
     "squeezenet": Scale(choices=4),
     "mlp": Scale(
         sparsities=(0.9, 0.98),
@@ -165,9 +153,13 @@ FULL = {
             CHITA: (1.0, 10.0, 100.0, 1000.0, 10_000.0),
             CHITA_BLOCKS: (10.0, 100.0, 1000.0, 10_000.0, 100_000.0),
         },
+        tuned_without={
+            CHITA: (0.03, 0.3, 3.0, 30.0, 300.0),
+            CHITA_BLOCKS: (0.003, 0.03, 0.3, 3.0),
+        },
     ),
     "characters": Scale(),
-    "minilm": Scale(  # a stage of CHITA takes minutes for ten million weights
+    "minilm": Scale(
         counts=(64, 64),
         one_shot=(0.5, 0.6, 0.7, 0.8, 0.9),
         sparsities=(0.5, 0.8, 0.9),
@@ -178,9 +170,7 @@ FULL = {
         patterns=("2:4", "1 x 4", "channels"),
         gradual=(0.9,),
         training=(4, 60, 32),
-        methods=tuple(method for method in METHODS if method != CHITA_BLOCKS),
-        elsewhere=(MAGNITUDE, REFERENCE_BLOCKS, DEFAULT),
-        tuned={**SEVERAL_STEPS, CHITA: (10.0, 100.0, 1000.0, 10_000.0)},
+        methods=METHODS,
     ),
 }
 _TINY = Scale(counts=(8, 8), one_shot=(0.5, 0.8), sparsities=(0.8,), middle=0.8, steps=2, tuning=2)
@@ -201,7 +191,7 @@ SMOKE = {
         seeds=2,
         methods=METHODS,
         recomputed=METHODS,
-        tuned={**SEVERAL_STEPS, CHITA_BLOCKS: (10.0,)},
+        tuned={**SEVERAL_STEPS, CHITA: (10.0,)},
         tried_at=(0.5,),
         one_shot_seeds=2,
     ),
@@ -231,6 +221,7 @@ class Run(NamedTuple):
         batch: the number of examples for a gradient.
         what: the pattern, or the optimizer of fine-tuning.
         rate: the learning rate of fine-tuning.
+        first_order: whether CHITA has its first-order term.
     """
 
     part: str
@@ -244,6 +235,7 @@ class Run(NamedTuple):
     batch: int = 0
     what: str = ""
     rate: float = 0.0
+    first_order: bool = True
 
     @property
     def key(self) -> str:
@@ -257,10 +249,38 @@ class Run(NamedTuple):
             self.part, self.network, self.method, self.steps, self.sparsity, self.seed, what
         )
 
+    def is_choice_of(self, done: dict[str, Any]) -> bool:
+        """Whether a result has the same damping, learning rate and first-order term."""
+        return self.chosen == (
+            done.get("damping"),
+            done.get("rate", 0.0),
+            done.get("first_order", True),
+        )
+
+    @property
+    def chosen(self) -> tuple[float | None, float, bool]:
+        """What validation data choose."""
+        return self.damping, self.rate, self.first_order
+
 
 # What is tried of the default's parts on networks that take long, for want of time.
 _FEW = (DEFAULT, "one setting", "no descents", "no history")
 _SHORT = {"minilm": _FEW, "squeezenet": (*_FEW, "blocks of 288")}
+
+
+def _with_dampings(
+    run: Run, methods: Collection[str], dampings: Dampings, without: Dampings
+) -> list[Run]:
+    """A run with each of some methods and their dampings."""
+    todo = []
+    for method in methods:
+        for grid, first_order in ((dampings, True), (without, False)):
+            what = run.what if first_order else run.what + WITHOUT
+            todo += [
+                run._replace(method=method, damping=x, what=what, first_order=first_order)
+                for x in grid.get(method, ())
+            ]
+    return todo
 
 
 def validation_runs(name: str, scale: Scale) -> list[Run]:
@@ -268,24 +288,17 @@ def validation_runs(name: str, scale: Scale) -> list[Run]:
     one, several = scale.counts
     todo = []
     if name in pruning_tasks.DEVELOPED_ON:
-        todo += [
-            Run("dampings", name, method, 1, sparsity, 0, damping, one)
-            for sparsity in (TUNED_AT, *scale.tried_at)
-            for method in scale.methods
-            for damping in ONE_STEP.get(method, ())
-        ]
-        todo += [
-            Run("dampings", name, method, scale.tuning, scale.middle, 0, damping, several)
-            for method, grid in scale.tuned.items()
-            for damping in grid
-        ]
-    if scale.authors and name in pruning_tasks.DEVELOPED_ON:
-        count, batch, _ = scale.authors
-        stages = scale.authors_tuning
-        todo += [
-            Run("dampings", name, CHITA, stages, scale.middle, 0, x, count, batch, "authors ")
-            for x in AUTHORS_GRID
-        ]
+        for sparsity in (TUNED_AT, *scale.tried_at):
+            run = Run("dampings", name, "", 1, sparsity, count=one)
+            todo += _with_dampings(run, scale.methods, ONE_STEP, ONE_STEP_WITHOUT)
+        run = Run("dampings", name, "", scale.tuning, scale.middle, count=several)
+        todo += _with_dampings(run, METHODS, scale.tuned, scale.tuned_without)
+        if scale.authors:
+            count, batch, _ = scale.authors
+            run = run._replace(
+                steps=scale.authors_tuning, count=count, batch=batch, what=OF_AUTHORS
+            )
+            todo += _with_dampings(run, METHODS, AUTHORS, AUTHORS_WITHOUT)
     if scale.choices:
         kinds = _SHORT.get(name, tuple(CHOICES))
         todo += [
@@ -314,7 +327,7 @@ def test_runs(name: str, scale: Scale) -> list[Run]:
     for sparsity in scale.sparsities:
         is_middle = sparsity == scale.middle
         for method in scale.recomputed if is_middle else scale.elsewhere:
-            seeds = scale.seeds if is_middle and method in STRONG else 1
+            seeds = scale.seeds if is_middle and method in (CHITA, *STRONG) else 1
             todo += [
                 Run("recomputation", name, method, scale.steps, sparsity, seed, count=several)
                 for seed in range(seeds)
@@ -322,8 +335,7 @@ def test_runs(name: str, scale: Scale) -> list[Run]:
     todo += [
         Run("recomputation", name, method, steps, scale.middle, count=several)
         for steps in scale.other_steps
-        for method in scale.elsewhere
-        if method in STRONG
+        for method in (REFERENCE_BLOCKS, DEFAULT)
     ]
     todo += [
         Run("one_shot", name, method, 1, 0.0, seed, count=one)
@@ -334,7 +346,7 @@ def test_runs(name: str, scale: Scale) -> list[Run]:
         count, batch, stages = scale.authors
         todo += [
             Run("authors", name, method, stages, scale.middle, 0, None, count, batch)
-            for method in (CHITA, DEFAULT)
+            for method in (CHITA, CHITA_BLOCKS, DEFAULT)
         ]
     todo += [
         Run("patterns", name, method, scale.pattern_steps, PATTERNS[x][1], count=several, what=x)
@@ -367,12 +379,13 @@ def tried_dampings(run: Run, scales: dict[str, Scale]) -> list[Run]:
     They are of the same network, of one step or of several. Where none is planned, they are of one
     step, and then of the paper's ResNet-20.
     """
-    what = "authors " if run.part == "authors" else ""
+    of_authors = run.part == "authors"
     for name in (run.network, "resnet20"):
         planned = [
             tried
             for tried in validation_runs(name, scales[name])
-            if (tried.part, tried.method, tried.what) == ("dampings", run.method, what)
+            if (tried.part, tried.method) == ("dampings", run.method)
+            if tried.what.startswith(OF_AUTHORS) == of_authors
             if tried.steps > 1 or tried.sparsity == TUNED_AT
         ]
         for several in (run.steps > 1, False):
@@ -390,7 +403,8 @@ def filled(run: Run, runs: dict[str, Any], scales: dict[str, Scale]) -> Run:
     """
     if run.method in ONE_STEP and run.part != "dampings":
         tried = tried_dampings(run, scales)
-        run = run._replace(damping=_best(tried, runs, f"{run.network}, {run.method}").damping)
+        best = _best(tried, runs, f"{run.network}, {run.method}")
+        run = run._replace(damping=best.damping, first_order=best.first_order)
     if run.part == "gradual":
         tried = [
             other

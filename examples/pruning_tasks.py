@@ -275,7 +275,7 @@ CLASSES: dict[str, type[Network]] = {
 }
 NETWORKS = tuple(CLASSES)
 PRETRAINED = ("resnet20", "akamaster")
-# Settings were chosen on validation data of these; the others only verify them.
+# Choices are made on validation data of these; the others only verify them.
 DEVELOPED_ON = ("resnet20", "squeezenet", "mlp", "minilm")
 
 

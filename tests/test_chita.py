@@ -64,12 +64,16 @@ def test_masks_are_near_the_best_of_all():
     assert np.mean(excess) < np.mean(of_magnitude) / 2
 
 
+@pytest.mark.parametrize("first_order", [True, False])
 @pytest.mark.parametrize(("n", "d", "k"), [(1, 5, 2), (6, 40, 10), (40, 12, 6), (7, 20, 20)])
-def test_back_solve(n, d, k, monkeypatch):
+def test_back_solve(n, d, k, first_order, monkeypatch):
     monkeypatch.setattr(chita, "_PART", 7)
     w, rows = _problem(n, n, d)
-    found, alive, _ = _stage(w, rows, k, chita.Chita(1e-4), 8)
-    expected = _minimiser(np.flatnonzero(alive), w, rows, _ridge(1e-4, rows), 8)
+    found, alive, values = _stage(w, rows, k, chita.Chita(1e-4, first_order=first_order), 8)
+    ridge, batch = _ridge(1e-4, rows), 8 if first_order else np.inf
+    expected = _minimiser(np.flatnonzero(alive), w, rows, ridge, batch)
+    objective = _objective(expected, w, rows, ridge, batch)
+    assert values[-1] == pytest.approx(objective, rel=1e-4, abs=1e-5)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 

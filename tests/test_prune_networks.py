@@ -10,7 +10,6 @@ import prune_networks
 import prune_tables
 import pruning_network
 import pruning_results
-import pruning_runs
 import pruning_tasks
 import pytest
 from prune_tables import (
@@ -24,12 +23,15 @@ from prune_tables import (
 )
 from pruning_methods import CHOICES, first_order
 from pruning_runs import (
-    AUTHORS_GRID,
+    AUTHORS,
+    AUTHORS_WITHOUT,
     FULL,
     MFACW,
     ONE_STEP,
+    ONE_STEP_WITHOUT,
     RATES,
     SEVERAL_STEPS,
+    SEVERAL_STEPS_WITHOUT,
     SGD,
     SMOKE,
     Run,
@@ -56,10 +58,10 @@ def every_run(scales):
 
 @pytest.mark.slow
 def test_every_run_is_measured_and_shown_once(tmp_path, monkeypatch, capsys):
-    for grids in (ONE_STEP, SEVERAL_STEPS):
+    several = (SEVERAL_STEPS, SEVERAL_STEPS_WITHOUT, AUTHORS, AUTHORS_WITHOUT)
+    for grids in (ONE_STEP, ONE_STEP_WITHOUT, *several):
         for method, grid in grids.items():
             monkeypatch.setitem(grids, method, grid[:1])
-    monkeypatch.setattr(pruning_runs, "AUTHORS_GRID", AUTHORS_GRID[:1])
     for tx, rates in RATES.items():
         monkeypatch.setitem(RATES, tx, rates[:1])
     left = [kind for kind in CHOICES if "blocks" in kind or "dampings" in kind]
@@ -118,7 +120,7 @@ def test_full_size_covers_what_is_compared():
     chosen_on = {run.network for run in todo if run.part in ("choices", "dampings", "rates")}
     assert chosen_on == set(pruning_tasks.DEVELOPED_ON)
     for name in FULL:
-        for method in (MAGNITUDE, REFERENCE_BLOCKS, CHITA, DEFAULT):
+        for method in (MAGNITUDE, REFERENCE_BLOCKS, CHITA_BLOCKS, DEFAULT):
             assert any(
                 (r.part, r.network, r.method, r.steps) == ("recomputation", name, method, 8)
                 for r in todo
@@ -126,7 +128,8 @@ def test_full_size_covers_what_is_compared():
     trained = {(r.method, r.what) for r in todo if r.part == "gradual"}
     assert trained == {(MAGNITUDE, SGD), (REFERENCE_BLOCKS, SGD), (DEFAULT, SGD), (DEFAULT, MFACW)}
     authors = [run for run in todo if run.part == "authors"]
-    assert [(r.network, r.method) for r in authors] == [("resnet20", CHITA), ("resnet20", DEFAULT)]
+    assert {r.network for r in authors} == {"resnet20"}
+    assert [r.method for r in authors] == [CHITA, CHITA_BLOCKS, DEFAULT]
     assert {(r.count, r.batch, r.steps) for r in authors} == {(500, 16, 16)}
     assert {r.what for r in todo if r.part == "patterns" and r.network == "minilm"} == {
         "2:4",
@@ -147,8 +150,11 @@ def accuracies(planned, values):
         ("akamaster", CHITA, "recomputation", 8, "resnet20", 8),
         ("characters", REFERENCE_BLOCKS, "one_shot", 1, "resnet20", 1),
         ("minilm", REFERENCE_BLOCKS, "recomputation", 16, "minilm", 4),
-        ("minilm", CHITA, "recomputation", 8, "minilm", 4),
-        ("squeezenet", CHITA_BLOCKS, "recomputation", 8, "resnet20", 1),  # not planned
+        ("resnet20", CHITA_BLOCKS, "recomputation", 8, "resnet20", 8),
+        ("resnet20", CHITA_BLOCKS, "authors", 16, "resnet20", 4),
+        ("minilm", CHITA_BLOCKS, "recomputation", 8, "minilm", 4),
+        ("minilm", CHITA, "one_shot", 1, "minilm", 1),
+        ("squeezenet", CHITA, "recomputation", 8, "resnet20", 8),  # not planned
     ],
 )
 def test_a_damping_is_the_best_on_validation_data(network, method, part, steps, of, of_steps):
@@ -157,15 +163,26 @@ def test_a_damping_is_the_best_on_validation_data(network, method, part, steps, 
     assert {(r.part, r.network, r.method, r.steps) for r in tried} == {
         ("dampings", of, method, of_steps)
     }
-    grid = ONE_STEP[method] if of_steps == 1 else FULL[of].tuned.get(method)
-    grid = AUTHORS_GRID if part == "authors" else grid
-    assert [r.damping for r in tried] == [*grid]
+    of_several = (FULL[of].tuned, FULL[of].tuned_without)
+    grids = (ONE_STEP, ONE_STEP_WITHOUT) if of_steps == 1 else of_several
+    grids = (AUTHORS, AUTHORS_WITHOUT) if part == "authors" else grids
+    choices = [
+        (x, first)
+        for grid, first in zip(grids, (True, False), strict=True)
+        for x in grid.get(method, ())
+    ]
+    assert [(r.damping, r.first_order) for r in tried] == choices
+
+    def chosen():
+        run_ = filled(run, runs, FULL)
+        return run_.damping, run_.first_order
+
     runs = accuracies(tried, range(len(tried)))
-    assert filled(run, runs, FULL).damping == grid[-1]
+    assert chosen() == choices[-1]
     runs[tried[0].key]["recalibrated"] = 99.0
-    assert filled(run, runs, FULL).damping == grid[0]
+    assert chosen() == choices[0]
     runs[tried[0].key] |= {"accuracy": math.nan, "recalibrated": math.nan}  # it failed
-    assert filled(run, runs, FULL).damping == grid[-1]
+    assert chosen() == choices[-1]
     del runs[tried[-1].key]
     with pytest.raises(LookupError, match=f"waits for --networks {of} --only dampings"):
         filled(run, runs, FULL)
@@ -283,13 +300,13 @@ def test_the_bar_of_the_authors_setting_compares_recalibrated_statistics():
         key = Run("authors", "resnet20", method, 16, 0.9).key
         return {key: outcome(stored, recalibrated=recalibrated)}
 
-    chita = run(CHITA, 10.0, 60.0)
+    chita = run(CHITA, 10.0, 60.0) | run(CHITA_BLOCKS, 90.0, 40.0)
     bars = pruning_results.bars(results_of(chita | run(DEFAULT, 80.0, 59.0)))
-    assert "at the setting of its authors | > 0 | -1.0 | **not met** |" in bars
+    assert "at the setting of its authors | > 0 | -1.0 (CHITA, whole) | **not met** |" in bars
     bars = pruning_results.bars(results_of(chita | run(DEFAULT, 5.0, 61.5)))
-    assert "at the setting of its authors | > 0 | +1.5 | met |" in bars
+    assert "at the setting of its authors | > 0 | +1.5 (CHITA, whole) | met |" in bars
     bars = pruning_results.bars(results_of(chita | run(DEFAULT, math.nan, math.nan)))
-    assert "at the setting of its authors | > 0 | -inf | **not met** |" in bars
+    assert "at the setting of its authors | > 0 | -inf (CHITA, whole) | **not met** |" in bars
 
 
 def test_bars_look_where_the_default_fails():
@@ -334,13 +351,19 @@ def test_results_of_another_plan_or_choice_are_left_out():
         if (r.part, r.method, r.sparsity, r.seed) == ("recomputation", CHITA, 0.98, 0)
     )
     tried = tried_dampings(run, FULL)
-    runs = {r.key: {"accuracy": i, "damping": r.damping} for i, r in enumerate(tried)}
-    runs[run.key] = {"accuracy": 1.0, "damping": tried[-1].damping}
-    assert pruning_results.stale(results_of(runs)) == {}
-    runs[run.key]["damping"] = tried[0].damping
-    assert pruning_results.stale(results_of(runs)) == {
-        run.key: f"damping {tried[0].damping}, chosen was {tried[-1].damping}"
+    more = {"first_order": False}
+    runs = {
+        r.key: {"accuracy": i, "damping": r.damping} | ({} if r.first_order else more)
+        for i, r in enumerate(tried)
     }
+    best = tried[-1]
+    assert not best.first_order
+    runs[run.key] = {"accuracy": 1.0, "damping": best.damping} | more
+    assert pruning_results.stale(results_of(runs)) == {}
+    other = {run.key: f"of another choice than ({best.damping}, 0.0, False)"}
+    for change in ({"damping": tried[0].damping}, {"first_order": True}, {"rate": 1.0}):
+        changed = runs | {run.key: runs[run.key] | change}
+        assert pruning_results.stale(results_of(changed)) == other
     del runs[tried[0].key]
     assert "waits for --networks mlp" in pruning_results.stale(results_of(runs))[run.key]
     old = run._replace(steps=7).key
