@@ -3,8 +3,8 @@
     python benchmarks/plain_call.py --data-dir DIR
 
 In ``examples/prune_networks.py`` the default has calibration batches of its own. Here ``prune``
-takes them from the training batches, which are augmented. Every run is written when it ends, and a
-run that is there is not done again. Writes ``results/plain_call.json`` and the table in
+takes them from the training batches, which are augmented. The program goes on after an interruption
+and refuses the results of other versions. It writes ``results/plain_call.json`` and the table in
 ``docs/pruning-results.md``.
 """
 
@@ -15,24 +15,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import machine
 import report
 
 from mfac_jax import pruning
 
 sys.path.insert(0, str(report.ROOT / "examples"))
 
+import parallel
+import prune_networks
 import prune_tables
-import pruning_tasks
-from pruning_network import Network
+from prune_networks import Setup
 
 NAME = "plain_call"
 PAGE = report.ROOT / "docs" / "pruning-results.md"
 NETWORKS, SPARSITY, STEPS, SEEDS = ("resnet20", "akamaster"), 0.9, 8, 3
 
 
-def measure(network: Network, seed: int) -> dict[str, float]:
+def measure(setup: Setup, name: str, seed: int) -> dict[str, Any]:
     """Test accuracies with stored and with recalibrated statistics."""
+    network = prune_networks.network_of(setup, name)
     pruned = pruning.prune(
         network.params,
         network.loss,
@@ -42,6 +43,8 @@ def measure(network: Network, seed: int) -> dict[str, float]:
         scope=pruning.Scope(network.is_pruned),
     )
     return {
+        "name": name,
+        "seed": seed,
         "accuracy": network.accuracy(pruned.params, "test"),
         "recalibrated": network.accuracy(network.recalibrate(pruned.params), "test"),
     }
@@ -49,13 +52,10 @@ def measure(network: Network, seed: int) -> dict[str, float]:
 
 def table(results: dict[str, Any]) -> str:
     """The table of the documentation."""
-    rows = []
-    for name in NETWORKS:
-        cell = prune_tables.Cell({}, {})
-        for seed, run in results["runs"].get(name, {}).items():
-            cell.put(int(seed), run)
-        if cell.stored:
-            rows.append([prune_tables.TITLES[name], prune_tables.both(cell)])
+    cells: dict[str, prune_tables.Cell] = {}
+    for run in results["runs"].values():
+        cells.setdefault(run["name"], prune_tables.Cell({}, {})).put(run["seed"], run)
+    rows = [[prune_tables.TITLES[name], prune_tables.both(cell)] for name, cell in cells.items()]
     head = ["nothing but the defaults", f"{SPARSITY:.0%}, {STEPS} x"]
     where = report.where(results["environment"])
     return f"{prune_tables.table(head, rows)}\n\n{where}"
@@ -66,17 +66,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", type=Path, required=True)
     options = parser.parse_args()
+    setup = Setup(options.data_dir, (), None, options.data_dir, smoke=False)  # trains nothing
     path = report.RESULTS / f"{NAME}.json"
-    results = report.load(NAME) if path.exists() else {"runs": {}}
-    for name in NETWORKS:
-        done = results["runs"].setdefault(name, {})
-        files = pruning_tasks.Files(options.data_dir, {}, None, options.data_dir)  # trains nothing
-        network = pruning_tasks.network(name, files)
-        for seed in range(SEEDS):
-            if str(seed) not in done:
-                done[str(seed)] = measure(network, seed)
-                results["environment"] = machine.environment()
-                report.save(NAME, results)
+    results = parallel.open_results(path, prune_networks.environment(setup))
+    todo = {f"{name}, {seed}": (setup, name, seed) for name in NETWORKS for seed in range(SEEDS)}
+    parallel.perform(measure, todo, results, path)
     report.write_table(PAGE, NAME, table(results))
 
 

@@ -277,7 +277,7 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def stale(results: dict[str, Any]) -> dict[str, str]:
-    """The runs that are not planned, or whose damping or rate was not chosen, with the reason."""
+    """The runs that are not planned or not of what validation data chose, with the reason."""
     found = {}
     planned = {run.key: run for run in _planned(prune_tables.TITLES)}
     for key, done in results["runs"].items():

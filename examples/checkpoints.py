@@ -3,8 +3,8 @@
 A file holds arrays under the names of PyTorch's modules. ``DataParallel`` puts ``module.`` before
 every name, and training programs keep the arrays under ``state_dict`` or ``model``, beside the
 epoch and the state of the optimizer. :func:`read` returns the arrays alone, under plain names.
-It never runs code from a file: a pickle can contain any program. :func:`put` gives them to a model
-in Flax.
+It never runs code from a file: a pickle can contain any program. :func:`put` gives arrays to a
+model in Flax.
 """
 
 from __future__ import annotations

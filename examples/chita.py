@@ -11,8 +11,8 @@ With r = G (w - w0), the first two terms are (|r|^2 / 2 + sum(r) / B) / n, so th
 is a shift of the target of the least squares. The paper's problem is n times this one: it has
 X = G, the target y = X w0 - alpha e with e all ones, and the ridge n lambda / 2 |w - w0|^2; here
 alpha = 1 / B, as in the authors' code, or 0 without the first-order term. With it, the minimiser
-lowers the loss of every mini-batch by 1 / B if lambda is small; where that is more than the loss
-itself, as it is for a trained network, the step goes too far.
+lowers the linear model of every mini-batch's loss by 1 / B if lambda is small. For a trained
+network that may be as much as the loss itself, and the step goes too far.
 
 Iterative hard thresholding (IHT) chooses the weights. It starts at the k largest weights of w0.
 Each iteration steps along -grad f and keeps the k largest. Of several steps the one with the least

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_call
 import prune_networks
 import prune_tables
 import pruning_network
@@ -29,6 +30,7 @@ from pruning_runs import (
     MFACW,
     ONE_STEP,
     ONE_STEP_WITHOUT,
+    PARTS,
     RATES,
     SEVERAL_STEPS,
     SEVERAL_STEPS_WITHOUT,
@@ -293,6 +295,21 @@ def test_times_are_added_up_by_network_and_part():
     shown = prune_tables.tables(results_of(runs))["times"].splitlines()
     assert shown[0] == "| minutes of one core | training | choices | one_shot | all |"
     assert shown[2:] == ["| minilm | 120 | 120 |  | 240 |", "| mlp | 120 |  | 240 | 360 |"]
+
+
+def test_every_part_of_the_experiment_has_a_column_of_times():
+    assert ("training", *PARTS) == prune_tables._TIMED
+
+
+def test_sets_of_gradients_of_the_plain_call_share_a_row():
+    runs = {
+        str(seed): {"name": "akamaster", "seed": seed, "accuracy": x, "recalibrated": x + 1}
+        for seed, x in enumerate((70.0, 72.0))
+    }
+    at = {"device": "cpu", "jax": "1", "date": "2026-11-28"}
+    shown = plain_call.table({"runs": runs, "environment": at})
+    assert "| 90%, 8 x |" in shown
+    assert "CIFAR-10 | 71.0 (70.0-72.0) / 72.0 (71.0-73.0) |" in shown
 
 
 def test_the_bar_of_the_authors_setting_compares_recalibrated_statistics():

@@ -8,6 +8,7 @@ import first_call
 import jax
 import launches
 import optimizer_results
+import plain_call
 import plan
 import pruning_results
 import pruning_step
@@ -41,6 +42,13 @@ def test_tables_of_the_pruned_networks_are_those_of_the_result_file():
         assert report.read_table(pruning_results.PAGE, name) == table.strip()
     assert report.read_table(ROOT / "README.md", "pruning") == pruning_results.summary(results)
     assert pruning_results.FIGURE.read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_of_the_plain_call_is_that_of_its_result_file():
+    wanted = pruning_results.MISSING
+    if (report.RESULTS / f"{plain_call.NAME}.json").exists():
+        wanted = plain_call.table(report.load(plain_call.NAME)).strip()
+    assert report.read_table(plain_call.PAGE, plain_call.NAME) == wanted
 
 
 def test_tables_of_the_optimizers_are_those_of_the_result_files():
